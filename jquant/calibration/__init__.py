@@ -1,0 +1,7 @@
+"""Reading evidence out of any JAX function: which leaves are weights, and what flows into them."""
+
+from jquant.calibration.capture import capture
+from jquant.calibration.evidence import Evidence
+from jquant.calibration.weights import Use, Weight, Weights, find_weights
+
+__all__ = ["Evidence", "Use", "Weight", "Weights", "capture", "find_weights"]

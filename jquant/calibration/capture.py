@@ -1,0 +1,144 @@
+"""Evidence for every weight, read while the function runs on calibration batches.
+
+One compiled program runs the function and adds each batch to the sums; nothing returns to the host
+between batches. Weights that share an input (q, k and v; gate and up) share one second moment, in
+the program and in the result. Memory is the sum over distinct inputs of `4·in²` bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from jquant.calibration.evidence import Evidence
+from jquant.calibration.reading import Reading, assemble
+from jquant.calibration.weights import Sightings, observe
+from jquant.errors import EvidenceError
+
+
+def capture(
+    fn: Callable[..., Any],
+    params: PyTree,
+    batches: Iterable[Any],
+    *,
+    paths: Collection[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Evidence]:
+    """Second moments, counts, means and maxima of the inputs of every weight of `fn`.
+
+    Args:
+        fn: any JAX function `fn(params, *inputs)`.
+        params: its parameters.
+        batches: an iterable; each batch is one array, or a tuple of `fn`'s inputs. Batches of one
+            shape share a compiled program.
+        paths: the weights to watch; all of them when None.
+        progress: called after each batch with the number of batches done.
+
+    Returns:
+        path → `Evidence` with `[*batch, in, in]` second moments: sums over the tokens of all
+        batches, float32. Stacked layers and experts keep their batch axes. Weights that are only
+        looked up (embeddings) have none. Weights with a common input hold the very same arrays.
+
+    Raises:
+        UnsupportedPrimitiveError: a watched weight cannot be followed; names path and primitive.
+        EvidenceError: no batches, or an input that is NaN or infinite; names path and batch.
+
+    Example:
+        >>> fn = lambda p, x: x @ p["w"]
+        >>> evidence = capture(fn, {"w": jnp.ones((2, 3))}, [jnp.eye(2), jnp.eye(2)])
+        >>> evidence["w"].second_moment.tolist(), float(evidence["w"].count)
+        ([[2.0, 0.0], [0.0, 2.0]], 4.0)
+    """
+    step = _step(fn, None if paths is None else frozenset(paths))
+    total: Sightings | None = None
+    finite: list[jax.Array] = []
+    for done, batch in enumerate(batches, start=1):
+        inputs = batch if isinstance(batch, tuple) else (batch,)
+        if total is None:
+            shapes = jax.eval_shape(step, None, params, inputs)[0]
+            total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        try:
+            total, flags = step(total, params, inputs)
+        except _Differs as error:
+            raise EvidenceError(
+                f"batch {done - 1}: the function uses its weights differently than on batch 0; "
+                "pass batches that take the same path through it, or capture them apart and merge"
+            ) from error
+        finite.append(flags)
+        if progress is not None:
+            progress(done)
+    if total is None:
+        raise EvidenceError("capture got no batches; pass at least one array or tuple of inputs")
+    _check_finite(total, finite)
+    return _file(total)
+
+
+class _Differs(Exception):
+    """Two batches show different weights or readings."""
+
+
+def _cached(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`functools.lru_cache`, passing by arguments that cannot be hashed."""
+    kept = functools.lru_cache(maxsize=64)(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        try:
+            hash(args)
+        except TypeError:
+            return function(*args)
+        return kept(*args)
+
+    return call
+
+
+@_cached
+def _step(fn: Callable[..., Any], paths: frozenset[str] | None) -> Callable[..., Any]:
+    """The compiled program: sums so far, and a batch, to sums and whether they are finite."""
+
+    def wanted(path: str) -> bool:
+        return paths is None or path in paths
+
+    def step(total: Sightings | None, params: PyTree, inputs: tuple[Any, ...]) -> Any:
+        new = observe(fn, wanted, params, inputs)
+        if total is not None:
+            if (total.keys, len(total.values)) != (new.keys, len(new.values)):
+                raise _Differs
+            values = [old.merge(more) for old, more in zip(total.values, new.values, strict=True)]
+            new = replace(new, values=values)
+        sums = [jnp.all(jnp.isfinite(value.total)) & jnp.all(jnp.isfinite(value.abs_max))
+                for value in new.values]  # fmt: skip
+        return new, jnp.stack(sums) if sums else jnp.ones(0, bool)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _check_finite(total: Sightings, finite: list[jax.Array]) -> None:
+    table = np.asarray(jnp.stack(finite))  # [batches, values]
+    for path, _, position in total.keys:
+        if not table[:, position].all():
+            batch = int(np.argmin(table[:, position]))
+            raise EvidenceError(
+                f"the input of weight {path!r} is NaN or infinite, first in batch {batch}; "
+                "check that batch, or run the function in a wider dtype"
+            )
+
+
+def _file(total: Sightings) -> dict[str, Evidence]:
+    """The evidence of whole weights, by path; weights with a common input keep sharing arrays."""
+    found: dict[str, list[tuple[Reading, Evidence]]] = {}
+    for path, reading, position in total.keys:
+        found.setdefault(path, []).append((reading, total.values[position]))
+    shapes = dict(total.shapes)
+    evidence: dict[str, Evidence] = {}
+    for path, sightings in found.items():
+        axes = sightings[0][0].axes(shapes[path])
+        evidence[path] = assemble([s for s in sightings if s[0].axes(shapes[path]) == axes])
+    return evidence

@@ -1,0 +1,130 @@
+"""How a weight is read: which parts of its axes are contracted, kept, or run along.
+
+Every use of a weight (`dot_general`, a convolution, `ragged_dot`, an embedding lookup) comes down to
+a `Reading`: a role for each part of each parameter axis. From a reading follow the public axes of a
+`Weight`, the `Layout` that leads to `[*batch, out, in]`, and the place where evidence gathered on a
+window of the weight belongs in the evidence of the whole. Readings are static and hashable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jquant.blocks import Role
+from jquant.calibration.evidence import Evidence
+from jquant.calibration.origin import Part
+
+Kind = Literal["dot", "conv", "ragged_dot", "lookup"]
+
+
+class Reading(NamedTuple):
+    """The roles of a weight's parts at one use.
+
+    `batch` is ordered as the leading axes of the evidence gathered there; `fixed` are batch parts
+    that indexing has pinned to one value; `inner` is in canonical order.
+    """
+
+    kind: Kind
+    batch: tuple[Part, ...]
+    fixed: tuple[Part, ...]
+    inner: tuple[Part, ...]
+    outer: tuple[Part, ...]
+
+    def axes(self, shape: Sequence[int]) -> tuple[tuple[tuple[int, Role], ...], ...]:
+        """For each parameter axis, its digits `(size, role)`, outermost first.
+
+        Neighbouring digits of one role are joined, so two uses that split a head axis differently
+        agree when they mean the same. A digit nobody mentions has size 1 and is an out digit.
+        """
+        found: list[list[tuple[int, int, Role]]] = [[] for _ in shape]
+        roles: list[tuple[Role, tuple[Part, ...]]] = [
+            ("batch", (*self.batch, *self.fixed)), ("in", self.inner), ("out", self.outer)
+        ]
+        for role, parts in roles:
+            for part in parts:
+                if part.axis >= 0:
+                    found[part.axis].append((-part.stride, part.size, role))
+        axes: list[tuple[tuple[int, Role], ...]] = []
+        for size, digits in zip(shape, found, strict=True):
+            joined: list[tuple[int, Role]] = []
+            for _, n, role in sorted(set(digits)):
+                if joined and joined[-1][1] == role:
+                    joined[-1] = joined[-1][0] * n, role
+                else:
+                    joined.append((n, role))
+            axes.append(tuple(joined) or ((size, "out"),))
+        return tuple(axes)
+
+
+def order(parts: Sequence[Part]) -> list[int]:
+    """Positions of the parts in the order of the parameter's axes: the canonical order."""
+    return sorted(range(len(parts)), key=lambda k: (parts[k].axis, -parts[k].stride))
+
+
+def assemble(sightings: Sequence[tuple[Reading, Evidence]]) -> Evidence:
+    """The evidence of a whole weight from uses of it, or of windows of it, with equal axes.
+
+    Windows of in axes fill blocks of the second moment, indices of batch axes its slices. Windows of
+    out axes share it: those that saw the same input count once, others are added up.
+    """
+    places: dict[tuple[tuple[Part, ...], ...], Evidence] = {}
+    for reading, evidence in sightings:
+        key = reading.batch, reading.fixed, reading.inner
+        old = places.get(key)
+        if old is not evidence:
+            places[key] = evidence if old is None else old.merge(evidence)
+    first = sightings[0][0]
+    batch = {(p.axis, p.stride): p for p in (*first.batch, *first.fixed)}
+    whole = [batch[key] for key in sorted(batch, key=lambda key: (key[0], -key[1]))]
+    total: Evidence | None = None
+    for (seen, fixed, inner), evidence in places.items():
+        part = _place(evidence, seen, fixed, inner, whole)
+        total = part if total is None else total.merge(part)
+    assert total is not None
+    return total
+
+
+def _place(
+    evidence: Evidence,
+    seen: tuple[Part, ...],
+    fixed: tuple[Part, ...],
+    inner: tuple[Part, ...],
+    whole: list[Part],
+) -> Evidence:
+    """Evidence of one window as evidence of the whole weight, zero elsewhere."""
+    sizes = tuple(part.size for part in whole)
+    if not fixed and all(part.whole for part in (*seen, *inner)):
+        turn = order(seen)
+        if turn == list(range(len(turn))):
+            return evidence
+    rank = len(seen)
+    ranked = [seen[k] for k in order(seen)]
+    index: list[slice | int] = []
+    for part in whole:
+        at = next((p for p in (*ranked, *fixed) if (p.axis, p.stride) == part[:2]), part)
+        index.append(at.start if at in fixed else slice(at.start, at.start + at.length))
+    grid = np.arange(math.prod(p.size for p in inner)).reshape([p.size for p in inner])
+    columns = grid[tuple(slice(p.start, p.start + p.length) for p in inner)].reshape(-1)
+    width = grid.size
+
+    def turned(array: jnp.ndarray) -> jnp.ndarray:
+        return array.transpose([*order(seen), *range(rank, array.ndim)])
+
+    def spread(array: jnp.ndarray, *tail: np.ndarray) -> jnp.ndarray:
+        # A window of the batch axes first, then of the in axes: two plain indexings.
+        array = turned(array)
+        window = jnp.zeros((*array.shape[:rank], *([width] * len(tail))), array.dtype)
+        window = window.at[(..., *np.ix_(*tail))].set(array) if tail else array
+        return jnp.zeros((*sizes, *window.shape[rank:]), array.dtype).at[tuple(index)].set(window)
+
+    return Evidence(
+        spread(evidence.second_moment, columns, columns),
+        spread(evidence.count),
+        spread(evidence.total, columns),
+        spread(evidence.abs_max, columns),
+    )

@@ -1,0 +1,209 @@
+"""Which leaves of a parameter tree are weights, found by running the function abstractly.
+
+A weight is a leaf of two or more axes that reaches a `dot_general`, a convolution, a `ragged_dot` or
+an embedding lookup, through any views, calls, loops and branches. Its axes come from the operation's
+dimension numbers, never from its rank or name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from jquant.blocks import Layout
+from jquant.calibration.evidence import Evidence
+from jquant.calibration.observe import Observer
+from jquant.calibration.origin import Origin, Tagged
+from jquant.calibration.reading import Kind, Reading
+from jquant.interpreter import Walker, trace
+
+
+def path_of(keys: Any) -> str:
+    """A key path as `/`-joined keys, `"layers/0/kernel"`."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a weight: the kind of operation, and the axes it gave the weight.
+
+    `counted` is False for a use whose axes differ from those chosen for the weight: its inputs are
+    not in the weight's evidence.
+    """
+
+    kind: Kind
+    in_axes: tuple[int, ...]
+    counted: bool = True
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight as the function uses it. Axis numbers index `split_shape`.
+
+    Attributes:
+        path: `/`-joined keys of the leaf.
+        shape, dtype: of the leaf.
+        in_axes: contracted axes (of a pure lookup: the features).
+        out_axes: axes that appear in the result (of a pure lookup: the rows).
+        batch_axes: axes that run along with the input: stacked layers, experts, conv groups.
+        uses: every operation it enters.
+        split_shape: `shape`, unless one axis plays two roles and is split in two.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    batch_axes: tuple[int, ...]
+    uses: tuple[Use, ...]
+    split_shape: tuple[int, ...]
+
+    @property
+    def layout(self) -> Layout:
+        """How the array is read as `[*batch, out, in]`."""
+        return Layout.of(
+            self.shape, in_axes=self.in_axes, batch_axes=self.batch_axes, split_shape=self.split_shape
+        )
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether any use contracts it, so that a second moment exists (a pure lookup has none)."""
+        return any(use.kind != "lookup" for use in self.uses)
+
+
+@dataclass(frozen=True)
+class Weights(Mapping[str, Weight]):
+    """Mapping path → `Weight`, in the order of the parameter tree.
+
+    `others` says of every other leaf why it is not a weight.
+    """
+
+    weights: Mapping[str, Weight]
+    others: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, path: str) -> Weight:
+        return self.weights[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sightings:
+    """All that one run of a function showed: evidence (arrays), and how it belongs (static).
+
+    `values` holds every distinct piece of evidence once; `keys` files it: (path, reading, position).
+    """
+
+    values: list[Evidence]
+    keys: tuple[tuple[str, Reading, int], ...] = field(metadata={"static": True})
+    uses: tuple[tuple[str, Reading], ...] = field(metadata={"static": True})
+    mixed: tuple[tuple[str, str], ...] = field(metadata={"static": True})
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = field(metadata={"static": True})
+
+
+def observe(
+    fn: Callable[..., Any], wanted: Callable[[str], bool], params: PyTree, inputs: tuple[Any, ...]
+) -> Sightings:
+    """Run `fn(params, *inputs)` under the walker, watching the leaves whose path is `wanted`."""
+    closed, _ = trace(fn, params, *inputs)
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    args = [
+        Tagged(leaf, Origin.of(path_of(keys), leaf.shape))
+        if getattr(leaf, "ndim", 0) >= 2 and wanted(path_of(keys))
+        else leaf
+        for keys, leaf in leaves
+    ]
+    observer = Observer()
+    walker = Walker(observer)
+    walker.run(closed, [*args, *jax.tree.leaves(inputs)])
+    values: list[Evidence] = []
+    where: dict[int, int] = {}
+    for evidence in walker.emitted.values():
+        if id(evidence) not in where:
+            where[id(evidence)] = len(values)
+            values.append(evidence)
+    filed = tuple((path, reading, where[id(e)]) for (path, reading), e in walker.emitted.items())
+    shapes = tuple((path_of(keys), tuple(leaf.shape)) for keys, leaf in leaves)
+    uses, mixed = tuple(observer.uses.values()), tuple(observer.mixed.items())
+    return Sightings(values, filed, uses, mixed, shapes)
+
+
+def find_weights(
+    fn: Callable[..., Any], params: PyTree, *inputs: Any, ignore: str | None = None
+) -> Weights:
+    """The weights of `fn(params, *inputs)`, without computing anything.
+
+    Args:
+        fn: any JAX function.
+        params: its parameters, arrays or `ShapeDtypeStruct`s.
+        *inputs: example inputs, arrays or `ShapeDtypeStruct`s.
+        ignore: regular expression; leaves whose whole path matches are treated as plain arrays.
+
+    Raises:
+        UnsupportedPrimitiveError: a weight enters an operation that its inputs cannot be read from;
+            the message names path and primitive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"w": jnp.ones((3, 4)), "b": jnp.zeros(4)}
+        >>> weights = find_weights(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((2, 3)))
+        >>> weights["w"].in_axes, weights["w"].out_axes
+        ((0,), (1,))
+        >>> weights.others
+        {'b': 'it has 1 axis'}
+    """
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (params, inputs))
+
+    def wanted(path: str) -> bool:
+        return ignore is None or re.fullmatch(ignore, path) is None
+
+    seen = jax.eval_shape(lambda params, inputs: observe(fn, wanted, params, inputs), *shapes)
+    found: dict[str, list[Reading]] = {}
+    for path, reading in seen.uses:
+        found.setdefault(path, []).append(reading)
+    weights: dict[str, Weight] = {}
+    others: dict[str, str] = {}
+    mixed = dict(seen.mixed)
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes[0])[0]:
+        path = path_of(keys)
+        if path in found:
+            weights[path] = _weight(path, leaf, found[path])
+        elif leaf.ndim < 2:
+            others[path] = f"it has {leaf.ndim} {'axis' if leaf.ndim == 1 else 'axes'}"
+        elif not wanted(path):
+            others[path] = f"ignored by {ignore!r}"
+        else:
+            others[path] = f"it is used by {mixed[path]!r} only" if path in mixed else "it is not used"
+    return Weights(weights, others)
+
+
+def _weight(path: str, leaf: jax.ShapeDtypeStruct, readings: list[Reading]) -> Weight:
+    """The weight that these uses make of a leaf: the first one with inputs decides the axes."""
+    chosen = next((r for r in readings if r.kind != "lookup"), readings[0])
+    axes = chosen.axes(leaf.shape)
+    flat = [digit for axis in axes for digit in axis]
+
+    def numbers(flat: list[tuple[int, str]], role: str) -> tuple[int, ...]:
+        return tuple(k for k, digit in enumerate(flat) if digit[1] == role)
+
+    uses = []
+    for reading in readings:
+        own = reading.axes(leaf.shape)
+        inner = numbers([digit for axis in own for digit in axis], "in")
+        uses.append(Use(reading.kind, inner, reading.kind != "lookup" and own == axes))
+    return Weight(
+        path, leaf.shape, leaf.dtype,
+        numbers(flat, "in"), numbers(flat, "out"), numbers(flat, "batch"),
+        tuple(uses), tuple(size for size, _ in flat),
+    )  # fmt: skip

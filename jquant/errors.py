@@ -1,0 +1,37 @@
+"""The typed errors of jquant.
+
+Every one is a `ValueError`, so callers may catch that; every message names the path or argument,
+what was got, and what to pass instead. They are raised before work starts (DESIGN: never silently
+less), on the host, never from inside a compiled program.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class WeightError(ValueError):
+    """A parameter cannot be quantized as asked: non-finite, wrong rank, wrong dtype."""
+
+
+class PlanError(ValueError):
+    """A plan does not fit the weights: a rule matches nothing, is shadowed, or is not a scheme."""
+
+
+class EvidenceError(ValueError):
+    """Evidence a rounding needs is missing, malformed, or rests on no tokens."""
+
+
+class UnsupportedPrimitiveError(ValueError):
+    """A weight enters an operation that jquant cannot read evidence through."""
+
+
+class CheckpointError(ValueError):
+    """A file is truncated, corrupt, hostile, or of another version; nothing of it was used."""
+
+
+def near(name: str, names: Iterable[str], count: int = 3) -> str:
+    """`did you mean …` for an error message: the `count` names nearest to `name`."""
+    found = difflib.get_close_matches(name, list(names), n=count, cutoff=0.0)
+    return "none exist" if not found else ", ".join(repr(item) for item in found)

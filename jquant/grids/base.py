@@ -1,0 +1,71 @@
+"""What a grid is: three functions of a group of weights, and nothing about how to choose.
+
+* `fit(w, importance)` finds the group parameters (scales, zeros, tables): a dict of arrays.
+* `bracket(w, params)` gives the two neighbouring codes of every weight, `lo <= hi <= lo + 1`.
+* `decode(codes, params)` gives the values; it is increasing in the code.
+
+Every rounding only ever chooses between `lo` and `hi`, so any rounding runs on any grid. Arrays of
+weights are `[*g, b]` (groups, weights within a group); parameter leaves are `[*g]` or `[*g, k]`.
+A grid is a frozen dataclass registered static: hashable, comparable, printable, without arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+Params = Mapping[str, Array]
+
+
+class Grid(Protocol):
+    """The points a group of weights may take. See the module docstring for the three functions."""
+
+    @property
+    def bits(self) -> int:
+        """Bits a stored code takes."""
+        ...
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """The smallest and the largest code, both included."""
+        ...
+
+    def fit(self, w: Float[Array, "*g b"], importance: Float[Array, "*#g b"] | None = None) -> Params:
+        """Group parameters for these weights; `importance` weighs errors where the grid can."""
+        ...
+
+    def bracket(
+        self, w: Float[Array, "*g b"], params: Params
+    ) -> tuple[Integer[Array, "*g b"], Integer[Array, "*g b"]]:
+        """The neighbouring int32 codes around each weight, `lo <= hi <= lo + 1`, both in range."""
+        ...
+
+    def decode(self, codes: Integer[Array, "*g b"], params: Params) -> Float[Array, "*g b"]:
+        """The float32 values of the codes."""
+        ...
+
+
+def nearest(grid: Grid, w: Float[Array, "*g b"], params: Params) -> Integer[Array, "*g b"]:
+    """The code whose value is nearest to each weight; ties go to the even code.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> grid = Uniform(2, symmetric=True)
+        >>> nearest(grid, jnp.array([[0.4, 1.1]]), {"scale": jnp.array([1.0])}).tolist()
+        [[0, 1]]
+    """
+    lo, hi = grid.bracket(w, params)
+    down, up = w - grid.decode(lo, params), grid.decode(hi, params) - w
+    return jnp.where((down < up) | ((down == up) & (lo % 2 == 0)), lo, hi)
+
+
+def code_dtype(grid: Grid) -> jnp.dtype:
+    """The narrowest JAX integer type that holds the grid's codes; XLA packs the sub-byte ones."""
+    lo, hi = grid.codes
+    for dtype in (jnp.int2, jnp.int4, jnp.int8) if lo < 0 else (jnp.uint2, jnp.uint4, jnp.uint8):
+        if jnp.iinfo(dtype).min <= lo and hi <= jnp.iinfo(dtype).max:
+            return jnp.dtype(dtype)
+    raise ValueError(f"codes {lo}..{hi} of {grid} do not fit in 8 bits")

@@ -1,0 +1,305 @@
+"""One walker over the equations of any JAX function; capture, apply and emulation are its clients.
+
+`interpret(fn, client)` traces `fn` with `jax.make_jaxpr` and evaluates its equations one by one. A
+value may be an ordinary array or *special*: a pytree the client understands (an array tagged with
+the parameter it came from, a quantized weight). Equations without special operands are bound as
+they are. For the others the client's `rule` is asked first; where it declines, the walker descends:
+
+* `jit` and custom-derivative calls are inlined, `remat` is re-emitted as `jax.checkpoint`;
+* `scan`, `while` and `cond` are re-emitted with the special values passed as pytrees, so a stack of
+  weights slices itself. A special value that a loop carries unchanged is treated as a constant; one
+  that a loop changes is given to `client.drop`, which may raise.
+
+A rule may `emit` values under a key `(name, ...)`. They leave the function beside its results: added
+up with the client's `merge` over loops and branches, and stacked along a new leading axis by a scan
+that slices a special value of that name. Only public JAX is used; what differs between JAX versions is in `_scan_parts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+Emissions = dict[tuple[Any, ...], Any]  # key -> pytree
+
+# One operand in, the same numbers out in another shape or type. Equal ones are evaluated once, so
+# that an input which q, k and v each cast for themselves stays one value with one second moment.
+_VIEWS = frozenset({"convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze"})
+
+
+class Client(Protocol):
+    """What a user of the walker decides."""
+
+    def special(self, value: Any) -> bool:
+        """Whether a value needs the client's attention."""
+        ...
+
+    def rule(self, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> Sequence[Any] | None:
+        """The results of an equation with a special operand; None lets the walker descend."""
+        ...
+
+    def drop(self, value: Any, eqn: core.JaxprEqn) -> jax.Array:
+        """An ordinary array in place of a special value that cannot go on as such; may raise."""
+        ...
+
+    def name(self, value: Any) -> Any:
+        """The first item of the keys under which this special value's emissions are filed."""
+        ...
+
+    def merge(self, left: Any, right: Any) -> Any:
+        """The sum of two emissions; zeros are neutral."""
+        ...
+
+
+class Walker:
+    """Evaluates equations for one client. One walker serves one trace."""
+
+    def __init__(self, client: Client):
+        self.client = client
+        self.emitted: Emissions = {}
+        self.site: tuple[int, ...] = ()  # where we are: positions of the enclosing equations
+        self.shared: dict[Any, Any] = {}  # client's memory for one level of control flow
+
+    def emit(self, key: Any, value: Any) -> None:
+        """File `value` under `key`; a second one is merged with the first."""
+        old = self.emitted.get(key)
+        self.emitted[key] = value if old is None else self.client.merge(old, value)
+
+    def run(self, closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+        """Evaluate a closed jaxpr; arguments and results may be special."""
+        jaxpr, env, views = closed.jaxpr, {}, {}
+        env.update(zip(jaxpr.constvars, closed.consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        last = {var: at for at, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn.invars)}
+        kept = set(_variables(jaxpr.outvars))
+        outer = self.site
+        for at, eqn in enumerate(jaxpr.eqns):
+            self.site = (*outer, at)
+            values = [_read(env, atom) for atom in eqn.invars]
+            if any(map(self.client.special, values)):
+                results = self.client.rule(eqn, values, self)
+                if results is None:
+                    results = self._descend(eqn, values)
+            elif eqn.primitive.name in _VIEWS and len(values) == 1:
+                view = (eqn.primitive.name, id(values[0]), repr(sorted(eqn.params.items())))
+                if view not in views:  # the operand is kept beside: an id is unique while it lives
+                    views[view] = values[0], bind(eqn, values)
+                results = views[view][1]
+            else:
+                results = bind(eqn, values)
+            env.update(zip(eqn.outvars, results, strict=True))
+            for var in _variables(eqn.invars):
+                if last[var] == at and var not in kept:
+                    env.pop(var, None)
+        self.site = outer
+        return [_read(env, atom) for atom in jaxpr.outvars]
+
+    def _descend(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
+        name, params = eqn.primitive.name, eqn.params
+        if name in _DESCENTS:
+            return _DESCENTS[name](self, eqn, values)
+        for call in ("jaxpr", "call_jaxpr"):
+            if name in _CALLS and call in params:
+                return self.run(_close(params[call]), values)
+        return bind(eqn, self._plain(values, eqn))
+
+    def _nested(self, closed: core.ClosedJaxpr, values: list[Any]) -> tuple[list[Any], Emissions]:
+        """Evaluate the body of a loop or branch; its emissions are returned, not filed."""
+        outer, shared = self.emitted, self.shared
+        self.emitted, self.shared = {}, {}
+        try:
+            results = self.run(closed, values)
+            return results, self.emitted
+        finally:
+            self.emitted, self.shared = outer, shared
+
+    def _plain(self, values: Sequence[Any], eqn: core.JaxprEqn) -> list[Any]:
+        return [self.client.drop(v, eqn) if self.client.special(v) else v for v in values]
+
+    def _emission_shapes(self, closed: core.ClosedJaxpr, values: list[Any]) -> Emissions:
+        """Shapes of what a body would emit; nothing is computed."""
+        shapes: list[Emissions] = []
+
+        def probe(values: list[Any]) -> Any:
+            _, emitted = self._nested(closed, values)
+            shapes.append(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), emitted))
+            return 0
+
+        jax.eval_shape(probe, values)
+        return shapes[0]
+
+    def _remat(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
+        def body(values: list[Any]) -> tuple[list[Any], list[Any]]:
+            results, emitted = self._nested(_close(eqn.params["jaxpr"]), values)
+            keys.append(list(emitted))
+            return results, list(emitted.values())
+
+        keys: list[list[Any]] = []
+        policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
+        results, emitted = jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)(values)
+        for key, value in zip(keys[-1], emitted, strict=True):
+            self.emit(key, value)
+        return results
+
+    def _scan(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
+        params, closed = eqn.params, _close(eqn.params["jaxpr"])
+        num_consts, num_carry = _scan_parts(params)
+        consts, init = values[:num_consts], values[num_consts : num_consts + num_carry]
+        xs = values[num_consts + num_carry :]
+        init, rest = self._invariants(eqn, closed, init, num_consts)
+
+        stacked = {self.client.name(x) for x in xs if self.client.special(x)}
+        row = jax.eval_shape(lambda xs: jax.tree.map(lambda a: a[0], xs), xs)
+        shapes = self._emission_shapes(closed, [*consts, *rest(init), *row])
+        summed = [key for key in shapes if key[0] not in stacked]
+        zeros = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[key]) for key in summed]
+        groups: list[list[int]] = []  # emissions that are one object leave the loop as one array
+
+        def step(state: tuple[list[Any], list[Any]], xs: list[Any]) -> Any:
+            carry, sums = state
+            results, emitted = self._nested(closed, [*consts, *rest(carry), *xs])
+            sums = [self.client.merge(s, emitted[k]) for s, k in zip(sums, summed, strict=True)]
+            results = self._plain([*_pick(results[:num_carry], init), *results[num_carry:]], eqn)
+            rows, group = _unique([emitted[key] for key in emitted if key not in summed])
+            groups.append(group)
+            keys.append([key for key in emitted if key not in summed])
+            return (results[:num_carry], sums), (results[num_carry:], rows)
+
+        keys: list[list[Any]] = []
+        (carry, sums), (ys, rows) = lax.scan(
+            step, (init, zeros), xs, length=params["length"], reverse=params["reverse"],
+            unroll=params["unroll"],
+        )
+        for key, value in zip(summed, sums, strict=True):
+            self.emit(key, value)
+        for key, group in zip(keys[-1], groups[-1], strict=True):
+            self.emit(key, rows[group])
+        return [*rest(carry), *ys]
+
+    def _invariants(
+        self, eqn: core.JaxprEqn, closed: core.ClosedJaxpr, init: list[Any], offset: int
+    ) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
+        """Take special values that a loop passes on unchanged out of its carry.
+
+        Returns the carry that is left (None where a value was taken out) and a function that puts
+        the constant values back in their places.
+        """
+        fixed: dict[int, Any] = {}
+        for k, value in enumerate(init):
+            if self.client.special(value):
+                if closed.jaxpr.outvars[k] is closed.jaxpr.invars[offset + k]:
+                    fixed[k] = value
+                else:
+                    init = [*init[:k], self.client.drop(value, eqn), *init[k + 1 :]]
+        left = [None if k in fixed else value for k, value in enumerate(init)]
+        return left, lambda carry: [fixed.get(k, value) for k, value in enumerate(carry)]
+
+    def _while(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
+        params = eqn.params
+        cond, body = _close(params["cond_jaxpr"]), _close(params["body_jaxpr"])
+        split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        cond_consts, body_consts = values[: split[0]], values[split[0] : split[1]]
+        init, rest = self._invariants(eqn, body, values[split[1] :], len(body_consts))
+        shapes = self._emission_shapes(body, [*body_consts, *rest(init)])
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), list(shapes.values()))
+
+        def test(state: tuple[list[Any], list[Any]]) -> Any:
+            (result,), emitted = self._nested(cond, [*cond_consts, *rest(state[0])])
+            assert not emitted, "a loop's condition used a weight"
+            return result
+
+        def step(state: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
+            results, emitted = self._nested(body, [*body_consts, *rest(state[0])])
+            sums = [self.client.merge(s, emitted[k]) for s, k in zip(state[1], shapes, strict=True)]
+            return self._plain(_pick(results, init), eqn), sums
+
+        carry, sums = lax.while_loop(test, step, (init, zeros))
+        for key, value in zip(shapes, sums, strict=True):
+            self.emit(key, value)
+        return rest(carry)
+
+    def _cond(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
+        index, *operands = values
+        branches = [_close(branch) for branch in eqn.params["branches"]]
+        shapes: Emissions = {}
+        for branch in branches:
+            shapes.update(self._emission_shapes(branch, operands))
+
+        def take(branch: core.ClosedJaxpr) -> Callable[[list[Any]], Any]:
+            def run(operands: list[Any]) -> Any:
+                results, emitted = self._nested(branch, operands)
+                empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+                return self._plain(results, eqn), [emitted.get(k, empty[k]) for k in shapes]
+
+            return run
+
+        # A boolean predicate reaches the primitive as int32, so `switch` serves both forms.
+        results, emitted = lax.switch(index, [take(branch) for branch in branches], operands)
+        for key, value in zip(shapes, emitted, strict=True):
+            self.emit(key, value)
+        return results
+
+
+_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"})
+_DESCENTS: dict[str, Callable[[Walker, core.JaxprEqn, list[Any]], Sequence[Any]]] = {
+    "remat2": Walker._remat,
+    "checkpoint": Walker._remat,
+    "scan": Walker._scan,
+    "while": Walker._while,
+    "cond": Walker._cond,
+}
+DESCENDED = _CALLS | frozenset(_DESCENTS)  # the primitives a walker enters by itself
+
+
+def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Evaluate one equation as it stands."""
+    results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def trace(fn: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, Any]:
+    """The closed jaxpr of `fn` at these (possibly abstract) arguments, and its output's structure."""
+    closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+    return closed, jax.tree.structure(shape)
+
+
+def _close(jaxpr: Any) -> core.ClosedJaxpr:
+    """A closed jaxpr; `remat` holds an open one without constants."""
+    return jaxpr if hasattr(jaxpr, "consts") else core.ClosedJaxpr(jaxpr, ())
+
+
+def _scan_parts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many constants and how many carried values a scan has (JAX 0.12 keeps trees of them)."""
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(list(consts)), len(list(carry))
+    return params["num_consts"], params["num_carry"]
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+    return [atom for atom in atoms if not isinstance(atom, core.Literal)]
+
+
+def _read(env: dict[Any, Any], atom: Any) -> Any:
+    return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+
+def _pick(values: list[Any], like: list[Any]) -> list[Any]:
+    """The values, with None where `like` has None."""
+    return [None if other is None else value for value, other in zip(values, like, strict=True)]
+
+
+def _unique(values: list[Any]) -> tuple[list[Any], list[int]]:
+    """The distinct objects among `values`, and for each value the position of its object."""
+    kept: list[Any] = []
+    where: dict[int, int] = {}
+    for value in values:
+        if id(value) not in where:
+            where[id(value)] = len(kept)
+            kept.append(value)
+    return kept, [where[id(value)] for value in values]

@@ -1,0 +1,121 @@
+"""Integer codes as dense little-endian bit streams, for every width from 1 to 8.
+
+Code `j` of width `b` takes bits `j*b … j*b + b-1` of the stream; bit `k` of a stream is bit `k % 8`
+of byte `k // 8`. The stream of a tensor is flat (row-major) and padded with zero bits to a byte, so
+`n` codes take exactly `ceil(n*b / 8)` bytes. At 3 bits this is the layout of GPTQ checkpoints,
+and at 4 bits that of every nibble format with the low nibble first.
+
+Eight codes are eight bytes, so one uint64; three shift-and-mask steps fold its lanes together
+(8 bits apart, then 16, then 32), after which its lowest `b` bytes are the stream. No step is per
+code and none depends on whether `b` divides 8. NumPy throughout, in chunks that stay in cache:
+memory is the stream plus one chunk.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_CHUNK = 1 << 18  # codes at a time: a multiple of 8, small enough for a core's L2 cache
+
+
+def stream_bytes(count: int, bits: int) -> int:
+    """The bytes that `count` codes of width `bits` take.
+
+    Example:
+        >>> stream_bytes(3, 5)
+        2
+    """
+    return -(-count * bits // 8)
+
+
+def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
+    """The bit stream of unsigned codes.
+
+    Args:
+        codes: uint8, any shape, read in row-major order; every one below `2**bits`.
+        bits: width, 1 to 8.
+
+    Returns:
+        uint8 `[ceil(codes.size * bits / 8)]`.
+
+    Raises:
+        ValueError: `bits` is out of range, or a code does not fit in it.
+
+    Example:
+        >>> pack_bits(np.array([1, 2, 3], np.uint8), 4).tolist()
+        [33, 3]
+    """
+    _check_width(bits)
+    flat = np.ascontiguousarray(codes, np.uint8).reshape(-1)
+    stream = np.empty(stream_bytes(flat.size, bits), np.uint8)
+    for start in range(0, flat.size, _CHUNK):
+        chunk = flat[start : start + _CHUNK]
+        if int(chunk.max()) >> bits:
+            raise ValueError(f"a code of {int(chunk.max())} does not fit in {bits} bits")
+        if chunk.size % 8:
+            chunk = np.pad(chunk, (0, -chunk.size % 8))
+        lanes = chunk.view("<u8")
+        gap = 8 - bits  # the empty bits above each code; doubles as lanes join in pairs
+        for width in (8, 16, 32):
+            low = _every(width, width)
+            lanes = (lanes & low) | ((lanes & (low << np.uint64(width))) >> np.uint64(gap))
+            gap *= 2
+        packed = lanes.view(np.uint8).reshape(-1, 8)[:, :bits].reshape(-1)
+        at = start * bits // 8
+        stream[at : at + packed.size] = packed[: stream.size - at]
+    return stream
+
+
+def unpack_bits(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The `count` unsigned codes of a bit stream: the inverse of `pack_bits`.
+
+    Args:
+        stream: uint8 `[ceil(count * bits / 8)]`.
+        bits: width, 1 to 8.
+        count: how many codes the stream holds.
+
+    Returns:
+        uint8 `[count]`.
+
+    Raises:
+        ValueError: `bits` is out of range, or the stream is not exactly that long.
+
+    Example:
+        >>> unpack_bits(np.array([33, 3], np.uint8), 4, 3).tolist()
+        [1, 2, 3]
+    """
+    _check_width(bits)
+    if stream.size != stream_bytes(count, bits):
+        raise ValueError(
+            f"{count} codes of {bits} bits take {stream_bytes(count, bits)} bytes, "
+            f"got {stream.size}"
+        )
+    codes = np.empty(count, np.uint8)
+    for start in range(0, count, _CHUNK):
+        size = min(_CHUNK, count - start)
+        at = start * bits // 8
+        packed = stream[at : at + stream_bytes(size, bits)]
+        wide = np.zeros((-(-size // 8), 8), np.uint8)
+        whole = packed.size // bits
+        wide[:whole, :bits] = packed[: whole * bits].reshape(whole, bits)
+        wide[whole:, : packed.size - whole * bits] = packed[whole * bits :]
+        lanes = wide.view("<u8").reshape(-1)
+        for width in (32, 16, 8):
+            gap = (8 - bits) * width // 8
+            low = _every(width - gap, width)
+            lanes = (lanes & low) | ((lanes & (low << np.uint64(width - gap))) << np.uint64(gap))
+        codes[start : start + size] = lanes.view(np.uint8)[:size]
+    return codes
+
+
+def _every(ones: int, width: int) -> np.uint64:
+    """The lowest `ones` bits of every second lane of `width` bits, from the lowest lane on."""
+    mask = 0
+    for lane in range(0, 64, 2 * width):
+        mask |= ((1 << ones) - 1) << lane
+    return np.uint64(mask)
+
+
+def _check_width(bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be from 1 to 8, got {bits}")

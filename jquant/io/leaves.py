@@ -1,0 +1,193 @@
+"""One array of a checkpoint: how it is written, what is claimed of it, and how it is read back.
+
+Three encodings. *Raw*: the array's bytes under a dtype that safetensors has. *Stream*: integers of
+1 to 8 bits, less `low`, as a dense bit stream. *Opaque*: the bytes of a dtype safetensors has not.
+The last two are U8 tensors whose real dtype and shape stand in the node. A node is the JSON that
+describes the array; `native.py` lists the forms.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jquant.errors import CheckpointError
+from jquant.io.bitstream import pack_bits, stream_bytes, unpack_bits
+from jquant.io.container import DTYPES, Entry, naturals
+
+# Every dtype JAX has by name, also those that only some versions of JAX have.
+JAX_DTYPES: Mapping[str, np.dtype] = {
+    name: jnp.dtype(scalar)
+    for name, scalar in vars(jnp).items()
+    if name.startswith(("int", "uint", "float", "bfloat", "complex", "bool_"))
+    and hasattr(scalar, "dtype")
+} | {"bool": jnp.dtype(jnp.bool_)}
+
+_SAFETENSORS_NAME = {dtype: name for name, (dtype, _) in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An array on its way into a file. `node` is its JSON; writing adds the checksum to it."""
+
+    array: np.ndarray | jax.Array
+    node: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        if "bits" in self.node:
+            return stream_bytes(self.array.size, self.node["bits"])
+        return self.array.size * np.dtype(self.array.dtype).itemsize
+
+    @property
+    def stored_dtype(self) -> str:
+        """The safetensors dtype."""
+        return "U8" if "dtype" in self.node else _SAFETENSORS_NAME[self.array.dtype.name]
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in the safetensors header."""
+        return (self.size,) if "dtype" in self.node else tuple(self.array.shape)
+
+    def write(self, file: BinaryIO) -> None:
+        """Append the tensor's bytes to `file`, and its CRC-32 to the node."""
+        array = np.asarray(self.array)
+        if "bits" in self.node:
+            data = pack_bits(_unsigned(array, self.node["low"]), self.node["bits"])
+        else:
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self.node["crc32"] = f"{zlib.crc32(data):08x}"
+        file.write(data.data)
+
+
+def describe(array: np.ndarray | jax.Array, name: str, codes: tuple[int, int] | None) -> Tensor:
+    """The tensor for an array. Integers within the range `codes` become a stream of its width.
+
+    Raises:
+        ValueError: JAX has no such dtype.
+    """
+    dtype = np.dtype(array.dtype)
+    if JAX_DTYPES.get(dtype.name) != dtype:
+        raise ValueError(f"dtype {dtype} is none of JAX's; nothing but arrays of numbers is stored")
+    node: dict[str, Any] = {"array": name, "crc32": "00000000"}
+    stream = None
+    if dtype.name.startswith(("int", "uint")):
+        if codes is not None and within(array, codes):
+            stream = {"bits": _width(codes), "low": codes[0]}
+        elif jnp.iinfo(dtype).bits < 8:
+            stream = {"bits": jnp.iinfo(dtype).bits, "low": int(jnp.iinfo(dtype).min)}
+    if stream is not None or dtype.name not in _SAFETENSORS_NAME:
+        node |= {"dtype": dtype.name, "shape": list(array.shape), **(stream or {})}
+    return Tensor(array, node)
+
+
+def within(array: np.ndarray | jax.Array, codes: tuple[int, int]) -> bool:
+    """Whether all integers of `array` lie in the range, both ends included."""
+    values = np.asarray(array)
+    if values.dtype.itemsize == 1:  # also the sub-byte types, which NumPy compares slowly
+        values = values.astype(np.uint8 if values.dtype.name.startswith("u") else np.int8)
+    return not values.size or bool(codes[0] <= values.min() and values.max() <= codes[1])
+
+
+def claim(node: Mapping[str, Any], entry: Entry) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of the array that a node and its tensor promise, if they fit together.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    name = node["array"]
+    if not isinstance(node.get("crc32"), str):
+        raise CheckpointError(f"tensor {name!r}: no checksum")
+    extra = set(node) - {"array", "crc32"}
+    if not extra:
+        return jax.ShapeDtypeStruct(entry.shape, JAX_DTYPES[DTYPES[entry.dtype][0]])
+    dtype, shape = JAX_DTYPES.get(str(node.get("dtype"))), node.get("shape")
+    if dtype is None or not isinstance(shape, list) or not naturals(shape) or len(shape) > 32:
+        raise CheckpointError(f"tensor {name!r}: malformed dtype or shape")
+    size, count = entry.end - entry.begin, math.prod(shape)
+    if extra == {"dtype", "shape"}:
+        fits = size == count * dtype.itemsize
+    elif extra == {"dtype", "shape", "bits", "low"}:
+        bits, low = node["bits"], node["low"]
+        fits = type(bits) is int and type(low) is int and 1 <= bits <= 8
+        fits = fits and dtype.name.startswith(("int", "uint")) and size == stream_bytes(count, bits)
+        if fits:
+            info = jnp.iinfo(dtype)
+            fits = info.min <= low and low + (1 << bits) - 1 <= info.max or _narrow(node, info)
+    else:
+        fits = False
+    if entry.dtype != "U8" or not fits:
+        raise CheckpointError(f"tensor {name!r}: its encoding does not fit its {size} bytes")
+    return jax.ShapeDtypeStruct(tuple(shape), dtype)
+
+
+def _narrow(node: Mapping[str, Any], info: Any) -> bool:
+    """A range of codes such as -3..3 needs 3 bits but not the last of their 8 values."""
+    return info.min <= node["low"] <= info.max
+
+
+class Reader:
+    """Reads arrays from an open file, one at a time, checking each.
+
+    `top` gives, for tensors that are streams of codes, the largest code less the smallest.
+    """
+
+    def __init__(self, file: BinaryIO, entries: Mapping[str, Entry], top: Mapping[str, int]):
+        self.file, self.entries, self.top = file, entries, top
+
+    def __call__(self, node: Mapping[str, Any]) -> jax.Array | np.ndarray:
+        """The array of a node that `claim` has accepted.
+
+        Raises:
+            CheckpointError: the bytes are not those that were written, or codes are off the grid.
+        """
+        name = node["array"]
+        entry, promised = self.entries[name], claim(node, self.entries[name])
+        data = np.empty(entry.end - entry.begin, np.uint8)
+        self.file.seek(entry.begin)
+        if self.file.readinto(data.data) != data.size:
+            raise CheckpointError(f"tensor {name!r}: the file ended while it was read")
+        if f"{zlib.crc32(data):08x}" != node["crc32"]:
+            raise CheckpointError(f"tensor {name!r} is corrupt: its checksum does not match")
+        if "bits" in node:
+            data = unpack_bits(data, node["bits"], math.prod(promised.shape))
+            low, bits = node["low"], node["bits"]
+            top = min(self.top.get(name, 255), int(jnp.iinfo(promised.dtype).max) - low)
+            if top < (1 << bits) - 1 and data.size and int(data.max()) > top:
+                raise CheckpointError(f"tensor {name!r}: code {low + int(data.max())} is off its grid")
+            array = _signed(data, low, promised.dtype)
+        else:
+            if promised.dtype == np.bool_ and data.size and int(data.max()) > 1:
+                raise CheckpointError(f"tensor {name!r}: a bool that is neither 0 nor 1")
+            array = data.view(promised.dtype)
+        array = array.reshape(promised.shape)
+        wide = array.dtype.itemsize // (2 if array.dtype.kind == "c" else 1) == 8
+        return array if wide and not jax.config.jax_enable_x64 else jnp.asarray(array)
+
+
+def _width(codes: tuple[int, int]) -> int:
+    return max(1, (codes[1] - codes[0]).bit_length())
+
+
+def _unsigned(array: np.ndarray, low: int) -> np.ndarray:
+    """Integers from `low` to `low + 255` as uint8, less `low`."""
+    if array.dtype.itemsize == 1:  # uint8 arithmetic wraps, so it is right for int8 as well
+        signed = array.astype(np.int8 if not array.dtype.name.startswith("u") else np.uint8)
+        return signed.view(np.uint8) - np.uint8(low & 255)
+    return (array.astype(np.int64) - low).astype(np.uint8)
+
+
+def _signed(codes: np.ndarray, low: int, dtype: np.dtype) -> np.ndarray:
+    """The inverse of `_unsigned`."""
+    if dtype.itemsize == 1:
+        shifted = codes + np.uint8(low & 255)
+        return (shifted if dtype.name.startswith("u") else shifted.view(np.int8)).astype(dtype)
+    return (codes.astype(np.int64) + low).astype(dtype)

@@ -1,0 +1,77 @@
+"""A quantized weight as one pytree leaf group: codes, group parameters, how to read them.
+
+`QTensor` holds integer codes `[*batch, out, in]` in the narrowest JAX type (XLA packs int2 and int4
+on every backend; `nbytes` does not know), and the grid's parameters per group. Static: the grid,
+the blocks, the layout that leads back to the original array, and the dtype it had. None of them
+stores a batch size, so a `QTensor` may be sliced by `scan`, `vmap` or `jax.tree.map(lambda a: a[0], q)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from jquant.blocks import Blocks, Layout, from_blocks, to_blocks
+from jquant.grids.base import Grid, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QTensor:
+    """A weight on a grid. `shape`, `ndim` and `dtype` are those of the array it stands for."""
+
+    codes: Integer[Array, "*batch out in"]
+    params: Params
+    grid: Grid = field(metadata={"static": True})
+    blocks: Blocks = field(metadata={"static": True})
+    layout: Layout = field(metadata={"static": True})
+    dtype: Any = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layout.shape(self.codes.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return self.codes.size
+
+
+def is_qtensor(leaf: object) -> bool:
+    return isinstance(leaf, QTensor)
+
+
+def tree_map_weights(function: Callable[[Any], Any], tree: Any) -> Any:
+    """`jax.tree.map` in which a `QTensor` is one leaf."""
+    return jax.tree.map(function, tree, is_leaf=is_qtensor)
+
+
+def dequantize_weight(q: QTensor) -> Float[Array, "..."]:
+    """The array a `QTensor` stands for, in its original shape and dtype."""
+    codes = to_blocks(q.codes.astype(jnp.int32), q.blocks)
+    length = q.codes.shape[-1 if q.blocks.axis == "in" else -2]
+    canonical = from_blocks(q.grid.decode(codes, q.params), q.blocks, length)
+    return q.layout.original(canonical).astype(q.dtype)
+
+
+def dequantize(qparams: Any) -> Any:
+    """Every `QTensor` of a pytree as the array it stands for; other leaves are left as they are.
+
+    Example:
+        >>> import jquant as jq
+        >>> w = {"kernel": jnp.linspace(-1.0, 1.0, 32).reshape(8, 4), "bias": jnp.zeros(4)}
+        >>> plan = jq.plan(jq.find_weights(lambda p, x: x @ p["kernel"] + p["bias"], w, jnp.ones((2, 8))),
+        ...                {".*": jq.Scheme(jq.grids.Uniform(8))})
+        >>> q, _ = jq.quantize(lambda p, x: x @ p["kernel"] + p["bias"], w, plan)
+        >>> float(jnp.abs(dequantize(q)["kernel"] - w["kernel"]).max()) < 0.01
+        True
+    """
+    return tree_map_weights(lambda leaf: dequantize_weight(leaf) if is_qtensor(leaf) else leaf, qparams)

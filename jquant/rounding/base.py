@@ -1,0 +1,46 @@
+"""What a rounding is: a choice of one code per weight on a grid somebody else owns.
+
+A rounding is a frozen dataclass registered static. It is called with a weight in the canonical view
+`[*batch, out, in]`, and says by `needs` what it must be told beyond the weight: `"moment"` (the
+second moment of its inputs) or `"key"` (randomness).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+from jaxtyping import Array, Float, Integer, PRNGKeyArray
+
+from jquant.blocks import Blocks
+from jquant.calibration.evidence import Evidence
+from jquant.grids.base import Grid, Params
+
+
+class Rounded(NamedTuple):
+    """Codes, the group parameters they refer to, and what happened (scalars per `[*batch]`)."""
+
+    codes: Integer[Array, "*batch out in"]
+    params: Params  # leaves [*batch, rows, n] or [*batch, rows, n, k]
+    info: Mapping[str, Array]
+
+
+class Rounding(Protocol):
+    """A rounding. See the module docstring."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """A subset of `{"moment", "key"}`."""
+        ...
+
+    def __call__(
+        self,
+        w: Float[Array, "*batch out in"],
+        grid: Grid,
+        blocks: Blocks = Blocks(),
+        *,
+        evidence: Evidence | Float[Array, "*batch in in"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Rounded:
+        """Round `w` on `grid` in groups of `blocks`."""
+        ...
