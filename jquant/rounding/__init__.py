@@ -1,0 +1,7 @@
+"""Roundings: how a code is chosen for every weight. See `jquant.rounding.base` for what one is."""
+
+from jquant.rounding.base import Rounded, Rounding
+from jquant.rounding.elementwise import Nearest
+from jquant.rounding.gptq import GPTQ
+
+__all__ = ["GPTQ", "Nearest", "Rounded", "Rounding"]

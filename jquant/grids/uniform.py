@@ -1,0 +1,230 @@
+"""Uniform (affine) grids: `value = scale * (code - zero)`, 2 to 8 bits.
+
+Six conventions are in use for the step and the zero point, and mixing them up is the usual bug of
+the field. They are rows of `CONVENTIONS`: every one takes a range `[low, high]` from the weights,
+divides it by a number of steps, and puts zero somewhere:
+
+    id  used by                range                        steps    zero point            codes
+    A1  GPTQ (default)         [min(w, 0), max(w, 0)]       2^b - 1  round(-low/s)         0 .. 2^b - 1
+    A2  AWQ, AdaDim            [min w, max w], floor 1e-5   2^b - 1  clip(round(-low/s))   0 .. 2^b - 1
+    A3  DeepSpeed, asymmetric  [min w, max w]               2^b      round(-low/s), float  0 .. 2^b - 1
+    S1  GPTQ `sym`, DiscQuant  ±max |w|                     2^b - 1  none                  ±2^(b-1), less one above
+    S2  DeepSpeed, symmetric   ±max |w|                     2^b      none                  the same
+    S3  restricted (PowerQuant, int8 kernels)  ±max |w|     2^b - 2  none                  ±(2^(b-1) - 1)
+
+S1 differs from GPTQ's code on purpose in one thing: there a group without negative weights gets
+half the scale it needs and clips half its range. A2 keeps AWQ's behaviour: a group far from zero
+clips, as its zero point has to be a code. Static: everything but the group parameters, which are
+arrays: `scale`, and for asymmetric grids `zero`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Integer
+
+from jquant.grids.base import Params, code_dtype, nearest
+
+
+class Convention(NamedTuple):
+    """One row of the table in the module docstring; `2**bits - fewer` steps, codes from `first`."""
+
+    range: Literal["zero inside", "as found", "even"]
+    fewer: int  # steps = 2**bits - fewer
+    zero: Literal["code", "any", "none"]
+    floor: float = 0.0  # least width of the range
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero == "none"
+
+
+CONVENTIONS: dict[str, Convention] = {
+    "A1": Convention("zero inside", 1, "code"),
+    "A2": Convention("as found", 1, "code", 1e-5),
+    "A3": Convention("as found", 0, "any"),
+    "S1": Convention("even", 1, "none"),
+    "S2": Convention("even", 0, "none"),
+    "S3": Convention("even", 2, "none"),
+}
+
+# The least scale of each storable type: below, a scale would be flushed to zero. float16 keeps its
+# subnormals, which are ordinary numbers in the float32 arithmetic that uses them.
+LEAST_SCALE = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-24}
+
+# A step below 2^-16 of the group's largest weight (only A2 and A3, far from zero) would make zero
+# points that float32 cannot subtract exactly from a code.
+LEAST_STEP = 2.0**-16
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class MinMax:
+    """The range of a group is that of its weights: nothing is clipped that need not be."""
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class MSE:
+    """The range is the weights' own times the best of `steps` factors `1 - i / resolution`.
+
+    Best by the sum of `importance * |error| ** norm` under nearest rounding; the factor 1 wins ties,
+    so the result is never worse than `MinMax` in that measure. Defaults: GPTQ's own search.
+    """
+
+    steps: int = 80
+    resolution: int = 100
+    norm: float = 2.4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.steps <= self.resolution or self.norm <= 0:
+            raise ValueError(f"MSE needs 0 < steps <= resolution and norm > 0, got {self}")
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Uniform:
+    """Equally spaced points, `2**bits` codes per weight.
+
+    Args:
+        bits: 2 to 8.
+        symmetric: codes signed around zero and no zero point; else unsigned codes with one.
+        convention: a row of the module's table; default `"S1"` (symmetric) or `"A1"`, GPTQ's own.
+        range: `MinMax()`, or `MSE()` to search for a range that clips on purpose.
+        scale_dtype: `"float32"`, `"float16"` or `"bfloat16"`. The scale is rounded to it in `fit`, so
+            codes are chosen for the scale that is stored.
+
+    Raises:
+        ValueError: an argument is out of its set, or `symmetric` contradicts `convention`.
+
+    Example:
+        >>> grid = Uniform(2)
+        >>> params = grid.fit(jnp.array([[-1.0, 0.0, 0.4, 2.0]]))
+        >>> float(params["scale"][0]), int(params["zero"][0])
+        (1.0, 1)
+        >>> grid.decode(nearest(grid, jnp.array([[-1.0, 0.0, 0.4, 2.0]]), params), params).tolist()
+        [[-1.0, 0.0, 0.0, 2.0]]
+
+    References:
+        Frantar et al., GPTQ, 2022, https://arxiv.org/abs/2210.17323 (A1, S1, and the MSE search)
+    """
+
+    bits: int
+    symmetric: bool = False
+    convention: str | None = None
+    range: MinMax | MSE = MinMax()
+    scale_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise ValueError(f"Uniform.bits must be an int from 2 to 8, got {self.bits!r}")
+        if not isinstance(self.symmetric, bool):
+            raise ValueError(f"Uniform.symmetric must be True or False, got {self.symmetric!r}")
+        if self.convention is None:
+            object.__setattr__(self, "convention", "S1" if self.symmetric else "A1")
+        row = CONVENTIONS.get(str(self.convention))
+        if row is None or row.symmetric != self.symmetric:
+            fits = [name for name, row in CONVENTIONS.items() if row.symmetric == self.symmetric]
+            raise ValueError(
+                f"Uniform.convention with symmetric={self.symmetric} must be one of {fits} or None, "
+                f"got {self.convention!r}"
+            )
+        if not isinstance(self.range, MinMax | MSE):
+            raise ValueError(f"Uniform.range must be MinMax() or MSE(), got {self.range!r}")
+        if self.scale_dtype not in LEAST_SCALE:
+            raise ValueError(
+                f"Uniform.scale_dtype must be one of {list(LEAST_SCALE)}, got {self.scale_dtype!r}"
+            )
+
+    @property
+    def _row(self) -> Convention:
+        return CONVENTIONS[str(self.convention)]
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """The smallest and the largest code, both included."""
+        if not self.symmetric:
+            return 0, 2**self.bits - 1
+        top = 2 ** (self.bits - 1) - 1
+        return top + 1 - 2**self.bits + max(self._row.fewer - 1, 0), top
+
+    def fit(self, w: Float[Array, "*g b"], importance: Float[Array, "*#g b"] | None = None) -> Params:
+        """Group parameters: `scale` `[*g]`, and `zero` `[*g]` if asymmetric.
+
+        `zero` has the grid's code dtype (float32 in A3, whose zero point may lie outside the codes).
+        `importance` weighs the errors of `MSE`; `MinMax` has no use for it. Finite weights give
+        finite parameters and values, whatever their range: ranges are capped at a quarter of
+        float32's, and a group of zeros has scale 1.
+        """
+        w = w.astype(jnp.float32)
+        # Reductions start from zero where the convention wants zero inside.
+        start = 0.0 if self._row.range == "zero inside" else None
+        low = jnp.min(w, axis=-1, initial=start)
+        high = jnp.max(w, axis=-1, initial=start)
+        if self._row.range == "even":
+            high = jnp.maximum(high, -low)
+            low = -high
+        cap = float(jnp.finfo(jnp.float32).max) / 4
+        low, high = jnp.clip(low, -cap, cap), jnp.clip(high, -cap, cap)
+        if isinstance(self.range, MinMax):
+            return self._params(low, high)
+        search = self.range
+        weight = jnp.float32(1.0) if importance is None else importance.astype(jnp.float32)
+
+        def loss(factor: Float[Array, ""]) -> Float[Array, "*g"]:
+            params = self._params(low * factor, high * factor)
+            error = jnp.abs(w - self.decode(nearest(self, w, params), params))
+            return jnp.sum(weight * error**search.norm, axis=-1)
+
+        def better(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+            factor = 1.0 - i.astype(jnp.float32) / search.resolution
+            now = loss(factor)
+            return jnp.where(now < best[0], now, best[0]), jnp.where(now < best[0], factor, best[1])
+
+        one = jnp.ones_like(low)
+        _, factor = lax.fori_loop(1, search.steps, better, (loss(jnp.float32(1.0)), one))
+        return self._params(low * factor, high * factor)
+
+    def _params(self, low: Float[Array, "*g"], high: Float[Array, "*g"]) -> Params:
+        """Scale and zero point of a range, as the convention has them."""
+        row = self._row
+        magnitude = jnp.maximum(jnp.abs(low), jnp.abs(high))
+        scale = jnp.maximum(high - low, row.floor) / (2**self.bits - row.fewer)
+        scale = jnp.maximum(scale, magnitude * LEAST_STEP)
+        stored = jnp.finfo(self.scale_dtype)
+        scale = jnp.clip(scale, LEAST_SCALE[self.scale_dtype], float(stored.max))
+        scale = jnp.where(magnitude > 0, scale, 1.0).astype(self.scale_dtype)
+        if row.zero == "none":
+            return {"scale": scale}
+        zero = jnp.round(-low / scale.astype(jnp.float32))
+        if row.zero == "any":
+            return {"scale": scale, "zero": zero}
+        zero = jnp.clip(zero, *self.codes).astype(jnp.int32)
+        return {"scale": scale, "zero": zero.astype(code_dtype(self))}
+
+    def _affine(self, params: Params) -> tuple[Float[Array, "*g 1"], Float[Array, "*g 1"]]:
+        """Scale and zero point as float32, with an axis for the weights of a group."""
+        scale = params["scale"].astype(jnp.float32)[..., None]
+        if self.symmetric:
+            return scale, jnp.zeros_like(scale)
+        return scale, params["zero"].astype(jnp.float32)[..., None]
+
+    def bracket(
+        self, w: Float[Array, "*g b"], params: Params
+    ) -> tuple[Integer[Array, "*g b"], Integer[Array, "*g b"]]:
+        """The neighbouring int32 codes; equal where the weight is outside the grid's range."""
+        scale, zero = self._affine(params)
+        below = jnp.floor(w / scale) + zero
+        first, last = self.codes
+        lo, hi = jnp.clip(below, first, last), jnp.clip(below + 1.0, first, last)
+        return lo.astype(jnp.int32), hi.astype(jnp.int32)
+
+    def decode(self, codes: Integer[Array, "*g b"], params: Params) -> Float[Array, "*g b"]:
+        """`scale * (code - zero)`, float32."""
+        scale, zero = self._affine(params)
+        return scale * (codes.astype(jnp.float32) - zero)

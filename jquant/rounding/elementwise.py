@@ -1,0 +1,84 @@
+"""Roundings that look at one weight at a time: the nearest code.
+
+Nearest rounding is the baseline of every other one, and what they fall back to. With evidence, the
+diagonal of the second moment tells grids that can use it (`MSE`, learned codebooks) which inputs
+matter; the codes themselves are nearest in any case. Static: the choice; arrays: the weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jquant.blocks import Blocks, from_blocks, to_blocks
+from jquant.calibration.evidence import Evidence
+from jquant.grids.base import Grid, Params, code_dtype, nearest
+from jquant.rounding.base import Rounded
+
+
+def second_moment(
+    evidence: Evidence | Float[Array, "*batch in in"] | None,
+) -> Float[Array, "*batch in in"] | None:
+    """The second moment inside what a rounding was given as evidence."""
+    return evidence.second_moment if isinstance(evidence, Evidence) else evidence
+
+
+def fit_grid(
+    w: Float[Array, "*batch out in"],
+    grid: Grid,
+    blocks: Blocks,
+    moment: Float[Array, "*batch in in"] | None,
+) -> Params:
+    """Parameters for the groups of a weight, its inputs weighed by their mean square if known."""
+    if moment is None:
+        return grid.fit(to_blocks(w, blocks))
+    power = jnp.diagonal(moment, axis1=-2, axis2=-1)[..., None, :]
+    return grid.fit(to_blocks(w, blocks), to_blocks(power, blocks))
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest code of every weight; needs nothing.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> w = jnp.array([[0.0, 1.1, 2.0, 3.0]])
+        >>> Nearest()(w, Uniform(2)).codes.tolist()
+        [[0, 1, 2, 3]]
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    def __call__(
+        self,
+        w: Float[Array, "*batch out in"],
+        grid: Grid,
+        blocks: Blocks = Blocks(),
+        *,
+        evidence: Evidence | Float[Array, "*batch in in"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Rounded:
+        """Codes `[*batch, out, in]` in the grid's code dtype, parameters `[*batch, rows, n, …]`."""
+        del key
+        return _round(w, second_moment(evidence), grid, blocks)
+
+
+@partial(jax.jit, static_argnames=("grid", "blocks"))
+def _round(
+    w: Float[Array, "*batch out in"],
+    moment: Float[Array, "*batch in in"] | None,
+    grid: Grid,
+    blocks: Blocks,
+) -> Rounded:
+    w = w.astype(jnp.float32)
+    params = fit_grid(w, grid, blocks, moment)
+    length = w.shape[-1 if blocks.axis == "in" else -2]
+    codes = from_blocks(nearest(grid, to_blocks(w, blocks), params), blocks, length)
+    return Rounded(codes.astype(code_dtype(grid)), params, {})
