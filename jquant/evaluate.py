@@ -1,0 +1,242 @@
+"""How far a quantized model has moved: perplexity, KL divergence, agreement.
+
+    KL = mean over tokens of  sum_v p_full(v) (log p_full(v) - log p_quantized(v))      [nats]
+
+KL to the full-precision model is the measure to trust: it sees every change of the distribution,
+needs no labels, and is 0 for an unchanged model. Perplexity is `exp` of the mean negative log
+likelihood of each next token; agreement is how often the likeliest token is the same.
+
+The two models run one after the other on a few rows at a time through `jquant.inference.apply`, so
+one compiled program serves every batch. A vocabulary is large: probabilities are formed for a chunk
+of tokens at once, never for all, and only one number per token comes to the host, where the sums
+are exact (`math.fsum` over float64).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jquant.inference import apply
+
+ROWS_AT_ONCE = 1024  # tokens per forward, rounded down to whole rows: bounds the logits in memory
+TOKENS_AT_ONCE = 128  # tokens whose probabilities exist at one time
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found over `tokens` positions."""
+
+    kl: float
+    perplexity_full: float
+    perplexity_quantized: float
+    agreement: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"KL {self.kl:.4f} nats/token, "
+            f"perplexity {self.perplexity_full:.3f} -> {self.perplexity_quantized:.3f}, "
+            f"agreement {self.agreement:.1%} ({self.tokens} tokens)"
+        )
+
+
+def compare(
+    fn: Callable[..., Array],
+    params: Any,
+    qparams: Any,
+    batches: Iterable[Int[Array, "b t"]],
+    *,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Every measure in one pass over `batches`.
+
+    Args:
+        fn: `fn(params, tokens[B, T]) -> logits[B, T, V]`.
+        params, qparams: the two sets of parameters; either may hold quantized weights.
+        batches: token arrays `[B, T]`, T >= 2; B and T may vary (each T compiles once).
+        progress: called with the number of positions done so far.
+
+    Returns:
+        A `Comparison`. KL and agreement are means over all positions, the perplexities over those
+        whose next token is known (all but the last of a row).
+
+    Raises:
+        ValueError: no batches, a batch of another shape or type, or logits that are not finite.
+
+    Example:
+        >>> def fn(params, tokens):
+        ...     return params[tokens]
+        >>> table = jax.random.normal(jax.random.key(0), (8, 8))
+        >>> compare(fn, table, table, [jnp.arange(8).reshape(2, 4)]).kl
+        0.0
+    """
+    run = apply(fn)
+    kls: list[float] = []
+    full: list[float] = []
+    quantized: list[float] = []
+    same: list[float] = []
+    for tokens, real in _microbatches(batches):
+        pair = (run(params, tokens), run(qparams, tokens))
+        for logits, name in zip(pair, ("params", "qparams"), strict=True):
+            _check_logits(logits, tokens, name)
+        divergence, nll, agree = (np.asarray(part)[..., :real, :] for part in _pair(*pair, tokens))
+        _check_finite(nll[0], "params", len(kls))
+        _check_finite(nll[1], "qparams", len(kls))
+        _check_finite(divergence, "params against qparams", len(kls))
+        kls += divergence.ravel().tolist()
+        same += agree.ravel().tolist()
+        full += nll[0, :, :-1].ravel().tolist()
+        quantized += nll[1, :, :-1].ravel().tolist()
+        if progress is not None:
+            progress(len(kls))
+    return Comparison(
+        kl=_mean(kls),
+        perplexity_full=_exp(_mean(full)),
+        perplexity_quantized=_exp(_mean(quantized)),
+        agreement=_mean(same),
+        tokens=len(kls),
+    )
+
+
+def perplexity(
+    fn: Callable[..., Array],
+    params: Any,
+    batches: Iterable[Int[Array, "b t"]],
+    *,
+    progress: Progress | None = None,
+) -> float:
+    """`exp` of the mean negative log likelihood of each next token; arguments as for `compare`."""
+    run = apply(fn)
+    losses: list[float] = []
+    for tokens, real in _microbatches(batches):
+        logits = run(params, tokens)
+        _check_logits(logits, tokens, "params")
+        nll = np.asarray(_single(logits, tokens))[:real]
+        _check_finite(nll, "params", len(losses))
+        losses += nll[:, :-1].ravel().tolist()
+        if progress is not None:
+            progress(len(losses))
+    return _exp(_mean(losses))
+
+
+def kl(
+    fn: Callable[..., Array],
+    params: Any,
+    qparams: Any,
+    batches: Iterable[Int[Array, "b t"]],
+    *,
+    progress: Progress | None = None,
+) -> float:
+    """Mean KL(full || quantized) in nats per token; arguments as for `compare`."""
+    return compare(fn, params, qparams, batches, progress=progress).kl
+
+
+def agreement(
+    fn: Callable[..., Array],
+    params: Any,
+    qparams: Any,
+    batches: Iterable[Int[Array, "b t"]],
+    *,
+    progress: Progress | None = None,
+) -> float:
+    """How often both models find the same token likeliest, 0 to 1; arguments as for `compare`."""
+    return compare(fn, params, qparams, batches, progress=progress).agreement
+
+
+@jax.jit
+def _pair(
+    full: Float[Array, "b t v"], quantized: Float[Array, "b t v"], tokens: Int[Array, "b t"]
+) -> tuple[Array, Array, Array]:
+    """Per token: the divergence `[B, T]`, both losses `[2, B, T]`, whether the top is the same."""
+
+    def one(token: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        p, q, target = token
+        log_p, log_q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
+        # where p is 0 the term is 0, also if a log is minus infinity
+        terms = jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_q), 0.0)
+        losses = -jnp.stack((log_p[target], log_q[target]))
+        return jnp.sum(terms), losses, jnp.argmax(p) == jnp.argmax(q)
+
+    divergence, losses, same = _over_tokens(one, (full, quantized, _targets(tokens)), tokens.size)
+    shape = tokens.shape
+    return divergence.reshape(shape), losses.T.reshape(2, *shape), same.reshape(shape)
+
+
+@jax.jit
+def _single(logits: Float[Array, "b t v"], tokens: Int[Array, "b t"]) -> Float[Array, "b t"]:
+    """The loss of each token's successor; the last of a row has none and is dropped by callers."""
+
+    def one(token: tuple[Array, Array]) -> Array:
+        return -jax.nn.log_softmax(token[0])[token[1]]
+
+    return _over_tokens(one, (logits, _targets(tokens)), tokens.size).reshape(tokens.shape)
+
+
+def _over_tokens(one: Callable[[Any], Any], values: Any, count: int) -> Any:
+    """`one` for each token, `TOKENS_AT_ONCE` at a time."""
+    flat = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), values)
+    flat = jax.tree.map(lambda x: x if x.dtype == jnp.int32 else x.astype(jnp.float32), flat)
+    return jax.lax.map(one, flat, batch_size=TOKENS_AT_ONCE)
+
+
+def _targets(tokens: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    return jnp.roll(tokens, -1, axis=1).astype(jnp.int32)
+
+
+def _microbatches(batches: Iterable[Int[Array, "b t"]]) -> Iterator[tuple[np.ndarray, int]]:
+    """Few rows at a time, always the same number for one T; a short last one is padded.
+
+    Yields the rows and how many of them are real.
+    """
+    seen = False
+    for i, batch in enumerate(batches):
+        tokens = np.asarray(batch)
+        if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.shape[1] < 2:
+            raise ValueError(
+                f"batch {i} is {tokens.dtype} {tokens.shape}; expected integer tokens [B, T] with "
+                "T >= 2 (wrap one array as [tokens], one row as tokens[None])"
+            )
+        rows = max(1, ROWS_AT_ONCE // tokens.shape[1])
+        for start in range(0, len(tokens), rows):
+            part = tokens[start : start + rows].astype(np.int32)
+            seen = True
+            yield np.pad(part, ((0, rows - len(part)), (0, 0)), mode="edge"), len(part)
+    if not seen:
+        raise ValueError("batches is empty; pass token arrays [B, T] (an iterator is used up once)")
+
+
+def _check_logits(logits: Any, tokens: np.ndarray, name: str) -> None:
+    shape = getattr(logits, "shape", None)
+    if shape is None or len(shape) != 3 or shape[:2] != tokens.shape:
+        raise ValueError(
+            f"fn({name}, tokens{list(tokens.shape)}) gave {shape}; expected logits "
+            f"[{tokens.shape[0]}, {tokens.shape[1]}, vocabulary]; wrap fn to return only those"
+        )
+
+
+def _check_finite(values: np.ndarray, name: str, done: int) -> None:
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        raise ValueError(
+            f"{name}: the logits give {values[tuple(bad[0])]} at row {bad[0][-2]}, token "
+            f"{bad[0][-1]} of the batch after {done} positions; look for NaN or infinite weights "
+            "or scales, and for tokens outside the vocabulary"
+        )
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _exp(loss: float) -> float:
+    """`exp`, or infinity where a broken model's loss is past what a float can hold."""
+    return math.exp(loss) if loss < 709 else math.inf

@@ -1,0 +1,24 @@
+"""Reference decoders, their loaders and the demo's model.
+
+`load(source)` turns a GGUF file, a Hugging Face directory or a hub id into `(fn, params,
+tokenizer)`. The function is a `Decoder`: a frozen value, pure in its parameters, so everything else
+in jquant treats it like any other function. Nothing in the library depends on this package; the
+command line, the notebooks and the benchmarks do.
+"""
+
+from jquant.models import smollm2
+from jquant.models.config import DecoderConfig
+from jquant.models.decoder import CachedStep, Decoder, Llama
+from jquant.models.generation import generate, stream
+from jquant.models.loading import load
+
+__all__ = [
+    "CachedStep",
+    "Decoder",
+    "DecoderConfig",
+    "Llama",
+    "generate",
+    "load",
+    "smollm2",
+    "stream",
+]

@@ -1,0 +1,213 @@
+"""`load(source)`: a decoder, its parameters and its tokenizer from wherever they lie.
+
+A GGUF file, a Hugging Face directory of safetensors (one file or shards with an index), or a hub
+id, which is downloaded to such a directory first. Each ends in the same three things. Nothing here
+unpickles, and nothing is returned unless all of it was there and fitted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+
+from jquant.errors import CheckpointError
+from jquant.models.assembly import assemble
+from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf, from_hf
+from jquant.models.decoder import Decoder
+from jquant.models.gguf_file import GGUFFile, read_gguf
+from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_from_hf
+
+_ROPE_FACTORS = "rope_freqs.weight"
+_DTYPES = ("F32", "F16", "BF16")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+def load(
+    source: str | Path,
+    *,
+    scan_layers: bool = False,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    tokenizer: str | Path | None = None,
+) -> tuple[Decoder, dict[str, Any], Any]:
+    """`(fn, params, tokenizer)` with `fn(params, tokens[B, T]) -> logits[B, T, V]` (float32).
+
+    Args:
+        source: a GGUF file, a directory with `config.json` and safetensors, or a hub id.
+        scan_layers: stack the layers' parameters `[L, ...]` and run them in a scan.
+        dtype: compute dtype, "float32" or "bfloat16" (matmul inputs; results stay float32).
+        param_dtype: dtype the parameters are kept in.
+        tokenizer: take the tokenizer from this Hugging Face directory or hub id instead.
+
+    Returns:
+        The decoder, its parameters as a nested dict, and a `transformers` tokenizer; None in its
+        place if the checkpoint holds none.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, incomplete or of an unsupported kind.
+
+    Example: `fn, params, tokenizer = load("model.gguf", dtype="bfloat16")`
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _load_directory(path, scan_layers, dtype, param_dtype, tokenizer)
+    if path.is_file():
+        return _load_gguf(path, scan_layers, dtype, param_dtype, tokenizer)
+    return _load_directory(_download(str(source)), scan_layers, dtype, param_dtype, tokenizer)
+
+
+def _load_gguf(
+    path: Path, scan_layers: bool, dtype: str, param_dtype: str, tokenizer: str | Path | None
+) -> tuple[Decoder, dict[str, Any], Any]:
+    file = read_gguf(path)
+    try:
+        if (parts := file.metadata.get("split.count", 1)) != 1:
+            raise CheckpointError(f"split.count = {parts}; join the model's GGUF files first")
+        shapes = {name: info.shape for name, info in file.tensors.items()}
+        factors = None
+        if (shape := shapes.pop(_ROPE_FACTORS, None)) is not None:
+            if len(shape) != 1 or shape[0] > MAX_HEAD_DIM:
+                raise CheckpointError(f"tensor {_ROPE_FACTORS!r} has shape {shape}")
+            factors = file.read(_ROPE_FACTORS)
+        config = from_gguf(file.metadata, shapes, factors)
+        found = (
+            tokenizer_from_gguf(file.metadata)
+            if tokenizer is None
+            else tokenizer_from_hf(tokenizer)
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.name}: {error}") from error
+    fn = Decoder(config, scan_layers, dtype)
+    read = _unpermuted(file, config) if _is_permuted(file) else file.read
+    params = assemble(
+        config, "gguf", shapes, read,
+        origin=path.name, scan_layers=scan_layers, param_dtype=param_dtype,
+    )  # fmt: skip
+    return fn, params, found
+
+
+def _is_permuted(file: GGUFFile) -> bool:
+    return file.metadata["general.architecture"] == "llama"
+
+
+def _unpermuted(file: GGUFFile, config: DecoderConfig) -> Any:
+    """Read tensors with llama.cpp's reordering of the rows of q and k undone.
+
+    For this architecture llama.cpp rotates neighbouring channels (2i, 2i+1) where the decoder
+    rotates halves (i, i + d/2), and its converter sorts the rows of each head to match.
+    """
+
+    def read(name: str) -> np.ndarray:
+        value = file.read(name)
+        stem = name.rsplit(".", 2)[1]
+        if stem not in ("attn_q", "attn_k"):
+            return value
+        heads = config.heads if stem == "attn_q" else config.kv_heads
+        pairs = value.reshape(heads, config.head_dim // 2, 2, *value.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(value.shape)
+
+    return read
+
+
+def _load_directory(
+    path: Path, scan_layers: bool, dtype: str, param_dtype: str, tokenizer: str | Path | None
+) -> tuple[Decoder, dict[str, Any], Any]:
+    try:
+        config = from_hf(_json(path / "config.json"))
+        fn = Decoder(config, scan_layers, dtype)
+        files = _tensor_files(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.name}: {error}") from error
+    handles: dict[str, Any] = {}
+    held: dict[str, set[str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, file in files.items():
+        if file not in handles:
+            handles[file] = _open(path / file)
+            held[file] = set(handles[file].keys())
+        if name not in held[file]:
+            raise CheckpointError(f"{file}: tensor {name!r} is missing; the index says it is there")
+        shapes[name] = _shape(handles[file], name, file)
+    for name in list(shapes):  # older files carry the rotary table, tied ones may repeat the head
+        if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
+            del shapes[name]
+
+    def read(name: str) -> np.ndarray:
+        return np.asarray(handles[files[name]].get_tensor(name), np.float32)
+
+    params = assemble(
+        config, "hf", shapes, read,
+        origin=path.name, scan_layers=scan_layers, param_dtype=param_dtype,
+    )  # fmt: skip
+    found = tokenizer_from_hf(path if tokenizer is None else tokenizer)
+    return fn, params, found
+
+
+def _tensor_files(path: Path) -> dict[str, str]:
+    """Tensor name to the file in `path` that holds it."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        files = _json(index).get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise CheckpointError(f"{index.name}: 'weight_map' is missing or no object")
+        for file in set(map(str, files.values())):
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise CheckpointError(f"{index.name}: {file!r} is no file of this directory")
+        return files
+    if not (path / "model.safetensors").exists():
+        pickled = " (pickled weights are never read)" if any(path.glob("*.bin")) else ""
+        raise CheckpointError(
+            "neither model.safetensors nor model.safetensors.index.json is there" + pickled
+        )
+    return dict.fromkeys(_open(path / "model.safetensors").keys(), "model.safetensors")
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent.name}: {path.name} is missing")
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path.name}: not a readable safetensors file: {error}") from error
+
+
+def _shape(handle: Any, name: str, file: str) -> tuple[int, ...]:
+    view = handle.get_slice(name)
+    if view.get_dtype() not in _DTYPES:
+        supported = ", ".join(_DTYPES)
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has dtype {view.get_dtype()}; supported: {supported}"
+        )
+    return tuple(view.get_shape())
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.name} is missing; expected a Hugging Face model directory")
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name}: expected an object, got {type(value).__name__}")
+    return value
+
+
+def _download(name: str) -> Path:
+    """The local snapshot of a hub id, downloaded where it is not there yet."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
+        raise CheckpointError(f"{name!r}: no such file or directory, and not a hub id 'owner/name'")
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{name!r} is neither a local path nor a model that could be fetched from the hub "
+            f"({type(error).__name__}); check the name and the network, or pass a local path"
+        ) from error
