@@ -19,24 +19,24 @@ where SHA-256 takes 1.7: it guards against damage, not against forgery).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 
 from jquant.errors import CheckpointError
 from jquant.io.container import parse_json, read_container, render_header, replace_file
-from jquant.io.leaves import Reader, Tensor
+from jquant.io.leaves import Reader
 from jquant.io.tree import Decoder, Encoder
 from jquant.qtensor import QTensor
 
 VERSION = 1
-_BLANK = "00000000"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about itself: its format version, its leaves by path, the user's metadata."""
+    """What a file says about itself: format version, leaves by path, the user's metadata."""
 
     version: int
     leaves: Mapping[str, Stored]
@@ -111,7 +111,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     """
     with open(path, "rb") as file, _naming(path):
         decoder, root, _ = _open(file)
-        return decoder.read(root, Reader(file))
+        return decoder.read(root, Reader(file, decoder.entries, decoder.top))
 
 
 def load_matching(path: str | os.PathLike[str], pattern: str) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def load_matching(path: str | os.PathLike[str], pattern: str) -> dict[str, Any]:
     """
     with open(path, "rb") as file, _naming(path):
         decoder, root, _ = _open(file)
-        reader = Reader(file)
+        reader = Reader(file, decoder.entries, decoder.top)
         paths = decoder.leaves(root)
         found = {p: decoder.read(n, reader) for p, n in paths.items() if re.fullmatch(pattern, p)}
     if not found:
@@ -149,7 +149,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def _header(tree: Any, user: Mapping[str, str], sizes: Mapping[str, Any]) -> bytes:
     body = json.dumps(tree, separators=(",", ":"), allow_nan=False)
     metadata = {"format": "jquant", "jquant": body, **user}
-    metadata["jquant.crc32"] = _checksum(metadata, {n: (d, list(s)) for n, (d, s, _) in sizes.items()})
+    metadata["jquant.crc32"] = _checksum(
+        metadata, {n: (d, list(s)) for n, (d, s, _) in sizes.items()}
+    )
     return render_header(metadata, sizes)
 
 
@@ -159,7 +161,7 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps([said, tensors], sort_keys=True).encode()):08x}"
 
 
-def _open(file: Any) -> tuple[Decoder, Any, dict[str, str]]:
+def _open(file: BinaryIO) -> tuple[Decoder, Any, dict[str, str]]:
     """Check all of an open file but its tensors' bytes."""
     metadata, entries = read_container(file)
     if metadata.get("format") != "jquant" or "jquant" not in metadata:
@@ -188,3 +190,12 @@ def _stored(decoder: Decoder, node: Any) -> Stored:
     if isinstance(leaf, QTensor):
         return Stored(leaf.shape, jax.numpy.dtype(leaf.dtype).name, size, leaf.grid, leaf.blocks)
     return Stored(leaf.shape, leaf.dtype.name, size)
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors about a file begin with its name."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{os.fspath(path)}: {error}") from error

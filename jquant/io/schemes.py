@@ -21,12 +21,9 @@ import numpy as np
 from jquant import grids
 from jquant.blocks import Blocks, Factor, Layout
 from jquant.errors import CheckpointError, near
+from jquant.io.leaves import JAX_DTYPES
 
-FLOATS = tuple(
-    name
-    for name in dir(jnp)
-    if name.startswith(("float", "bfloat")) and hasattr(getattr(jnp, name), "dtype")
-)
+FLOATS = tuple(name for name, dtype in JAX_DTYPES.items() if jnp.issubdtype(dtype, jnp.floating))
 
 
 @functools.cache
@@ -59,7 +56,7 @@ def to_json(value: Any) -> Any:
     kind = type(value)
     if classes().get(kind.__name__) is kind:
         return {kind.__name__: {name: to_json(getattr(value, name)) for name in _fields(kind)}}
-    if kind is tuple:
+    if isinstance(value, tuple) and kind is tuple:
         return [to_json(item) for item in value]
     raise ValueError(
         f"{value!r} ({kind.__name__}) cannot be stored: static fields may hold None, bool, int, "
@@ -110,4 +107,4 @@ def from_json(data: Any) -> Any:
 def _fields(kind: type) -> tuple[str, ...]:
     if dataclasses.is_dataclass(kind):
         return tuple(field.name for field in dataclasses.fields(kind) if field.init)
-    return kind._fields  # a NamedTuple
+    return Factor._fields

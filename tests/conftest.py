@@ -1,0 +1,57 @@
+"""How every test runs: on the CPU, with JAX as strict as it can be, and compiling things once."""
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+
+# Before JAX is imported anywhere. Nothing may reach for a model hub behind a test's back.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import jax
+import pytest
+
+# Most of the suite's time is compilation. Programs are kept between runs, and shared by workers.
+CACHE = Path(__file__).parents[1] / ".cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# A library that mixes dtypes by accident loses precision by accident.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# The same examples on every machine: a failure seen once can be seen again.
+hypothesis.settings.register_profile(
+    "jquant",
+    derandomize=True,
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("jquant")
+
+
+@pytest.fixture
+def compiles():
+    """A context manager that yields the list of programs compiled inside it."""
+
+    @contextlib.contextmanager
+    def record():
+        log: list[str] = []
+
+        class Handler(logging.Handler):
+            def emit(self, entry: logging.LogRecord) -> None:
+                if entry.getMessage().startswith("Compiling "):
+                    log.append(entry.getMessage())
+
+        logger, handler = logging.getLogger("jax"), Handler()
+        logger.addHandler(handler)
+        try:
+            with jax.log_compiles():
+                yield log
+        finally:
+            logger.removeHandler(handler)
+
+    return record
