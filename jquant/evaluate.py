@@ -26,9 +26,10 @@ from jaxtyping import Array, Float, Int
 
 from jquant.inference import apply
 
-ROWS_AT_ONCE = 1024  # tokens per forward, rounded down to whole rows: bounds the logits in memory
+TOKENS_PER_FORWARD = 1024  # rounded down to whole rows: bounds the logits in memory
 TOKENS_AT_ONCE = 128  # tokens whose probabilities exist at one time
 Progress = Callable[[int], None]
+Tokens = Int[Array | np.ndarray, "b t"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def compare(
     fn: Callable[..., Array],
     params: Any,
     qparams: Any,
-    batches: Iterable[Int[Array, "b t"]],
+    batches: Iterable[Tokens],
     *,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -110,7 +111,7 @@ def compare(
 def perplexity(
     fn: Callable[..., Array],
     params: Any,
-    batches: Iterable[Int[Array, "b t"]],
+    batches: Iterable[Tokens],
     *,
     progress: Progress | None = None,
 ) -> float:
@@ -132,7 +133,7 @@ def kl(
     fn: Callable[..., Array],
     params: Any,
     qparams: Any,
-    batches: Iterable[Int[Array, "b t"]],
+    batches: Iterable[Tokens],
     *,
     progress: Progress | None = None,
 ) -> float:
@@ -144,7 +145,7 @@ def agreement(
     fn: Callable[..., Array],
     params: Any,
     qparams: Any,
-    batches: Iterable[Int[Array, "b t"]],
+    batches: Iterable[Tokens],
     *,
     progress: Progress | None = None,
 ) -> float:
@@ -192,12 +193,12 @@ def _targets(tokens: Int[Array, "b t"]) -> Int[Array, "b t"]:
     return jnp.roll(tokens, -1, axis=1).astype(jnp.int32)
 
 
-def _microbatches(batches: Iterable[Int[Array, "b t"]]) -> Iterator[tuple[np.ndarray, int]]:
-    """Few rows at a time, always the same number for one T; a short last one is padded.
+def _microbatches(batches: Iterable[Tokens]) -> Iterator[tuple[np.ndarray, int]]:
+    """Few rows at a time, for one T always as many as its first batch allows; short ones padded.
 
     Yields the rows and how many of them are real.
     """
-    seen = False
+    rows_of: dict[int, int] = {}
     for i, batch in enumerate(batches):
         tokens = np.asarray(batch)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.shape[1] < 2:
@@ -205,12 +206,14 @@ def _microbatches(batches: Iterable[Int[Array, "b t"]]) -> Iterator[tuple[np.nda
                 f"batch {i} is {tokens.dtype} {tokens.shape}; expected integer tokens [B, T] with "
                 "T >= 2 (wrap one array as [tokens], one row as tokens[None])"
             )
-        rows = max(1, ROWS_AT_ONCE // tokens.shape[1])
+        if not len(tokens):
+            continue
+        most = max(1, TOKENS_PER_FORWARD // tokens.shape[1])
+        rows = rows_of.setdefault(tokens.shape[1], min(most, len(tokens)))
         for start in range(0, len(tokens), rows):
             part = tokens[start : start + rows].astype(np.int32)
-            seen = True
             yield np.pad(part, ((0, rows - len(part)), (0, 0)), mode="edge"), len(part)
-    if not seen:
+    if not rows_of:
         raise ValueError("batches is empty; pass token arrays [B, T] (an iterator is used up once)")
 
 

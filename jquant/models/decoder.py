@@ -142,7 +142,7 @@ class Llama(nnx.Module):
         self.embed = Embed(config, rngs)
         if scan_layers:
             stack = nnx.vmap(lambda r: Block(config, dtype, r), in_axes=0, out_axes=0)
-            self.layers = stack(rngs.fork(split=config.layers))
+            self.layers = stack(rngs.split(config.layers))
         else:
             self.layers = nnx.List([Block(config, dtype, rngs) for _ in range(config.layers)])
         self.norm = Norm(config.width, config.norm_eps, dtype)
@@ -194,7 +194,7 @@ class Decoder:
         >>> params = fn.init(jax.random.key(0))
         >>> params["layers"]["0"]["attention"]["k"]["kernel"].shape
         (8, 4)
-        >>> fn(params, jnp.zeros((1, 3), jnp.int32)).shape
+        >>> jax.jit(fn)(params, jnp.zeros((1, 3), jnp.int32)).shape
         (1, 3, 32)
     """
 

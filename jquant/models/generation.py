@@ -52,7 +52,7 @@ class NextToken:
 def stream(
     fn: Decoder,
     params: Params,
-    prompt_tokens: Int[Array, "b t"],
+    prompt_tokens: Int[Array | np.ndarray, "b t"],
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
@@ -79,7 +79,7 @@ def stream(
 def generate(
     fn: Decoder,
     params: Params,
-    prompt_tokens: Int[Array, "b t"],
+    prompt_tokens: Int[Array | np.ndarray, "b t"],
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
@@ -136,7 +136,7 @@ def _stream(
 
 def _checked(
     fn: Decoder,
-    prompt_tokens: Int[Array, "b t"],
+    prompt_tokens: Int[Array | np.ndarray, "b t"],
     max_new_tokens: int,
     temperature: float,
     key: Array | None,

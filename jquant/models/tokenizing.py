@@ -52,8 +52,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast 
     pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or not isinstance(pre, str) or pre not in _PRE:
         raise CheckpointError(
-            f"tokenizer.ggml.model = {str(kind)[:80]!r} with tokenizer.ggml.pre = {str(pre)[:80]!r} is not supported; "
-            f"supported: 'gpt2' with {', '.join(sorted(_PRE))}; for another, pass "
+            f"tokenizer.ggml.model = {str(kind)[:80]!r} with tokenizer.ggml.pre = "
+            f"{str(pre)[:80]!r} is not supported; supported: 'gpt2' with "
+            f"{', '.join(sorted(_PRE))}; for another, pass "
             "tokenizer='<Hugging Face directory or hub id>'"
         )
     tokens, vocabulary, merges = _tables(metadata)
