@@ -95,8 +95,18 @@ class Layout:
         rank = {"batch": 0, "out": 1, "in": 2}
         return sorted(range(len(factors)), key=lambda k: (rank[factors[k].role], factors[k].place))
 
+    def trimmed(self, batch_rank: int) -> Layout:
+        """The layout of an array with only its last `batch_rank` batch axes left."""
+        gone = self.batch_rank - batch_rank
+        kept, _ = self._flat(batch_rank)
+        return Layout(tuple(
+            tuple(f._replace(place=f.place - gone) if f.role == "batch" else f for f in axis)
+            for axis in kept
+        ))  # fmt: skip
+
     @property
     def batch_rank(self) -> int:
+        """How many batch axes an unsliced array has."""
         return sum(f.role == "batch" for axis in self.axes for f in axis)
 
     def size(self, role: Role) -> int:

@@ -63,16 +63,23 @@ class Walker:
         self.client = client
         self.emitted: Emissions = {}
         self.site: tuple[int, ...] = ()  # where we are: positions of the enclosing equations
-        self.shared: dict[Any, Any] = {}  # client's memory for one level of control flow
+        self._shared: dict[Any, Any] = {}  # of one level of control flow
 
     def emit(self, key: Any, value: Any) -> None:
         """File `value` under `key`; a second one is merged with the first."""
         old = self.emitted.get(key)
         self.emitted[key] = value if old is None else self.client.merge(old, value)
 
+    def share(self, what: Any, operand: Any, compute: Callable[[], Any]) -> Any:
+        """`compute()`, once for equal `what` (hashable) on the same operand, or operands."""
+        key = (what, *map(id, operand)) if isinstance(operand, tuple) else (what, id(operand))
+        if key not in self._shared:  # the operand is kept beside: an id is unique while it lives
+            self._shared[key] = operand, compute()
+        return self._shared[key][1]
+
     def run(self, closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
         """Evaluate a closed jaxpr; arguments and results may be special."""
-        jaxpr, env, views = closed.jaxpr, {}, {}
+        jaxpr, env = closed.jaxpr, {}
         env.update(zip(jaxpr.constvars, closed.consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
         last = {var: at for at, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn.invars)}
@@ -86,10 +93,10 @@ class Walker:
                 if results is None:
                     results = self._descend(eqn, values)
             elif eqn.primitive.name in _VIEWS and len(values) == 1:
-                view = (eqn.primitive.name, id(values[0]), repr(sorted(eqn.params.items())))
-                if view not in views:  # the operand is kept beside: an id is unique while it lives
-                    views[view] = values[0], bind(eqn, values)
-                results = views[view][1]
+                results = self.share(
+                    (eqn.primitive.name, repr(sorted(eqn.params.items()))), values[0],
+                    lambda eqn=eqn, values=values: bind(eqn, values),
+                )  # fmt: skip
             else:
                 results = bind(eqn, values)
             env.update(zip(eqn.outvars, results, strict=True))
@@ -110,13 +117,13 @@ class Walker:
 
     def _nested(self, closed: core.ClosedJaxpr, values: list[Any]) -> tuple[list[Any], Emissions]:
         """Evaluate the body of a loop or branch; its emissions are returned, not filed."""
-        outer, shared = self.emitted, self.shared
-        self.emitted, self.shared = {}, {}
+        outer, shared = self.emitted, self._shared
+        self.emitted, self._shared = {}, {}
         try:
             results = self.run(closed, values)
             return results, self.emitted
         finally:
-            self.emitted, self.shared = outer, shared
+            self.emitted, self._shared = outer, shared
 
     def _plain(self, values: Sequence[Any], eqn: core.JaxprEqn) -> list[Any]:
         return [self.client.drop(v, eqn) if self.client.special(v) else v for v in values]

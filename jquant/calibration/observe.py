@@ -158,16 +158,18 @@ class Observer:
             *(inner[k] for k in order([split[k][1] for k in inner])),  # type: ignore[misc]
         ]
         sizes = tuple(n for _, _, n in split)
-        key = id(x), sizes, tuple(turn), len(batch), len(inner)
-        if key not in walker.shared:
+
+        def compute() -> Evidence:
             lead = [sizes[k] for k in turn[: len(batch)]]
             rows = x.reshape(sizes).transpose(turn)
             rows = rows.reshape(*lead, -1, math.prod(sizes[k] for k in inner))
             count = None
             if batch:  # experts: slots that hold no token are zero rows
                 count = jnp.sum(jnp.any(rows != 0, -1), -1, dtype=jnp.float32)
-            walker.shared[key] = x, Evidence.of(_floats(rows), count)
-        walker.emit((path, reading), walker.shared[key][1])
+            return Evidence.of(_floats(rows), count)
+
+        what = "dot", sizes, tuple(turn), len(batch), len(inner)
+        walker.emit((path, reading), walker.share(what, x, compute))
 
     def _conv(self, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> list[Any]:
         x, weight, params = values[0], values[1], eqn.params
@@ -191,8 +193,7 @@ class Observer:
         dims = [in_dim, *window]  # the order of a patch's features: channel, then position
         inner = [part for dim in dims for part in parts[dim]]
         reading = self._use(walker, 1, "conv", weight, {"in": inner, "out": out, "batch": lead})
-        key = "conv", id(x), str(params), weight.array.shape, tuple(inner)
-        if key not in walker.shared:
+        def compute() -> Evidence:
             patches = lax.conv_general_dilated_patches(
                 x, [weight.array.shape[dim] for dim in window], params["window_strides"],
                 params["padding"], params["lhs_dilation"], params["rhs_dilation"],
@@ -202,9 +203,10 @@ class Observer:
             sizes = [part.length for part in inner]
             rows = rows.reshape(-1, groups, *sizes).transpose(1, 0, *(2 + k for k in order(inner)))
             rows = rows.reshape(groups, rows.shape[1], -1)
-            evidence = Evidence.of(_floats(rows if groups > 1 else rows[0]))
-            walker.shared[key] = x, evidence
-        walker.emit((weight.origin.path, reading), walker.shared[key][1])
+            return Evidence.of(_floats(rows if groups > 1 else rows[0]))
+
+        what = "conv", str(params), weight.array.shape, tuple(inner)
+        walker.emit((weight.origin.path, reading), walker.share(what, x, compute))
         return bind(eqn, [x, weight.array])
 
     def _ragged_dot(self, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> list[Any]:
@@ -221,11 +223,11 @@ class Observer:
             group = dim in numbers.rhs_group_dimensions
             roles["batch" if group else "in" if dim in contract[1] else "out"] += axis
         reading = self._use(walker, 1, "ragged_dot", weight, roles)
-        key = "ragged", id(x), id(sizes), contract[0], ragged
-        if key not in walker.shared:
-            rows = x if ragged == (0,) else x.T
-            walker.shared[key] = (x, sizes), _grouped(_floats(rows), sizes)
-        walker.emit((weight.origin.path, reading), walker.shared[key][1])
+        evidence = walker.share(
+            ("ragged", contract[0], ragged), (x, sizes),
+            lambda: _grouped(_floats(x if ragged == (0,) else x.T), sizes),
+        )  # fmt: skip
+        walker.emit((weight.origin.path, reading), evidence)
         return bind(eqn, [x, weight.array, *values[2:]])
 
     def _gather(self, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> list[Any]:

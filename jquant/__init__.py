@@ -1,0 +1,44 @@
+"""jquant: functional quantization for JAX.
+
+A quantized weight is a grid × a rounding × an optional compensation, chosen per weight by a plan,
+informed by evidence that jquant reads out of any JAX function, and run by that same function.
+"""
+
+from jquant import errors, evaluate, grids, models, presets, rounding
+from jquant.allocation import plan
+from jquant.blocks import Blocks, Layout
+from jquant.calibration import Evidence, Weight, capture, find_weights
+from jquant.inference import apply
+from jquant.io import load, save
+from jquant.qtensor import QTensor, dequantize, tree_map_weights
+from jquant.quantize import quantize, quantize_weight
+from jquant.report import Report
+from jquant.scheme import Plan, Scheme, keep
+
+__all__ = [
+    "Blocks",
+    "Evidence",
+    "Layout",
+    "Plan",
+    "QTensor",
+    "Report",
+    "Scheme",
+    "Weight",
+    "apply",
+    "capture",
+    "dequantize",
+    "errors",
+    "evaluate",
+    "find_weights",
+    "grids",
+    "keep",
+    "load",
+    "models",
+    "plan",
+    "presets",
+    "quantize",
+    "quantize_weight",
+    "rounding",
+    "save",
+    "tree_map_weights",
+]

@@ -1,0 +1,121 @@
+"""Views of a quantized weight that are quantized weights again: no value is decoded.
+
+A cast, a transpose, the slice of one layer out of a stack, the rows of an embedding: where such a
+view can be expressed on codes and group parameters, `view` returns the `QTensor` it yields (or, for
+looked-up rows, the decoded rows alone). Where it cannot, it returns None and the caller dequantizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from jquant.blocks import Factor, Layout, from_blocks, to_blocks
+from jquant.qtensor import QTensor
+
+
+def view(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any | None:
+    """The result of an equation on the quantized weight `values[0]`, or None."""
+    rule = _VIEWS.get(eqn.primitive.name)
+    if rule is None or not isinstance(values[0], QTensor):
+        return None
+    return rule(values[0], values[1:], eqn)
+
+
+def _own(q: QTensor) -> Layout:
+    return q.layout.trimmed(q.codes.ndim - 2)
+
+
+def _leaves(q: QTensor, function: Any, layout: Layout) -> QTensor:
+    codes, params = jax.tree.map(function, (q.codes, q.params))
+    return replace(q, codes=codes, params=params, layout=layout)
+
+
+def _convert(q: QTensor, _: Sequence[Any], eqn: core.JaxprEqn) -> QTensor | None:
+    new, old = jnp.dtype(eqn.params["new_dtype"]), jnp.dtype(q.dtype)
+    if new == old or (old == jnp.float32 and jnp.issubdtype(new, jnp.floating) and new.itemsize < 4):
+        return replace(q, dtype=new)
+    return None  # widening must pass through the narrower type first
+
+
+def _transpose(q: QTensor, _: Sequence[Any], eqn: core.JaxprEqn) -> QTensor:
+    axes = [_own(q).axes[k] for k in eqn.params["permutation"]]
+    places = [f.place for axis in axes for f in axis if f.role == "batch"]
+    named = [
+        tuple(Factor("batch", places.index(f.place), 0) if f.role == "batch" else f for f in axis)
+        for axis in axes
+    ]
+
+    def turn(leaf: jax.Array) -> jax.Array:
+        return leaf.transpose([*places, *range(len(places), leaf.ndim)])
+
+    return _leaves(q, turn, Layout(tuple(named)))
+
+
+def _batch_place(layout: Layout, axis: int) -> int | None:
+    """The batch axis that an array axis is, if it is one and nothing else."""
+    factors = layout.axes[axis]
+    return factors[0].place if len(factors) == 1 and factors[0].role == "batch" else None
+
+
+def _slice(q: QTensor, _: Sequence[Any], eqn: core.JaxprEqn) -> QTensor | None:
+    layout, index = _own(q), [slice(None)] * (q.codes.ndim - 2)
+    bounds = zip(eqn.params["start_indices"], eqn.params["limit_indices"], q.shape, strict=True)
+    strides = eqn.params["strides"] or [1] * q.ndim
+    for axis, (start, stop, size) in enumerate(bounds):
+        place = _batch_place(layout, axis)
+        if place is not None:
+            index[place] = slice(start, stop, strides[axis])
+        elif (start, stop, strides[axis]) != (0, size, 1):
+            return None
+    return _leaves(q, lambda leaf: leaf[tuple(index)], layout)
+
+
+def _squeeze(q: QTensor, _: Sequence[Any], eqn: core.JaxprEqn) -> QTensor | None:
+    layout, gone = _own(q), eqn.params["dimensions"]
+    places = [_batch_place(layout, axis) for axis in gone]
+    if None in places:
+        return None
+    left = [axis for k, axis in enumerate(layout.axes) if k not in gone]
+    rank = {p: n for n, p in enumerate(sorted(set(range(q.codes.ndim - 2)) - set(places)))}
+    named = [
+        tuple(f._replace(place=rank[f.place]) if f.role == "batch" else f for f in axis)
+        for axis in left
+    ]
+    return _leaves(q, lambda leaf: jnp.squeeze(leaf, tuple(places)), Layout(tuple(named)))  # type: ignore[arg-type]
+
+
+def _gather(q: QTensor, rest: Sequence[Any], eqn: core.JaxprEqn) -> jax.Array | None:
+    """Rows of a table `[rows, features]`, decoded after they were picked."""
+    numbers, params = eqn.params["dimension_numbers"], eqn.params
+    plain = [tuple(f.role for f in axis) for axis in _own(q).axes] == [("out",), ("in",)]
+    rows = numbers.collapsed_slice_dims == (0,) and numbers.operand_batching_dims == ()
+    whole = params["slice_sizes"] == (1, q.shape[-1])
+    last = eqn.outvars[0].aval.ndim - 1  # type: ignore[attr-defined]
+    two = all(leaf.ndim == 2 for leaf in q.params.values())
+    if not (plain and rows and whole and two and numbers.offset_dims == (last,)) or q.blocks.axis != "in":
+        return None
+
+    def pick(leaf: jax.Array) -> jax.Array:
+        # Out of range, a float parameter takes the fill value (NaN) and so does what it decodes to.
+        fill = params["fill_value"] if jnp.issubdtype(leaf.dtype, jnp.floating) else 0
+        changed = {**params, "slice_sizes": (1, leaf.shape[1]), "fill_value": fill}
+        return eqn.primitive.bind(leaf, rest[0], **changed)
+
+    codes, grid_params = jax.tree.map(pick, (q.codes, dict(q.params)))
+    values = q.grid.decode(to_blocks(codes.astype(jnp.int32), q.blocks), grid_params)
+    return from_blocks(values, q.blocks, q.shape[-1]).astype(q.dtype)
+
+
+_VIEWS = {
+    "convert_element_type": _convert,
+    "transpose": _transpose,
+    "slice": _slice,
+    "squeeze": _squeeze,
+    "gather": _gather,
+}

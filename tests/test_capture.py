@@ -1,0 +1,199 @@
+"""Capture sees what flows into every weight, in every style of function; what it cannot see raises."""
+
+from __future__ import annotations
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jquant as jq
+from jquant.errors import EvidenceError, UnsupportedPrimitiveError
+from tests.functions import CASES, Case, _gram, _normal
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_second_moments_equal_a_hand_written_forward(case: Case) -> None:
+    evidence = jq.capture(case.fn, case.params, case.batches)
+    hand = [case.moments(case.params, batch) for batch in case.batches]
+    assert set(evidence) == set(hand[0])
+    for path, found in evidence.items():
+        wanted = sum(np.asarray(h[path]) for h in hand)
+        assert found.second_moment.shape == wanted.shape, path
+        np.testing.assert_allclose(found.second_moment, wanted, rtol=2e-4, atol=2e-4, err_msg=path)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_axes_lead_to_the_canonical_view_that_evidence_is_for(case: Case) -> None:
+    weights = jq.find_weights(case.fn, case.params, case.batches[0])
+    moments = case.moments(case.params, case.batches[0])
+    leaves = {
+        jax.tree_util.keystr(k, simple=True, separator="/"): leaf
+        for k, leaf in jax.tree_util.tree_flatten_with_path(case.params)[0]
+    }
+    assert set(weights) == set(moments)
+    for path, weight in weights.items():
+        canonical = weight.layout.canonical(leaves[path])
+        assert moments[path].shape == (*canonical.shape[:-2], canonical.shape[-1], canonical.shape[-1])
+        np.testing.assert_array_equal(weight.layout.original(canonical), leaves[path])
+
+
+def test_mean_maximum_and_count() -> None:
+    x = _normal(0, 7, 3)
+    found = jq.capture(lambda p, x: x @ p, _normal(1, 3, 2), [x[:4], x[4:]])[""]
+    np.testing.assert_allclose(found.mean, x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found.abs_max, jnp.abs(x).max(0))
+    assert float(found.count) == 7
+
+
+def test_capturing_apart_and_merging_is_capturing_together() -> None:
+    case = CASES[0]
+    together = jq.capture(case.fn, case.params, case.batches)
+    one, two = (jq.capture(case.fn, case.params, [batch]) for batch in case.batches)
+    for path, found in together.items():
+        merged = one[path].merge(two[path])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, merged)
+
+
+def test_a_shared_input_is_held_once_also_when_every_user_casts_it() -> None:
+    params = {"q": _normal(0, 4, 4), "k": _normal(1, 4, 2, 3), "other": _normal(2, 4, 4)}
+
+    def fn(params, x):
+        cast = [jax.jit(lambda x, w: jnp.tensordot(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), 1))(
+            x, params[name]) for name in ("q", "k")]  # fmt: skip
+        return cast, (x * 2) @ params["other"]
+
+    found = jq.capture(fn, params, [_normal(3, 5, 4)])
+    assert found["q"].second_moment is found["k"].second_moment
+    assert found["q"].second_moment is not found["other"].second_moment
+
+
+def test_bfloat16_inputs_are_multiplied_exactly() -> None:
+    x = _normal(0, 64, 8).astype(jnp.bfloat16)
+    found = jq.capture(lambda p, x: x @ p, jnp.ones((8, 2), jnp.bfloat16), [x])[""]
+    assert found.second_moment.dtype == jnp.float32
+    np.testing.assert_allclose(found.second_moment, _gram(x.astype(jnp.float32)), rtol=1e-6)
+
+
+def test_experts_without_tokens_count_none() -> None:
+    case = next(case for case in CASES if case.name == "ragged-dot")
+    found = jq.capture(case.fn, case.params, case.batches)["experts"]
+    assert found.count.tolist() == [4, 0, 8]
+
+
+def test_a_second_capture_of_equal_shapes_compiles_nothing(compiles) -> None:
+    case = CASES[0]
+    jq.capture(case.fn, case.params, case.batches)
+    with compiles() as log:
+        jq.capture(case.fn, case.params, case.batches)
+        jq.find_weights(case.fn, case.params, case.batches[0])
+    assert log == []
+
+
+def test_find_weights_computes_nothing_and_takes_shapes() -> None:
+    shape = jax.ShapeDtypeStruct
+    huge = {"w": shape((1 << 20, 1 << 20), jnp.float32)}
+    weights = jq.find_weights(lambda p, x: x @ p["w"], huge, shape((8, 1 << 20), jnp.float32))
+    assert weights["w"].in_axes == (0,)
+
+
+def test_two_uses_of_a_tied_weight() -> None:
+    case = CASES[0]
+    uses = jq.find_weights(case.fn, case.params, case.batches[0])["params/embed/embedding"].uses
+    assert [(use.kind, use.counted) for use in uses] == [("lookup", False), ("dot", True)]
+
+
+def _hidden(wrap):
+    """A function whose weight `deep/w` is used inside something."""
+    return lambda params, x: wrap(params["deep"]["w"], x)
+
+
+def _shard(w, x):
+    mesh = jax.make_mesh((1,), ("a",))
+    spec = jax.sharding.PartitionSpec()
+    return jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(w, x)
+
+
+def _changed_by_a_loop(w, x):
+    return jax.lax.fori_loop(0, 2, lambda _, s: (s[0] * 0.5, s[1] @ s[0]), (w, x))[1]
+
+
+@pytest.mark.parametrize(
+    ("wrap", "primitive"),
+    [
+        (_shard, "shard_map"),
+        (lambda w, x: jax.lax.custom_linear_solve(lambda v: w @ v, x[0], lambda _, b: b),
+         "custom_linear_solve"),
+        (lambda w, x: jax.pure_callback(
+            lambda w, x: np.asarray(x) @ np.asarray(w), jax.ShapeDtypeStruct(x.shape, x.dtype), w, x),
+         "pure_callback"),
+        (lambda w, x: x @ jnp.exp(w), "exp"),
+        (lambda w, x: x @ (w / jnp.linalg.norm(w)), "div"),
+        (_changed_by_a_loop, "scan"),
+        (lambda w, x: jax.lax.linalg.triangular_solve(w, x), "triangular_solve"),
+        (lambda w, x: jnp.einsum("btd,bde->bte", x[None], jnp.stack([w, w])[jnp.array([1])]), "gather"),
+        (lambda w, x: jnp.einsum("btd,bde->bte", x[None], w[None][jnp.array([0])]), "gather"),
+    ],
+    ids=["shard_map", "solve", "callback", "exp", "normalised", "loop", "triangular", "stacked", "picked"],
+)  # fmt: skip
+def test_a_weight_that_cannot_be_followed_raises_with_path_and_primitive(wrap, primitive) -> None:
+    params, x = {"deep": {"w": _normal(0, 4, 4)}}, _normal(1, 3, 4)
+    for verb in (
+        lambda: jq.find_weights(_hidden(wrap), params, x),
+        lambda: jq.capture(_hidden(wrap), params, [x]),
+    ):
+        with pytest.raises(UnsupportedPrimitiveError, match="'deep/w'") as caught:
+            verb()
+        assert primitive in str(caught.value)
+        assert "ignore" in str(caught.value)
+
+
+def test_an_ignored_weight_does_not_raise() -> None:
+    params, x = {"deep": {"w": _normal(0, 4, 4)}, "w": _normal(2, 4, 2)}, _normal(1, 3, 4)
+
+    def fn(params, x):
+        return (x @ jnp.exp(params["deep"]["w"])) @ params["w"]
+
+    assert list(jq.find_weights(fn, params, x, ignore="deep/.*")) == ["w"]
+    assert list(jq.capture(fn, params, [x], paths=["w"])) == ["w"]
+
+
+def test_biases_norms_positions_and_learned_queries_are_no_trouble() -> None:
+    params = {"position": _normal(0, 5, 4), "queries": _normal(1, 3, 4), "w": _normal(2, 4, 6),
+              "scale": _normal(3, 1, 4)}  # fmt: skip
+
+    def fn(params, x):
+        x = (x + params["position"]) * (1 + params["scale"])
+        keys, queries = x @ params["w"], params["queries"] @ params["w"]
+        return jax.nn.softmax(queries @ keys.T) @ x
+
+    x = _normal(4, 5, 4)
+    weights = jq.find_weights(fn, params, x)
+    assert weights.others["position"] == "it is used by 'add' only"
+    found = jq.capture(fn, params, [x])["w"]
+    keys = (x + params["position"]) * (1 + params["scale"])
+    np.testing.assert_allclose(
+        found.second_moment, _gram(keys) + _gram(params["queries"]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_inputs_that_are_not_finite_name_the_weight_and_the_batch() -> None:
+    x = _normal(0, 3, 4)
+    with pytest.raises(EvidenceError, match=r"'w'.*batch 1"):
+        jq.capture(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}, [x, x.at[1, 1].set(jnp.nan), x])
+
+
+def test_no_batches_is_an_error() -> None:
+    with pytest.raises(EvidenceError, match="no batches"):
+        jq.capture(lambda p, x: x @ p, jnp.ones((2, 2)), [])
+
+
+def test_batches_of_other_shapes_are_added_up() -> None:
+    x = _normal(0, 7, 4)
+    fn = lambda p, x: x @ p  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = jq.capture(fn, jnp.ones((4, 2)), [x[:3], x[3:]])[""]
+    np.testing.assert_allclose(found.second_moment, _gram(x), rtol=1e-5)

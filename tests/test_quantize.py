@@ -1,0 +1,211 @@
+"""The driver: what it returns, what it reports, and what it refuses before any work."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jquant as jq
+from jquant.calibration import Evidence
+from jquant.errors import EvidenceError, PlanError, WeightError
+from jquant.grids import Uniform
+from jquant.rounding import GPTQ
+from tests.functions import CASES, Case, _normal
+
+PARAMS = {"embed": _normal(0, 11, 6), "up": _normal(1, 6, 10), "norm": jnp.ones(6)}
+
+
+def fn(params, tokens):
+    return jnp.tanh(params["embed"][tokens] * params["norm"]) @ params["up"]
+
+
+TOKENS = jax.random.randint(jax.random.key(3), (4, 16), 0, 11)
+
+
+def _plan(rules, params=PARAMS, weights=None):
+    return jq.plan(weights or jq.find_weights(fn, params, TOKENS), rules)
+
+
+GPTQ4 = jq.Scheme(Uniform(4), 4, GPTQ())
+NEAREST4 = jq.Scheme(Uniform(4), 4)
+
+
+@pytest.mark.filterwarnings("ignore:.*rank deficient")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gptq_runs_on_every_style_of_function(case: Case) -> None:
+    weights = jq.find_weights(case.fn, case.params, case.batches[0])
+    plan = jq.plan(weights, {".*": jq.Scheme(Uniform(3), 4, GPTQ())})
+    q, report = jq.quantize(case.fn, case.params, plan, case.batches)
+    assert set(report) == set(weights)
+    assert report.ratio <= 1.0 + 1e-6
+    leaves = jax.tree.leaves(q, is_leaf=lambda leaf: isinstance(leaf, jq.QTensor))
+    assert sum(isinstance(leaf, jq.QTensor) for leaf in leaves) == len(weights)
+    same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype,
+                        jq.dequantize(q), case.params)  # fmt: skip
+    assert all(jax.tree.leaves(same))
+
+
+def test_reported_errors_are_those_of_the_result() -> None:
+    plan = _plan({"up": GPTQ4, ".*": jq.keep})
+    evidence = jq.capture(fn, PARAMS, [TOKENS])
+    q, report = jq.quantize(fn, PARAMS, plan, [TOKENS])
+    w, h = np.asarray(PARAMS["up"], float).T, np.asarray(evidence["up"].second_moment, float)
+    e = w - np.asarray(jq.dequantize(q)["up"], float).T
+    row = report["up"]
+    np.testing.assert_allclose(row.error, np.sum(e @ h * e) / np.sum(w @ h * w), rtol=1e-3)
+    nearest, _ = jq.quantize(fn, PARAMS, _plan({"up": NEAREST4}), evidence=evidence)
+    e = w - np.asarray(jq.dequantize(nearest)["up"], float).T
+    np.testing.assert_allclose(row.nearest_error, np.sum(e @ h * e) / np.sum(w @ h * w), rtol=1e-3)
+    assert row.tokens == TOKENS.size
+    assert row.damping == pytest.approx(0.01)
+    assert (row.dead, row.fallback) == (0, False)
+    assert report.kept == ("embed",)
+
+
+def test_bits_per_weight_counts_scales_and_zeros() -> None:
+    _, report = jq.quantize(fn, PARAMS, _plan({"up": NEAREST4}))
+    # 10 rows of 6 inputs in groups of 4 and 2: a float32 scale and a 4-bit zero for each
+    assert report["up"].bits_per_weight == pytest.approx(4 + (32 + 4) * 2 / 6)
+    assert report.bits_per_weight == report["up"].bits_per_weight
+
+
+def test_report_prints_and_serialises() -> None:
+    import io
+    import json
+
+    from rich.console import Console
+
+    _, report = jq.quantize(fn, PARAMS, _plan({"up": GPTQ4}), [TOKENS])
+    out = Console(file=io.StringIO(), width=160)
+    out.print(report.table())
+    assert "up" in out.file.getvalue() and "Uniform 4b, in 4, GPTQ" in out.file.getvalue()
+    again = json.loads(json.dumps(report.to_json()))
+    assert again["weights"]["up"]["tokens"] == TOKENS.size
+    assert math.isfinite(again["bits_per_weight"])
+
+
+def test_a_second_run_of_equal_shapes_compiles_nothing(compiles) -> None:
+    plan = _plan({"up": GPTQ4})
+    jq.quantize(fn, PARAMS, plan, [TOKENS])
+    with compiles() as log:
+        jq.quantize(fn, jax.tree.map(lambda leaf: leaf * 2, PARAMS), plan, [TOKENS])
+    assert [entry for entry in log if "multiply" not in entry] == []
+
+
+def test_equal_shapes_compile_once(compiles) -> None:
+    params = {f"w{k}": _normal(k, 8, 8) for k in range(4)}
+
+    def deep(params, x):
+        for k in range(4):
+            x = jnp.tanh(x @ params[f"w{k}"])
+        return x
+
+    x = _normal(9, 16, 8)
+    plan = jq.plan(jq.find_weights(deep, params, x), {".*": jq.Scheme(Uniform(3), 4, GPTQ())})
+    with compiles() as log:
+        jq.quantize(deep, params, plan, [x])
+    assert sum("_round" in entry for entry in log) == 1
+
+
+def test_given_evidence_needs_no_batches_and_no_call_of_the_function() -> None:
+    evidence = jq.capture(fn, PARAMS, [TOKENS])
+    wanted, _ = jq.quantize(fn, PARAMS, _plan({"up": GPTQ4}), [TOKENS])
+    found, _ = jq.quantize(None, PARAMS, _plan({"up": GPTQ4}), evidence=evidence)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(
+        found["up"].codes.astype(jnp.int32), wanted["up"].codes.astype(jnp.int32)
+    )
+
+
+def test_scaling_evidence_changes_nothing() -> None:
+    evidence = jq.capture(fn, PARAMS, [TOKENS])
+    scaled = {path: Evidence(e.second_moment / 64, e.count, e.total, e.abs_max)
+              for path, e in evidence.items()}  # fmt: skip
+    one, two = (jq.quantize(fn, PARAMS, _plan({"up": GPTQ4}), evidence=e)[0] for e in (evidence, scaled))
+    np.testing.assert_array_equal(one["up"].codes.astype(jnp.int32), two["up"].codes.astype(jnp.int32))
+
+
+# Refusals: type, path, remedy; before any work.
+
+
+def _never(params, tokens):
+    raise AssertionError("work was started")
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_weights_that_are_not_finite(bad) -> None:
+    params = PARAMS | {"up": PARAMS["up"].at[2, 3].set(bad)}
+    with pytest.raises(WeightError, match=r"'up' holds NaN or infinite.*keep"):
+        jq.quantize(_never, params, _plan({"up": GPTQ4}), [TOKENS])
+
+
+def test_a_plan_for_other_parameters() -> None:
+    plan = _plan({"up": GPTQ4})
+    with pytest.raises(PlanError, match=r"'up' of shape \(6, 10\), got \(6, 12\)"):
+        jq.quantize(_never, PARAMS | {"up": jnp.ones((6, 12))}, plan, [TOKENS])
+    with pytest.raises(PlanError, match=r"'up', which params do not have; near: 'upp'"):
+        jq.quantize(_never, {"embed": PARAMS["embed"], "upp": PARAMS["up"]}, plan, [TOKENS])
+    with pytest.raises(PlanError, match="jq.plan"):
+        jq.quantize(_never, PARAMS, {".*": GPTQ4}, [TOKENS])  # type: ignore[arg-type]
+
+
+def test_integer_weights() -> None:
+    params = PARAMS | {"up": jnp.ones((6, 10), jnp.int8)}
+    with pytest.raises(WeightError, match=r"'up' must be a float array, got int8"):
+        jq.quantize(_never, params, _plan({"up": NEAREST4}), [TOKENS])
+
+
+def test_gptq_without_evidence() -> None:
+    with pytest.raises(EvidenceError, match=r"'up': GPTQ needs.*batches"):
+        jq.quantize(_never, PARAMS, _plan({"up": GPTQ4}))
+
+
+def test_gptq_on_a_weight_that_is_only_looked_up() -> None:
+    with pytest.raises(EvidenceError, match=r"'embed' is only looked up.*Nearest"):
+        jq.quantize(_never, PARAMS, _plan({"embed": GPTQ4}), [TOKENS])
+
+
+def _evidence(moment, count=100.0) -> dict[str, Evidence]:
+    return {"up": Evidence(moment, jnp.asarray(count), jnp.zeros(6), jnp.zeros(6))}
+
+
+@pytest.mark.parametrize(
+    ("evidence", "message"),
+    [
+        (_evidence(jnp.eye(6).at[1, 2].set(jnp.nan)), "'up': its second moment holds NaN"),
+        (_evidence(jnp.eye(6).at[1, 2].set(0.5)), "'up': its second moment is not symmetric"),
+        (_evidence(jnp.eye(5)), r"'up': second moment must be \(6, 6\), got \(5, 5\)"),
+        (_evidence(jnp.eye(6), 0.0), "'up' has seen no tokens"),
+    ],
+)
+def test_evidence_that_is_wrong(evidence, message) -> None:
+    with pytest.raises(EvidenceError, match=message):
+        jq.quantize(_never, PARAMS, _plan({"up": GPTQ4}), evidence=evidence)
+
+
+def test_few_tokens_warn() -> None:
+    with pytest.warns(UserWarning, match=r"'up': 3 tokens for 6 input channels"):
+        jq.quantize(fn, PARAMS, _plan({"up": GPTQ4}), [TOKENS[:1, :3]])
+
+
+def test_no_factorisation_without_leave_is_an_error_and_with_leave_is_reported() -> None:
+    indefinite = _evidence(-jnp.eye(6))
+    with pytest.raises(EvidenceError, match=r"'up'.*could not be factorised.*fallback=True"):
+        jq.quantize(fn, PARAMS, _plan({"up": GPTQ4}), evidence=indefinite)
+    scheme = jq.Scheme(Uniform(4), 4, GPTQ(), fallback=True)
+    q, report = jq.quantize(fn, PARAMS, _plan({"up": scheme}), evidence=indefinite)
+    assert report.fallbacks == ("up",)
+    nearest, _ = jq.quantize(fn, PARAMS, _plan({"up": NEAREST4}))
+    np.testing.assert_array_equal(
+        q["up"].codes.astype(jnp.int32), nearest["up"].codes.astype(jnp.int32)
+    )
+
+
+def test_nothing_warns_on_a_plain_run() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jq.quantize(fn, PARAMS, _plan({"up": GPTQ4}), [TOKENS])
