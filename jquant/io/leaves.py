@@ -23,11 +23,13 @@ from jquant.errors import CheckpointError
 from jquant.io.bitstream import pack_bits, stream_bytes, unpack_bits
 from jquant.io.container import DTYPES, Entry, naturals
 
-# Every dtype JAX has by name, also those that only some versions of JAX have.
+# Every dtype JAX can make arrays of, by name: versions differ. The excluded ones it only names.
 JAX_DTYPES: Mapping[str, np.dtype] = {
     name: jnp.dtype(scalar)
     for name, scalar in vars(jnp).items()
-    if isinstance(scalar, type(jnp.float32)) and jnp.dtype(scalar).name == name
+    if isinstance(scalar, type(jnp.float32))
+    and jnp.dtype(scalar).name == name
+    and name not in ("int1", "uint1", "float6_e2m3fn", "float6_e3m2fn")
 } | {"bool": jnp.dtype(jnp.bool_)}
 
 _SAFETENSORS_NAME = {dtype: name for name, (dtype, _) in DTYPES.items()}
@@ -74,8 +76,8 @@ def describe(array: np.ndarray | jax.Array, name: str, codes: tuple[int, int] | 
     Raises:
         ValueError: JAX has no such dtype.
     """
-    dtype = np.dtype(array.dtype)
-    if JAX_DTYPES.get(dtype.name) != dtype:
+    dtype = array.dtype  # of a random key, this is no NumPy dtype
+    if not isinstance(dtype, np.dtype) or JAX_DTYPES.get(dtype.name) != dtype:
         raise ValueError(f"dtype {dtype} is none of JAX's; nothing but arrays of numbers is stored")
     node: dict[str, Any] = {"array": name, "crc32": "00000000"}
     stream = None

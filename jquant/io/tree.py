@@ -79,9 +79,8 @@ class Encoder:
     def _dataclass(self, value: Any, path: tuple[str, ...]) -> Any:
         arrays, static = _fields(type(value))
         if isinstance(value, qtensor.QTensor) and not within(value.codes, value.grid.codes):
-            raise ValueError(
-                f"{_at(path)}: codes outside {value.grid.codes}, those of {value.grid}"
-            )
+            low, high = value.grid.codes
+            raise ValueError(f"{_at(path)}: codes outside {low}..{high}, the range of {value.grid}")
         choices = tuple(getattr(value, name) for name in static)
         try:
             if choices not in self._index:
