@@ -24,9 +24,10 @@ from checkpoints import (
     write_gguf,
 )
 
-from jquant import models
+from jquant import Scheme, dequantize, evaluate, models, plan, quantize
 from jquant.calibration import find_weights
 from jquant.errors import CheckpointError
+from jquant.grids import Uniform
 from jquant.inference import apply
 from jquant.models import smollm2
 from jquant.models.assembly import sources
@@ -207,6 +208,21 @@ def test_generation() -> None:
 
     np.testing.assert_array_equal(warm(1), warm(1))
     assert (warm(1) != warm(2)).any()
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_quantized_parameters_run_everywhere(scan: bool) -> None:
+    fn = models.Decoder(TINY, scan)
+    params = fn.init(jax.random.key(3))
+    prompt = TOKENS[:, :5] % TINY.vocab
+    found = find_weights(fn, params, jnp.asarray(prompt))
+    qparams, _ = quantize(fn, params, plan(found, {".*": Scheme(Uniform(4), blocks=8)}))
+    plain = dequantize(qparams)
+    assert jax.tree.structure(plain) == jax.tree.structure(params)
+    got, expected = (models.generate(fn, p, prompt, 6) for p in (qparams, plain))
+    np.testing.assert_array_equal(got, expected)
+    assert (got != models.generate(fn, params, prompt, 6)).any()
+    assert abs(evaluate.kl(fn, plain, qparams, [TOKENS % TINY.vocab])) < 1e-6
 
 
 def test_generation_refuses() -> None:
