@@ -29,16 +29,15 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from jquant.blocks import Blocks, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
-from jquant.distortion import output_error
 from jquant.errors import EvidenceError
 from jquant.grids.base import Grid, code_dtype, nearest
 from jquant.rounding.base import Rounded
 from jquant.rounding.elementwise import fit_grid, second_moment
-from jquant.rounding.factor import factorise
-from jquant.rounding.substitution import Known, substitute
+from jquant.rounding.factor import Factor, factorise
+from jquant.rounding.substitution import Known, push, substitute
 
 BLOCK = 128  # columns per matrix product (GPTQ §3.3, step 2)
-LEAF = 16  # columns unrolled; see docs/notes/gptq-solver.md
+LEAF = 16  # columns whose errors reach each other one by one; see docs/notes/gptq-solver.md
 
 
 @jax.tree_util.register_static
@@ -164,7 +163,7 @@ def arrange(width: int, run: int, order: Integer[Array, "in"] | np.ndarray) -> A
         real=jnp.asarray(real),
         edge=jnp.asarray(edge),
         home=jnp.zeros(width, jnp.int32).at[order].set(np.flatnonzero(real)),
-        sizes=tuple(dict.fromkeys([runs * padded, padded, block, leaf])),
+        sizes=tuple(dict.fromkeys([runs * padded, padded, block, leaf, 1])),
     )
 
 
@@ -198,7 +197,8 @@ def _round_one(
     # Columns as the grid sees them, [in, m, b]; whoever pads rows must not count them.
     grouped = to_blocks(w, blocks)
     columns = w.T[:, :, None] if inward else grouped
-    counted = np.arange(columns[0].size).reshape(columns[0].shape) < rows
+    counted = jnp.arange(columns[0].size).reshape(columns[0].shape) < rows
+    counted = counted.astype(jnp.float32)
 
     power = jnp.diagonal(moment)
     order = jnp.argsort(-power) if choice.order == "activation" else np.arange(width)
@@ -207,35 +207,48 @@ def _round_one(
 
     params = fit_grid(w, grid, blocks, moment)
     by_column = partial(jax.tree.map, lambda leaf: leaf.swapaxes(0, 1) if inward else leaf)
-    e, solved = substitute(
-        jnp.take(columns, place.source, axis=0),
+    known = Known(by_column(params), place.source // group)
+    weights = jnp.take(columns, place.source, axis=0)
+    error, solved = substitute(
+        weights,
         factor.gain,
         place.sizes,
         grid,
-        None if dynamic else Known(by_column(params), place.source // group),
+        None if dynamic else known,
+        counted=counted,
         unit=place.sizes[1] if inward else 1,
-        edge=place.edge,
-        counted=None if counted.all() else jnp.asarray(counted, jnp.float32),
+        edge=place.edge if inward else None,
     )
     codes = jnp.take(solved.codes, place.home, axis=0)
     codes = codes[:, :, 0].T if inward else from_blocks(codes, blocks, rows)
 
-    # ‖(W - Q) M‖² is the damped loss, a by-product of the sweep; the damping's share comes off.
-    damped = jnp.sum(factor.pivots * solved.residual)
-    share = factor.damping * jnp.sum(jnp.where(factor.live[:, None, None] & counted, e, 0.0) ** 2)
-    rounded = from_blocks(grid.decode(nearest(grid, grouped, params), params), blocks, w.shape[inward])
-    nearest_error = output_error(w - rounded, moment)
+    static = jax.tree.map(lambda leaf: jnp.take(leaf, known.place, axis=0), known.table)
+    baseline = weights - grid.decode(nearest(grid, weights, static), static)
     info = {
         "damping": factor.damping,
         "dead": jnp.sum(power == 0),
         "failed": factor.failed,
-        "error": jnp.where(factor.failed, nearest_error, factor.unit * (damped - share)),
-        "nearest_error": nearest_error,
+        "error": _loss(solved.residual, error, factor, counted),
+        "nearest_error": _loss(
+            push(factor.gain, baseline, place.sizes[-3], counted), baseline, factor, counted
+        ),
     }
     if solved.fitted is not None:
-        fitted = solved.fitted
+        table = solved.fitted
         if not inward:
-            fitted = jax.tree.map(lambda leaf: jnp.take(leaf, place.home, axis=0), fitted)
-        params = by_column(fitted)
+            table = jax.tree.map(lambda leaf: jnp.take(leaf, place.home, axis=0), table)
+        params = by_column(table)
     info = {name: value.astype(jnp.float32) for name, value in info.items()}
     return Rounded(codes.astype(code_dtype(grid)), params, info)
+
+
+def _loss(
+    residual: Float[Array, "n"],
+    error: Float[Array, "n m b"],
+    factor: Factor,
+    counted: Float[Array, "m b"],
+) -> Float[Array, ""]:
+    """`tr(E H Eᵀ)` from `‖(G E)_j‖²`: the damped loss, less the damping's share of it."""
+    norms = jnp.sum(error**2 * counted, axis=(1, 2))
+    loss = jnp.sum(factor.pivots * residual) - factor.damping * jnp.sum(factor.live * norms)
+    return jnp.where(factor.failed, jnp.nan, factor.unit * jnp.maximum(loss, 0.0))
