@@ -1,4 +1,4 @@
-"""The demo's model and text: what is fetched is pinned, and the tokenizer proves itself by digest."""
+"""The demo's model and text: the download is pinned, the tokenizer proves itself by digest."""
 
 from __future__ import annotations
 
