@@ -29,7 +29,7 @@ Emissions = dict[tuple[Any, ...], Any]  # key -> pytree
 
 # One operand in, the same numbers out in another shape or type. Equal ones are evaluated once, so
 # that an input which q, k and v each cast for themselves stays one value with one second moment.
-_VIEWS = frozenset({"convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze"})
+VIEWS = frozenset({"convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze"})
 
 
 class Client(Protocol):
@@ -91,8 +91,8 @@ class Walker:
             if any(map(self.client.special, values)):
                 results = self.client.rule(eqn, values, self)
                 if results is None:
-                    results = self._descend(eqn, values)
-            elif eqn.primitive.name in _VIEWS and len(values) == 1:
+                    results = self.descend(eqn, values)
+            elif eqn.primitive.name in VIEWS and len(values) == 1:
                 results = self.share(
                     (eqn.primitive.name, repr(sorted(eqn.params.items()))), values[0],
                     lambda eqn=eqn, values=values: bind(eqn, values),
@@ -106,7 +106,8 @@ class Walker:
         self.site = outer
         return [_read(env, atom) for atom in jaxpr.outvars]
 
-    def _descend(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
+    def descend(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
+        """Evaluate a call, loop or branch with special operands by walking its body."""
         name, params = eqn.primitive.name, eqn.params
         if name in _DESCENTS:
             return _DESCENTS[name](self, eqn, values)

@@ -81,7 +81,7 @@ def _deep(layers: int, width: int = 256):
 
     def unrolled(params, x):
         for w in params:
-            x = jnp.tanh(x @ w.T)
+            x = jnp.tanh(x @ w.astype(jnp.bfloat16).astype(x.dtype).T)
         return x
 
     def scanned(params, x):
@@ -105,8 +105,9 @@ def test_dequantized_weights_are_never_all_held(style: str) -> None:
         params, unrolled, scanned = _deep(layers)
         fn, tree = (unrolled, params) if style == "unrolled" else (scanned, jnp.stack(params))
         sizes.append(_temporary_bytes(fn, tree, x))
-    assert sizes[1] - sizes[0] < 12 * 256 * 256 * 4 / 4  # a quarter of the twelve added weights
-    assert sizes[1] < 16 * 256 * 256 * 4 / 2
+    # Twelve more layers may not bring their float32 weights; XLA:CPU unpacks codes to bytes in loops.
+    assert sizes[1] - sizes[0] < 12 * 256 * 256 * 4 / 3
+    assert sizes[1] < 16 * 256 * 256 * 4 / 3
 
 
 def test_looked_up_rows_are_decoded_alone() -> None:

@@ -49,7 +49,10 @@ class Grid(Protocol):
 
 
 def nearest(grid: Grid, w: Float[Array, "*g b"], params: Params) -> Integer[Array, "*g b"]:
-    """The code whose value is nearest to each weight; ties go to the even code.
+    """The code whose value is nearest to each weight, int32; ties go to the even code.
+
+    A grid may bring its own method `nearest(w, params)`, where its convention says how ties fall or
+    there is a shorter way.
 
     Example:
         >>> from jquant.grids import Uniform
@@ -57,6 +60,9 @@ def nearest(grid: Grid, w: Float[Array, "*g b"], params: Params) -> Integer[Arra
         >>> nearest(grid, jnp.array([[0.4, 1.1]]), {"scale": jnp.array([1.0])}).tolist()
         [[0, 1]]
     """
+    own = getattr(grid, "nearest", None)
+    if own is not None:
+        return own(w, params)
     lo, hi = grid.bracket(w, params)
     down, up = w - grid.decode(lo, params), grid.decode(hi, params) - w
     return jnp.where((down < up) | ((down == up) & (lo % 2 == 0)), lo, hi)

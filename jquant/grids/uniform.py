@@ -194,7 +194,10 @@ class Uniform:
         """Scale and zero point of a range, as the convention has them."""
         row = self._row
         magnitude = jnp.maximum(jnp.abs(low), jnp.abs(high))
-        scale = jnp.maximum(high - low, row.floor) / (2**self.bits - row.fewer)
+        # XLA would multiply by the reciprocal of a constant, an ulp off what every other tool divides;
+        # it cannot see that these steps are one.
+        steps = 2**self.bits - row.fewer + 0.0 * magnitude
+        scale = jnp.maximum(high - low, row.floor) / steps
         scale = jnp.maximum(scale, magnitude * LEAST_STEP)
         stored = jnp.finfo(self.scale_dtype)
         scale = jnp.clip(scale, LEAST_SCALE[self.scale_dtype], float(stored.max))
@@ -223,6 +226,11 @@ class Uniform:
         first, last = self.codes
         lo, hi = jnp.clip(below, first, last), jnp.clip(below + 1.0, first, last)
         return lo.astype(jnp.int32), hi.astype(jnp.int32)
+
+    def nearest(self, w: Float[Array, "*g b"], params: Params) -> Integer[Array, "*g b"]:
+        """`clip(round(w / scale) + zero)`: ties go to the even multiple of the scale, as in GPTQ."""
+        scale, zero = self._affine(params)
+        return jnp.clip(jnp.round(w / scale) + zero, *self.codes).astype(jnp.int32)
 
     def decode(self, codes: Integer[Array, "*g b"], params: Params) -> Float[Array, "*g b"]:
         """`scale * (code - zero)`, float32."""

@@ -2,60 +2,103 @@
 
 `apply(fn)(qparams, *inputs)` gives what `fn(dequantize(qparams), *inputs)` gives. The walker carries
 each `QTensor` through calls, scans, branches and views, and decodes it at the operation that needs
-its values. The decoding is made to depend on that operation's other operand, so that a compiler
-cannot decode all weights up front: at any moment the program holds the codes and the few weights in
-use. Under a scan a quantized stack slices itself.
+its values: at any moment the program holds the codes and the few weights in use. A view that cannot
+be expressed on codes waits beside them until then. Under a scan a quantized stack slices itself.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
-from jaxtyping import PyTree
+from jaxtyping import Array, Int32, PyTree
 
 from jquant.inference.views import view
-from jquant.interpreter import DESCENDED, Walker, bind, trace
+from jquant.interpreter import DESCENDED, VIEWS, Walker, bind, trace
 from jquant.qtensor import QTensor, dequantize_weight, is_qtensor, tree_map_weights
 
 # Their derivative rules belong to the function: they are called with decoded weights, not inlined.
 _CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Waiting:
+    """A quantized weight, and views to take of it once it is decoded."""
+
+    q: QTensor
+    views: tuple[core.JaxprEqn, ...] = field(metadata={"static": True})
+
+
 class _Decoder:
     """Client of the walker: special values are quantized weights."""
 
     def special(self, value: Any) -> bool:
-        return is_qtensor(value)
+        return isinstance(value, QTensor | _Waiting)
 
-    def name(self, value: QTensor) -> None:
+    def name(self, value: Any) -> None:
         return None
 
     def merge(self, left: Any, right: Any) -> Any:
         raise AssertionError("apply emits nothing")
 
-    def drop(self, value: QTensor, eqn: core.JaxprEqn) -> jax.Array:
-        return dequantize_weight(value)
+    def drop(self, value: Any, eqn: core.JaxprEqn) -> jax.Array:
+        return _decode(value)
 
     def rule(self, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> Sequence[Any] | None:
-        if eqn.primitive.name in DESCENDED - _CUSTOM:
+        name = eqn.primitive.name
+        if name == "scan":  # slices what it is given: codes can be sliced, views to come can not
+            return walker.descend(eqn, [_decode(v) if isinstance(v, _Waiting) else v for v in values])
+        if name in DESCENDED - _CUSTOM:
             return None
         seen = view(eqn, values)
-        return [seen] if seen is not None else bind(eqn, _decoded(values))
+        if seen is not None:
+            return [seen]
+        if name in VIEWS and len(values) == 1:
+            (value,) = values
+            views = value.views if isinstance(value, _Waiting) else ()
+            return [_Waiting(value.q if views else value, (*views, eqn))]
+        other = next((v for v in values if isinstance(v, jax.Array) and v.size), None)
+        return bind(eqn, [_decode(v, other) if self.special(v) else v for v in values])
 
 
-def _decoded(values: list[Any]) -> list[Any]:
-    """The operands with quantized weights decoded, not before the other operands are there."""
-    quantized = {k: v for k, v in enumerate(values) if is_qtensor(v)}
-    others = {k: v for k, v in enumerate(values) if k not in quantized and isinstance(v, jax.Array)}
-    if others:
-        quantized, others = lax.optimization_barrier((quantized, others))
-    decoded = {k: dequantize_weight(v) for k, v in quantized.items()}
-    return [decoded.get(k, others.get(k, value)) for k, value in enumerate(values)]
+def _decode(value: Any, after: jax.Array | None = None) -> jax.Array:
+    """The array a special value stands for, computed not before `after` is there."""
+    q, views = (value.q, value.views) if isinstance(value, _Waiting) else (value, ())
+    if after is not None:
+        late = _zero(lax.stop_gradient(after))
+        q = replace(q, params=jax.tree.map(lambda leaf: leaf + late.astype(leaf.dtype), q.params))
+    result = dequantize_weight(q)
+    for eqn in views:
+        (result,) = bind(eqn, [result])
+    return result
+
+
+@jax.custom_batching.custom_vmap
+def _zero(x: Array) -> Int32[Array, ""]:
+    """Zero, but only `x` can tell: the number of set bits of a 32-bit word, divided by 64.
+
+    A weight decoded from parameters to which this is added cannot be decoded before `x` is known.
+    `lax.optimization_barrier` says the same, but XLA's CPU compiler of JAX 0.10 drops it before it
+    schedules, and then decodes all weights first. Under vmap the first element stands for all, so
+    that weights are not batched.
+    """
+    first = x[(0,) * x.ndim]
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    word = lax.bitcast_convert_type(first.astype(jnp.float32), jnp.int32) if floating else first
+    return lax.shift_right_logical(lax.population_count(word.astype(jnp.int32)), jnp.int32(6))
+
+
+@_zero.def_vmap
+def _(size: int, batched: Sequence[bool], x: Array) -> tuple[Array, bool]:
+    del size, batched
+    return _zero(x[0]), False
 
 
 def apply(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,8 +134,9 @@ def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
 
         closed, structure = trace(fn, tree_map_weights(shape, qparams), *inputs)
         leaves = jax.tree.leaves(qparams, is_leaf=is_qtensor)
-        results = Walker(_Decoder()).run(closed, [*leaves, *jax.tree.leaves(inputs)])
-        plain = [dequantize_weight(r) if is_qtensor(r) else r for r in results]
+        decoder = _Decoder()
+        results = Walker(decoder).run(closed, [*leaves, *jax.tree.leaves(inputs)])
+        plain = [_decode(r) if decoder.special(r) else r for r in results]
         return jax.tree.unflatten(structure, plain)
 
     return applied
