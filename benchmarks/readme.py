@@ -1,0 +1,127 @@
+"""Writes the README's figures from `results/*.json`, so that no number is typed by hand.
+
+    python -m benchmarks.readme           # rewrite README.md
+    python -m benchmarks.readme --check   # exit 1 if it is not up to date
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+START, END = "<!-- results -->\n", "<!-- end of results -->"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def ran(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    return (
+        f"{machine['cores']} cores of {machine['processor']}, Python {machine['python']}, "
+        f"JAX {machine['versions']['jax']}, {machine['date']}"
+    )
+
+
+def quality(result: dict[str, Any]) -> str:
+    rows = []
+    for name, row in result["rows"].items():
+        elsewhere = row["elsewhere"]
+        best = {k: v for k, v in elsewhere.items() if k not in ("nearest", "HQQ")}
+        rows.append([
+            name,
+            f"{row['Nearest']['bits_per_weight']:.2f}",
+            f"{row['Nearest']['kl']:.4f} ({row['Nearest']['perplexity_quantized']:.2f})",
+            f"**{row['GPTQ']['kl']:.4f}** ({row['GPTQ']['perplexity_quantized']:.2f})",
+            f"{elsewhere['nearest']}",
+            f"{elsewhere['HQQ']}",
+            "; ".join(f"{k} {v}" for k, v in best.items()),
+        ])  # fmt: skip
+    full = next(iter(result["rows"].values()))["GPTQ"]["perplexity_full"]
+    return (
+        "**Quality.** SmolLM2-135M (perplexity "
+        f"{full:.2f} in float32), 210 block linears, asymmetric grid, {result['windows']} calibration "
+        "windows of 512 tokens, one pass; mean KL to the full model in nats per token on 16 held-out "
+        "windows (perplexity). *Elsewhere*: other tools on the same tokens, run by themselves, the "
+        "block-by-block ones calibrating each block on already quantized ones.\n\n"
+        + table(
+            ["", "bits", "nearest", "GPTQ", "nearest elsewhere", "HQQ", "GPTQ elsewhere"], rows
+        )
+        + f"\n{ran(result)}.\n"
+    )
+
+
+def minilm(result: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{row['nearest']:.4f}", f"**{row['gptq']:.4f}**"]
+        for name, row in result["rows"].items()
+    ]
+    return (
+        "**Natural weights.** MiniLM-L6 (float32) as a plain JAX function: mean 1 − cosine of sentence "
+        "vectors on held-out sentences.\n\n" + table(["", "nearest", "GPTQ"], rows)
+    )
+
+
+def solver(result: dict[str, Any]) -> str:
+    rivals = result["rivals"]
+    rows = []
+    for shape, row in result["rows"].items():
+        cells = [f"{row['seconds'][name]:.3f}" if row["seconds"].get(name) else "–" for name in rivals]
+        rows.append([shape, f"**{row['seconds']['jquant']:.3f}**", *cells])
+    return (
+        "**GPTQ solver**, given the second moment: seconds, median, interleaved in one run, two "
+        "threads; equal losses.\n\n" + table(["out × in", "jquant", *rivals], rows)
+        + f"\n{ran(result)}.\n"
+    )
+
+
+def capture(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            dtype,
+            f"{row['seconds']['forward']:.2f} s",
+            f"{row['seconds']['capture']:.2f} s",
+            f"{row['seconds']['products']:.2f} s",
+            f"{row['beyond_products_vs_forward']:.2f}",
+        ]
+        for dtype, row in result["rows"].items()
+    ]
+    return (
+        "**Capture.** All 210 second moments of SmolLM2 on 2 048 tokens, beside a plain forward.\n\n"
+        + table(["compute", "forward", "capture", "of it Gram products", "the rest / forward"], rows)
+    )
+
+
+SECTIONS = {"quality": quality, "minilm": minilm, "gptq_solver": solver, "capture": capture}
+
+
+def render() -> str:
+    """The README with its figures from `results/`."""
+    parts = []
+    for name, section in SECTIONS.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            parts.append(section(json.loads(path.read_text())))
+    text = README.read_text()
+    head, tail = text.split(START)[0], text.split(END)[1]
+    return head + START + "\n" + "\n".join(parts) + "\n" + END + tail
+
+
+def main() -> int:
+    text = render()
+    if "--check" in sys.argv:
+        return int(text != README.read_text())
+    README.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
