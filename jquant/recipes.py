@@ -1,0 +1,63 @@
+"""From the words of a command line to a plan: a preset for most weights, rules for the others.
+
+    int4-gptq                      the preset for every weight but embeddings and the output head
+    .*mlp/down.*=int8-nearest:128  REGEX=RECIPE[:GROUP] or REGEX=keep, before the preset
+
+A rule that decides nothing is refused by `plan`, as everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from jquant.allocation import plan
+from jquant.calibration import Weight
+from jquant.presets import named
+from jquant.scheme import Keep, Plan, Scheme, keep
+
+KEPT = "embed.*|head.*"  # what small models can least spare, unless a rule says otherwise
+
+Rules = dict[str, Scheme | Keep]
+
+
+def read_rules(given: Sequence[str]) -> Rules:
+    """The rules of a plan, of words like `REGEX=RECIPE:GROUP`.
+
+    Raises:
+        ValueError: a word is of another form, names no preset, or repeats an expression.
+
+    Example:
+        >>> read_rules([".*down.*=int8-nearest", "embed.*=keep"])["embed.*"]
+        Keep()
+    """
+    rules: Rules = {}
+    for rule in given:
+        pattern, equals, choice = rule.rpartition("=")
+        recipe, colon, group = choice.partition(":")
+        if not equals or not pattern or (colon and not group.isdecimal()):
+            raise ValueError(
+                f"rule {rule!r}: expected REGEX=RECIPE, REGEX=RECIPE:GROUP or REGEX=keep"
+            )
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"rule {rule!r}: not a regular expression: {error}") from error
+        if pattern in rules:
+            raise ValueError(f"rule {pattern!r} is given twice")
+        rules[pattern] = keep if recipe == "keep" else named(recipe, int(group) if colon else None)
+    return rules
+
+
+def plan_of(weights: Mapping[str, Weight], default: Scheme, rules: Rules) -> Plan:
+    """`default` for every weight that no rule matches, except those of `KEPT`.
+
+    Raises:
+        PlanError: a rule decides nothing.
+    """
+    # Only the user's own rules can be mistakes, so ours are left out where they decide nothing.
+    left = [path for path in weights if not any(re.fullmatch(rule, path) for rule in rules)]
+    ours = {KEPT: [path for path in left if re.fullmatch(KEPT, path)]}
+    ours[".*"] = [path for path in left if path not in ours[KEPT]]
+    last: Rules = {KEPT: keep, ".*": default}
+    return plan(weights, {**rules, **{rule: last[rule] for rule, paths in ours.items() if paths}})

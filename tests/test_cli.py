@@ -1,0 +1,278 @@
+"""The command line from end to end on a tiny random model, and everything a user can get wrong."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import jquant as jq
+from jquant import cli
+from jquant.console import Narrator, megabytes
+from jquant.demo import run_demo
+from jquant.models.assembly import sources
+from jquant.models.config import from_hf
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 200
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: random weights, and a byte-level tokenizer trained on `TEXT`."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    rng = np.random.default_rng(0)
+    tensors = {
+        source.name: (rng.normal(size=source.shape) * 0.3).astype(np.float32)
+        for source in sources(from_hf(CONFIG), "hf")
+    }
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<end>"], show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>").save_pretrained(folder)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return cli.run([str(argument) for argument in arguments])
+
+
+def options(model: Path) -> list[object]:
+    return ["--text", model / "text.txt", "--length", 32, "--samples", 4]
+
+
+@pytest.fixture(scope="module")
+def quantized(model: Path) -> Path:
+    target = model / "w4"
+    status = run("quantize", model, "-o", target, "--group", 16, "--quiet", *options(model))
+    assert status == 0
+    return target
+
+
+# The whole way
+
+
+def test_quantize_says_what_it_did(model: Path, tmp_path: Path, capsys) -> None:
+    status = run(
+        "quantize", model, "--output", tmp_path / "out", "--report",
+        "--rule", ".*mlp/down/kernel=int8-nearest", "--rule", ".*attention/v.*=int4-gptq:8",
+        "--rule", ".*/1/attention/q/.*=keep", *options(model),
+    )  # fmt: skip
+    out, err = capsys.readouterr()
+    assert status == 0
+    assert "reading the inputs of every weight: done" in err and "rounding: done" in err
+    assert "13 weights" in out and "layers/1/attention/q/kernel" in out
+    leaves = jq.io.read_header(tmp_path / "out" / "jquant.safetensors").leaves
+    assert leaves["layers/0/mlp/down/kernel"].grid.bits == 8
+    assert leaves["layers/0/attention/v/kernel"].blocks.size == 8
+    assert leaves["layers/0/mlp/up/kernel"].blocks.size == 64
+    assert leaves["layers/1/attention/q/kernel"].grid is None
+    assert leaves["embed/embedding"].grid is None
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["weights"]) == 13
+
+
+def test_the_embedding_can_be_quantized_too(model: Path, tmp_path: Path) -> None:
+    arguments = ["-o", tmp_path / "out", "--rule", "embed.*=int8-nearest", "-r", "int4-nearest"]
+    assert run("quantize", model, *arguments, "-q", *options(model)) == 0
+    leaves = jq.io.read_header(tmp_path / "out" / "jquant.safetensors").leaves
+    assert leaves["embed/embedding"].grid.bits == 8
+
+
+def test_a_quantized_folder_loads_as_a_model(model: Path, quantized: Path) -> None:
+    fn, qparams, tokenizer = jq.models.load(quantized)
+    full_fn, params, full_tokenizer = jq.models.load(model)
+    assert fn == full_fn and tokenizer("the dog") == full_tokenizer("the dog")
+    tokens = np.arange(12, dtype=np.int32).reshape(1, 12)
+    exact, near = full_fn(params, tokens), jq.apply(fn)(qparams, tokens)
+    assert 0 < float(abs(exact - near).mean()) < 0.5 * float(abs(exact).mean())
+
+
+def test_inspect(quantized: Path, capsys) -> None:
+    assert run("inspect", quantized) == 0
+    out, _ = capsys.readouterr()
+    assert "format 1" in out and "Uniform(bits=4" in out and "in 16" in out
+    assert run("inspect", quantized / "jquant.safetensors", "--every") == 0
+    out, _ = capsys.readouterr()
+    assert "layers/1/mlp/gate/kernel" in out.replace("\n", "")
+
+
+def test_evaluate(model: Path, quantized: Path, capsys) -> None:
+    assert run("evaluate", quantized, *options(model), "-q") == 0
+    alone, err = capsys.readouterr()
+    assert "perplexity" in alone and not err
+    assert run("evaluate", quantized, "--against", model, *options(model)) == 0
+    out, err = capsys.readouterr()
+    assert "KL, nats per token" in out and "same likeliest token" in out and "evaluating" in err
+    assert run("evaluate", model, "--against", model, *options(model), "-q") == 0
+    assert "0.00000" in capsys.readouterr().out
+
+
+def test_generate(quantized: Path, capsys) -> None:
+    assert run("generate", quantized, "--prompt", "The quick", "--tokens", 5) == 0
+    first = capsys.readouterr().out
+    assert run("generate", quantized, "-p", "The quick", "--tokens", 5, "--no-chat") == 0
+    assert capsys.readouterr().out == first and first.endswith("\n")
+    warm = ("generate", quantized, "-p", "The", "--tokens", 5, "--temperature", 1.5, "--seed")
+    assert run(*warm, 1) == run(*warm, 1) == 0
+    out = capsys.readouterr().out
+    assert out[: len(out) // 2] == out[len(out) // 2 :]
+
+
+def test_the_demo_runs_from_end_to_end(model: Path, tmp_path: Path, capsys) -> None:
+    run_demo(
+        Narrator(), samples=2, held_out=2, length=32, tokens=4, output=tmp_path / "d", source=model
+    )
+    out, err = capsys.readouterr()
+    assert "every bit came back" in err and "KL to full precision" in out and "Done in" in err
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", ["demo", "quantize", "evaluate", "inspect", "generate"])
+def test_help_teaches(command: str, capsys) -> None:
+    assert run("--help") == 0
+    assert command in capsys.readouterr().out
+    assert run(command, "--help") == 0
+    out = capsys.readouterr().out
+    assert command == "demo" or f"jquant {command} " in out.split("Parameters")[0]
+
+
+def test_help_lists_every_preset(capsys) -> None:
+    run("quantize", "--help")
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(name in out for name in jq.presets.presets())
+
+
+def test_version(capsys) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out.strip()
+
+
+# What a user can get wrong
+
+
+WRONG = {
+    "no such model": (("quantize", "nope", "-o", "OUT"), 1, "'nope': no such file"),
+    "no such hub id": (("generate", "no/such/thing", "-p", "x"), 1, "no such file"),
+    "no output": (("quantize", "MODEL"), 2, "--output"),
+    "no prompt": (("generate", "MODEL"), 2, "--prompt"),
+    "no such command": (("quantise", "MODEL"), 2, "quantise"),
+    "no such option": (("quantize", "MODEL", "-o", "OUT", "--bits", "4"), 2, "--bits"),
+    "not a number": (("quantize", "MODEL", "-o", "OUT", "--samples", "x"), 2, "samples"),
+    "no such recipe": (("quantize", "nope", "-o", "OUT", "-r", "int5"), 1, "'int4-gptq'"),
+    "group of none": (("quantize", "nope", "-o", "OUT", "--group", "0"), 1, "Blocks.size"),
+    "rule without =": (("quantize", "MODEL", "-o", "OUT", "--rule", "x"), 1, "REGEX=RECIPE"),
+    "rule of no recipe": (("quantize", "MODEL", "-o", "OUT", "--rule", ".*=x"), 1, "no preset"),
+    "rule of no regex": (("quantize", "MODEL", "-o", "OUT", "--rule", "(=keep"), 1, "regular"),
+    "rule of no weight": (
+        ("quantize", "MODEL", "-o", "OUT", "--rule", "layer=keep"), 1, "'layer'",
+    ),
+    "output taken": (("quantize", "MODEL", "-o", "MODEL"), 1, "--force"),
+    "no such text": (("evaluate", "MODEL", "--text", "nope.txt"), 1, "nope.txt: No such file"),
+    "text too short": (
+        ("evaluate", "MODEL", "--text", "MODEL/text.txt", "--length", "100000"), 1, "tokens",
+    ),
+    "binary text": (("evaluate", "MODEL", "--text", "MODEL/model.safetensors"), 1, "not UTF-8"),
+    "too many samples": (("evaluate", "MODEL", "--samples", "9999999"), 1, "--samples 9999999"),
+    "no checkpoint": (("inspect", "MODEL"), 1, "jquant.safetensors: No such file"),
+    "another checkpoint": (("inspect", "MODEL/model.safetensors"), 1, "jquant did not write"),
+    "prompt too long": (("generate", "MODEL", "-p", "x", "--tokens", "9999"), 1, "9999"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes_are_one_line(name: str, model: Path, tmp_path: Path, capsys) -> None:
+    arguments, status, message = WRONG[name]
+    places = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
+    for word, place in places.items():
+        arguments = tuple(argument.replace(word, place) for argument in arguments)
+    assert run(*arguments) == status
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if line.startswith("jquant: error: ")]
+    assert len(errors) == 1 and message in errors[0] and errors[0] == err.splitlines()[-1]
+    assert "Traceback" not in err and not (tmp_path / "out").exists()
+
+
+def test_another_network_is_refused(model: Path, quantized: Path, tmp_path: Path, capsys) -> None:
+    fn = jq.models.Decoder(from_hf({**CONFIG, "num_hidden_layers": 1}))
+    _, _, tokenizer = jq.models.load(quantized)
+    jq.models.save_quantized(tmp_path, fn, fn.init(jax.random.key(0)), tokenizer)
+    assert run("evaluate", tmp_path, "--against", model, *options(model)) == 1
+    assert "is another network" in capsys.readouterr().err
+
+
+def test_parameters_of_another_network_are_refused(quantized: Path, tmp_path: Path) -> None:
+    fn, _, _ = jq.models.load(quantized)
+    other = jq.models.Decoder(from_hf({**CONFIG, "hidden_size": 16}))
+    jq.models.save_quantized(tmp_path, fn, other.init(jax.random.key(0)))
+    with pytest.raises(jq.errors.CheckpointError, match="do not fit the decoder at 'embed"):
+        jq.models.load(tmp_path)
+    for decoder in ("[]", "{", '{"config": {"vocab": "x"}}', '{"config": {"layers": 1e99}}'):
+        path = tmp_path / "jquant.safetensors"
+        jq.save(path, {"w": np.ones(2, np.float32)}, metadata={"decoder": decoder})
+        with pytest.raises(jq.errors.CheckpointError, match="malformed decoder"):
+            jq.models.load(tmp_path)
+    jq.save(path, {"w": np.ones(2, np.float32)})
+    with pytest.raises(jq.errors.CheckpointError, match="without a decoder"):
+        jq.models.load(tmp_path)
+
+
+def test_ctrl_c_is_a_line_and_130(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(cli, "quantize", interrupted)
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been ignored
+    try:
+        assert run("quantize", model, "-o", tmp_path / "out", *options(model)) == 130
+    finally:
+        signal.signal(signal.SIGINT, old)
+    assert capsys.readouterr().err.endswith("jquant: stopped\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_can_be_debugged(monkeypatch) -> None:
+    monkeypatch.setenv("JQUANT_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        run("inspect", "nope")
+
+
+def test_the_installed_command_is_the_module(quantized: Path) -> None:
+    command = [sys.executable, "-m", "jquant", "inspect", str(quantized / "nope")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("jquant.console.EVERY", 0.0)
+    with Narrator().stages({"a": ("one", 2), "b": ("two", 3)}) as update:
+        for name, total in (("a", 2), ("b", 3)):
+            for done in range(1, total + 1):
+                update(name, done)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "one ...", "one", "one", "two ...", "two", "two", "two"
+    ]  # fmt: skip
+    assert "1/2, about" in lines[1] and "done in" in lines[2]
+    assert megabytes(2.5e6) == "2.5 MB"
