@@ -3,8 +3,8 @@
     python -m benchmarks.capture
 
 In one process, alternating: the forward, `capture` of all 210 block linears on the same batch, and
-the second-moment products alone (`Evidence.of` on arrays of the same shapes). Medians. The figure of
-merit is what capture costs beyond those products, relative to the forward. Also the evidence's
+the second-moment products alone (`Evidence.of` on arrays of the same shapes). Medians. The figure
+of merit is what capture costs beyond those products, relative to the forward. Also the evidence's
 bytes against the arithmetic: each distinct input once, `4 * (in² + 2 in + 1)`.
 Writes `results/capture.json`.
 """
@@ -62,7 +62,8 @@ def measure(dtype: str) -> dict[str, Any]:
     held = sum(leaf.nbytes for e in distinct for leaf in jax.tree.leaves(e))
     found = {
         "seconds": seconds,
-        "beyond_products_vs_forward": (seconds["capture"] - seconds["products"]) / seconds["forward"],
+        "beyond_products_vs_forward": (seconds["capture"] - seconds["products"])
+        / seconds["forward"],
         "gflops_per_second": {name: flops[name] / seconds[name] / 1e9 for name in flops},
         "weights": len(paths),
         "distinct_inputs": len(distinct),

@@ -31,7 +31,9 @@ def machine() -> dict[str, Any]:
     return {
         "processor": name,
         "matrix_units": "amx_bf16" in flags,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,
         "date": datetime.date.today().isoformat(),

@@ -121,7 +121,7 @@ class Layout:
             math.prod(batch.pop(0) if f.role == "batch" else f.size for f in axis) for axis in kept
         )
 
-    def canonical(self, array: Shaped[Array, "..."]) -> Shaped[Array, "*batch out in"]:
+    def canonical(self, array: Shaped[Array, ...]) -> Shaped[Array, "*batch out in"]:
         """The array as `[*batch, out, in]`. All of the layout's batch axes must be present."""
         split: list[int] = []
         for axis, size in zip(self.axes, array.shape, strict=True):
@@ -132,7 +132,7 @@ class Layout:
         batch = turned.shape[: self.batch_rank]
         return turned.reshape(*batch, self.size("out"), self.size("in"))
 
-    def original(self, canonical: Shaped[Array, "*batch out in"]) -> Shaped[Array, "..."]:
+    def original(self, canonical: Shaped[Array, "*batch out in"]) -> Shaped[Array, ...]:
         """The inverse of `canonical`; leading batch axes may have been sliced away."""
         batch = canonical.shape[:-2]
         _, factors = self._flat(len(batch))

@@ -1,7 +1,7 @@
 """How wrong a quantized weight is: in itself, in its outputs, and what it costs to store.
 
-With `E = W - Q` and `H = Σ x xᵀ` over the inputs, `tr(E H Eᵀ) = Σ ‖E x‖²` is the squared error of the
-outputs; every layer-wise method (GPTQ, AdaRound, EoRA) minimises it. All are pure functions of
+With `E = W - Q` and `H = Σ x xᵀ` over the inputs, `tr(E H Eᵀ) = Σ ‖E x‖²` is the squared error of
+the outputs; every layer-wise method (GPTQ, AdaRound, EoRA) minimises it. All are pure functions of
 arrays over the trailing axes; leading axes are batches.
 """
 
@@ -29,7 +29,9 @@ def output_error(
     return jnp.sum(pushed * error, axis=(-2, -1))
 
 
-def mse(a: Float[Array, "*batch out in"], b: Float[Array, "*batch out in"]) -> Float[Array, "*batch"]:
+def mse(
+    a: Float[Array, "*batch out in"], b: Float[Array, "*batch out in"]
+) -> Float[Array, "*batch"]:
     """Mean squared difference over the last two axes, float32."""
     return jnp.mean((a.astype(jnp.float32) - b.astype(jnp.float32)) ** 2, axis=(-2, -1))
 

@@ -10,9 +10,10 @@ they are. For the others the client's `rule` is asked first; where it declines, 
   weights slices itself. A special value that a loop carries unchanged is treated as a constant; one
   that a loop changes is given to `client.drop`, which may raise.
 
-A rule may `emit` values under a key `(name, ...)`. They leave the function beside its results: added
-up with the client's `merge` over loops and branches, and stacked along a new leading axis by a scan
-that slices a special value of that name. Only public JAX is used; what differs between JAX versions is in `_scan_parts`.
+A rule may `emit` values under a key `(name, ...)`. They leave the function beside its results:
+added up with the client's `merge` over loops and branches, and stacked along a new leading axis by
+a scan that slices a special value of that name. Only public JAX is used; what differs between JAX
+versions is in `_scan_parts`.
 """
 
 from __future__ import annotations
@@ -180,7 +181,11 @@ class Walker:
 
         keys: list[list[Any]] = []
         (carry, sums), (ys, rows) = lax.scan(
-            step, (init, zeros), xs, length=params["length"], reverse=params["reverse"],
+            step,
+            (init, zeros),
+            xs,
+            length=params["length"],
+            reverse=params["reverse"],
             unroll=params["unroll"],
         )
         for key, value in zip(summed, sums, strict=True):
@@ -253,7 +258,9 @@ class Walker:
         return results
 
 
-_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"})
+_CALLS = frozenset(
+    {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"}
+)
 _DESCENTS: dict[str, Callable[[Walker, core.JaxprEqn, list[Any]], Sequence[Any]]] = {
     "remat2": Walker._remat,
     "checkpoint": Walker._remat,
@@ -271,7 +278,7 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, Any]:
-    """The closed jaxpr of `fn` at these (possibly abstract) arguments, and its output's structure."""
+    """The closed jaxpr of `fn` at these (maybe abstract) arguments, and its output's structure."""
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
     return closed, jax.tree.structure(shape)
 

@@ -3,7 +3,8 @@
 `QTensor` holds integer codes `[*batch, out, in]` in the narrowest JAX type (XLA packs int2 and int4
 on every backend; `nbytes` does not know), and the grid's parameters per group. Static: the grid,
 the blocks, the layout that leads back to the original array, and the dtype it had. None of them
-stores a batch size, so a `QTensor` may be sliced by `scan`, `vmap` or `jax.tree.map(lambda a: a[0], q)`.
+stores a batch size, so a `QTensor` may be sliced by `scan`, `vmap` or `jax.tree.map(lambda a: a[0],
+q)`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def tree_map_weights(function: Callable[[Any], Any], tree: Any) -> Any:
     return jax.tree.map(function, tree, is_leaf=is_qtensor)
 
 
-def dequantize_weight(q: QTensor) -> Float[Array, "..."]:
+def dequantize_weight(q: QTensor) -> Float[Array, ...]:
     """The array a `QTensor` stands for, in its original shape and dtype."""
     codes = to_blocks(q.codes.astype(jnp.int32), q.blocks)
     length = q.codes.shape[-1 if q.blocks.axis == "in" else -2]
@@ -67,11 +68,14 @@ def dequantize(qparams: Any) -> Any:
 
     Example:
         >>> import jquant as jq
-        >>> w = {"kernel": jnp.linspace(-1.0, 1.0, 32).reshape(8, 4), "bias": jnp.zeros(4)}
-        >>> plan = jq.plan(jq.find_weights(lambda p, x: x @ p["kernel"] + p["bias"], w, jnp.ones((2, 8))),
-        ...                {".*": jq.Scheme(jq.grids.Uniform(8))})
-        >>> q, _ = jq.quantize(lambda p, x: x @ p["kernel"] + p["bias"], w, plan)
-        >>> float(jnp.abs(dequantize(q)["kernel"] - w["kernel"]).max()) < 0.01
+        >>> params = {"w": jnp.linspace(-1.0, 1.0, 32).reshape(8, 4), "b": jnp.zeros(4)}
+        >>> fn = lambda p, x: x @ p["w"] + p["b"]
+        >>> weights = jq.find_weights(fn, params, jnp.ones((2, 8)))
+        >>> plan = jq.plan(weights, {".*": jq.Scheme(jq.grids.Uniform(8))})
+        >>> qparams, _ = jq.quantize(fn, params, plan)
+        >>> float(jnp.abs(dequantize(qparams)["w"] - params["w"]).max()) < 0.01
         True
     """
-    return tree_map_weights(lambda leaf: dequantize_weight(leaf) if is_qtensor(leaf) else leaf, qparams)
+    return tree_map_weights(
+        lambda leaf: dequantize_weight(leaf) if is_qtensor(leaf) else leaf, qparams
+    )

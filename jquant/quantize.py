@@ -1,6 +1,7 @@
 """The one driver: a grid, a rounding and a plan meet here, and nowhere else.
 
-`quantize_weight` turns one array into a `QTensor`: canonical view, rounding, packing. `quantize` does
+`quantize_weight` turns one array into a `QTensor`: canonical view, rounding, packing. `quantize`
+does
 it for every weight of a plan: it checks all there is to check before any work, reads the evidence
 out of the function, and says in the report what became of each weight.
 """
@@ -36,7 +37,7 @@ Progress = Callable[[str, int, int], None]  # what ("capture" or a path), done, 
 
 
 def quantize_weight(
-    w: Float[Array, "..."],
+    w: Float[Array, ...],
     scheme: Scheme,
     layout: Layout,
     *,
@@ -89,7 +90,9 @@ def _errors(
     if "error" not in rounded.info:
         found["error"] = size(w - decoded(to_blocks(rounded.codes.astype(jnp.int32), blocks)))
     if "nearest_error" not in rounded.info:
-        found["nearest_error"] = size(w - decoded(nearest(grid, to_blocks(w, blocks), rounded.params)))
+        found["nearest_error"] = size(
+            w - decoded(nearest(grid, to_blocks(w, blocks), rounded.params))
+        )
     return found
 
 
@@ -112,7 +115,8 @@ def quantize(
         params: its parameters.
         plan: what `plan` returned.
         batches: calibration batches, each one array or a tuple of `fn`'s inputs.
-        evidence: path → `Evidence` (as from `capture`), for the weights it names instead of batches.
+        evidence: path → `Evidence` (as from `capture`), for the weights it names instead of
+            batches.
         key: randomness, required when a rounding needs it; each weight's key is derived from its
             path, so that adding a weight changes no other.
         progress: called as `progress(what, done, total)` while capturing and after every weight.
@@ -171,7 +175,7 @@ def _row(
     failed = bool(np.any(info.get("failed", 0)))
     if failed and not scheme.fallback:
         raise EvidenceError(
-            f"weight {path!r}: its second moment could not be factorised with any damping up to the "
+            f"weight {path!r}: its second moment could not be factorised at any damping up to the "
             "cap; pass more calibration tokens, a larger damping, or Scheme(..., fallback=True) to "
             "let nearest rounding stand in"
         )
@@ -193,12 +197,16 @@ def _row(
 
 def _check_weights(plan: Mapping[str, Scheme], arrays: Mapping[str, Any]) -> None:
     if not isinstance(plan, Plan):
-        raise PlanError(f"expected what jq.plan returns, got {type(plan).__name__}; call jq.plan first")
+        raise PlanError(
+            f"expected what jq.plan returns, got {type(plan).__name__}; call jq.plan first"
+        )
     flags = {}
     for path in plan:
         leaf = arrays.get(path)
         if leaf is None:
-            raise PlanError(f"plan names {path!r}, which params do not have; near: {near(path, arrays)}")
+            raise PlanError(
+                f"plan names {path!r}, which params do not have; near: {near(path, arrays)}"
+            )
         if tuple(leaf.shape) != plan.weights[path].shape:
             raise PlanError(
                 f"plan was made for {path!r} of shape {plan.weights[path].shape}, got "
@@ -247,11 +255,13 @@ def _check_evidence(plan: Plan, evidence: Mapping[str, Evidence]) -> None:
             continue
         found, weight = evidence[path], plan.weights[path]
         moment = found.second_moment
-        shape = jax.eval_shape(weight.layout.canonical, jax.ShapeDtypeStruct(weight.shape, weight.dtype)).shape
+        shape = jax.eval_shape(
+            weight.layout.canonical, jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+        ).shape
         if moment.shape != (*shape[:-2], shape[-1], shape[-1]):
             raise EvidenceError(
-                f"weight {path!r}: second moment must be {(*shape[:-2], shape[-1], shape[-1])}, got "
-                f"{moment.shape}"
+                f"weight {path!r}: second moment must be {(*shape[:-2], shape[-1], shape[-1])}, "
+                f"got {moment.shape}"
             )
         fine, skew = (np.asarray(a) for a in _sound(moment))
         if not fine:
@@ -264,11 +274,13 @@ def _check_evidence(plan: Plan, evidence: Mapping[str, Evidence]) -> None:
         if "moment" in scheme.rounding.needs:
             tokens = np.asarray(found.count)
             if tokens.max() <= 0:
-                raise EvidenceError(f"weight {path!r} has seen no tokens; pass batches that reach it")
+                raise EvidenceError(
+                    f"weight {path!r} has seen no tokens; pass batches that reach it"
+                )
             if tokens.min() < shape[-1]:
                 warnings.warn(
-                    f"weight {path!r}: {int(tokens.min())} tokens for {shape[-1]} input channels; its "
-                    "second moment is rank deficient, more tokens would help",
+                    f"weight {path!r}: {int(tokens.min())} tokens for {shape[-1]} input channels; "
+                    "its second moment is rank deficient, more tokens would help",
                     stacklevel=3,
                 )
 

@@ -1,4 +1,4 @@
-"""What quantizing did to every weight, as data: nothing is less than asked without standing here."""
+"""What quantizing did to every weight, as data: what is less than asked stands here."""
 
 from __future__ import annotations
 
@@ -78,7 +78,11 @@ class Report(Mapping[str, WeightReport]):
     def bits_per_weight(self) -> float:
         """Mean over all quantized weights; NaN when there are none."""
         total = sum(row.size for row in self.values())
-        return sum(row.bits_per_weight * row.size for row in self.values()) / total if total else math.nan
+        return (
+            sum(row.bits_per_weight * row.size for row in self.values()) / total
+            if total
+            else math.nan
+        )
 
     @property
     def ratio(self) -> float:
@@ -95,7 +99,16 @@ class Report(Mapping[str, WeightReport]):
         """A table for `rich.print`: a row per weight and a line of totals."""
         table = Table(title="quantized weights", caption=self._caption())
         table.add_column("weight", overflow="fold")
-        for name in ("shape", "scheme", "bits/weight", "error", "vs nearest", "tokens", "damping", "notes"):
+        for name in (
+            "shape",
+            "scheme",
+            "bits/weight",
+            "error",
+            "vs nearest",
+            "tokens",
+            "damping",
+            "notes",
+        ):
             table.add_column(name, justify="left" if name in ("scheme", "notes") else "right")
         for path, row in self.items():
             notes = ["nearest stands in"] if row.fallback else []
@@ -139,6 +152,7 @@ def describe(scheme: Scheme) -> str:
     """A scheme in a few words: `Uniform 4b, in 64, GPTQ`."""
     groups = scheme.groups
     size = "all" if groups.size is None else groups.size
-    return f"{type(scheme.grid).__name__} {scheme.grid.bits}b, {groups.axis} {size}, " + type(
-        scheme.rounding
-    ).__name__
+    return (
+        f"{type(scheme.grid).__name__} {scheme.grid.bits}b, {groups.axis} {size}, "
+        + type(scheme.rounding).__name__
+    )

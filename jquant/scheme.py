@@ -1,7 +1,8 @@
 """What to do with each weight: a `Scheme` per path, gathered in a `Plan`.
 
 A scheme is a grid × a rounding (compensations and activations join later), for groups of weights.
-Everything here is static: schemes print, compare, hash, and are written into checkpoints as they are.
+Everything here is static: schemes print, compare, hash, and are written into checkpoints as they
+    are.
 """
 
 from __future__ import annotations

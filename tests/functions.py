@@ -153,7 +153,9 @@ def _conv() -> Case:
                 -1,
             )
             groups.append(_gram(patches))
-            kernel = np.asarray(params["grouped"], np.float64)[..., 3 * g : 3 * g + 3].reshape(12, 3)
+            kernel = np.asarray(params["grouped"], np.float64)[..., 3 * g : 3 * g + 3].reshape(
+                12, 3
+            )
             y[..., 3 * g : 3 * g + 3] = patches @ kernel
         y = np.pad(np.tanh(y), ((0, 0), (1, 0), (0, 1), (0, 0)))
         rows, columns = (h + 1 - 2) // 2 + 1, w
@@ -168,7 +170,9 @@ def _conv() -> Case:
         )
         return {"grouped": np.stack(groups), "strided": _gram(patches)}
 
-    return Case("conv-grouped-strided", fn, params, [_normal(k, 2, 5, 4, 4) for k in (2, 3)], moments)
+    return Case(
+        "conv-grouped-strided", fn, params, [_normal(k, 2, 5, 4, 4) for k in (2, 3)], moments
+    )
 
 
 # Experts under vmap, and rows routed to experts by ragged_dot.
@@ -252,7 +256,11 @@ def _control() -> Case:
 
 def _views() -> Case:
     """Casts, transposes, reshapes, slices, a stack indexed in a Python loop, custom derivatives."""
-    params = {"qkv": _normal(0, 6, 12), "stack": 0.4 * _normal(1, 3, 4, 4), "rows": _normal(2, 5, 4)}
+    params = {
+        "qkv": _normal(0, 6, 12),
+        "stack": 0.4 * _normal(1, 3, 4, 4),
+        "rows": _normal(2, 5, 4),
+    }
 
     @jax.custom_vjp
     def project(x: jax.Array, w: jax.Array) -> jax.Array:

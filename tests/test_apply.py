@@ -105,7 +105,8 @@ def test_dequantized_weights_are_never_all_held(style: str) -> None:
         params, unrolled, scanned = _deep(layers)
         fn, tree = (unrolled, params) if style == "unrolled" else (scanned, jnp.stack(params))
         sizes.append(_temporary_bytes(fn, tree, x))
-    # Twelve more layers may not bring their float32 weights; XLA:CPU unpacks codes to bytes in loops.
+    # Twelve more layers may not bring their float32 weights; XLA:CPU unpacks codes to bytes in
+    # loops.
     assert sizes[1] - sizes[0] < 12 * 256 * 256 * 4 / 3
     assert sizes[1] < 16 * 256 * 256 * 4 / 3
 

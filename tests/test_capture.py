@@ -1,4 +1,4 @@
-"""Capture sees what flows into every weight, in every style of function; what it cannot see raises."""
+"""Capture sees what flows into every weight of any function; what it cannot see raises."""
 
 from __future__ import annotations
 
@@ -36,7 +36,11 @@ def test_axes_lead_to_the_canonical_view_that_evidence_is_for(case: Case) -> Non
     assert set(weights) == set(moments)
     for path, weight in weights.items():
         canonical = weight.layout.canonical(leaves[path])
-        assert moments[path].shape == (*canonical.shape[:-2], canonical.shape[-1], canonical.shape[-1])
+        assert moments[path].shape == (
+            *canonical.shape[:-2],
+            canonical.shape[-1],
+            canonical.shape[-1],
+        )
         np.testing.assert_array_equal(weight.layout.original(canonical), leaves[path])
 
 
@@ -54,15 +58,19 @@ def test_capturing_apart_and_merging_is_capturing_together() -> None:
     one, two = (jq.capture(case.fn, case.params, [batch]) for batch in case.batches)
     for path, found in together.items():
         merged = one[path].merge(two[path])
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, merged)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, merged
+        )
 
 
 def test_a_shared_input_is_held_once_also_when_every_user_casts_it() -> None:
     params = {"q": _normal(0, 4, 4), "k": _normal(1, 4, 2, 3), "other": _normal(2, 4, 4)}
 
     def fn(params, x):
-        cast = [jax.jit(lambda x, w: jnp.tensordot(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), 1))(
-            x, params[name]) for name in ("q", "k")]  # fmt: skip
+        def project(x, w):
+            return jnp.tensordot(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), 1)
+
+        cast = [jax.jit(project)(x, params[name]) for name in ("q", "k")]
         return cast, (x * 2) @ params["other"]
 
     found = jq.capture(fn, params, [_normal(3, 5, 4)])
@@ -120,24 +128,36 @@ def _changed_by_a_loop(w, x):
     return jax.lax.fori_loop(0, 2, lambda _, s: (s[0] * 0.5, s[1] @ s[0]), (w, x))[1]
 
 
+def _solved(w, x):
+    return jax.lax.custom_linear_solve(lambda v: w @ v, x[0], lambda _, b: b)
+
+
+def _called_back(w, x):
+    return jax.pure_callback(lambda w, x: np.asarray(x) @ np.asarray(w), x, w, x)
+
+
+def _picked(w, x):
+    return jnp.einsum("btd,bde->bte", x[None], w[None][jnp.array([0])])
+
+
+def _stacked(w, x):
+    return jnp.einsum("btd,bde->bte", x[None], jnp.stack([w, w])[jnp.array([1])])
+
+
 @pytest.mark.parametrize(
     ("wrap", "primitive"),
     [
-        (_shard, "shard_map"),
-        (lambda w, x: jax.lax.custom_linear_solve(lambda v: w @ v, x[0], lambda _, b: b),
-         "custom_linear_solve"),
-        (lambda w, x: jax.pure_callback(
-            lambda w, x: np.asarray(x) @ np.asarray(w), jax.ShapeDtypeStruct(x.shape, x.dtype), w, x),
-         "pure_callback"),
-        (lambda w, x: x @ jnp.exp(w), "exp"),
-        (lambda w, x: x @ (w / jnp.linalg.norm(w)), "div"),
-        (_changed_by_a_loop, "scan"),
-        (lambda w, x: jax.lax.linalg.triangular_solve(w, x), "triangular_solve"),
-        (lambda w, x: jnp.einsum("btd,bde->bte", x[None], jnp.stack([w, w])[jnp.array([1])]), "gather"),
-        (lambda w, x: jnp.einsum("btd,bde->bte", x[None], w[None][jnp.array([0])]), "gather"),
+        pytest.param(_shard, "shard_map", id="shard_map"),
+        pytest.param(_solved, "custom_linear_solve", id="solve"),
+        pytest.param(_called_back, "pure_callback", id="callback"),
+        pytest.param(lambda w, x: x @ jnp.exp(w), "exp", id="exp"),
+        pytest.param(lambda w, x: x @ (w / jnp.linalg.norm(w)), "div", id="normalised"),
+        pytest.param(_changed_by_a_loop, "scan", id="loop"),
+        pytest.param(jax.lax.linalg.triangular_solve, "triangular_solve", id="triangular"),
+        pytest.param(_stacked, "gather", id="stacked"),
+        pytest.param(_picked, "gather", id="picked"),
     ],
-    ids=["shard_map", "solve", "callback", "exp", "normalised", "loop", "triangular", "stacked", "picked"],
-)  # fmt: skip
+)
 def test_a_weight_that_cannot_be_followed_raises_with_path_and_primitive(wrap, primitive) -> None:
     params, x = {"deep": {"w": _normal(0, 4, 4)}}, _normal(1, 3, 4)
     for verb in (
@@ -182,7 +202,9 @@ def test_biases_norms_positions_and_learned_queries_are_no_trouble() -> None:
 def test_inputs_that_are_not_finite_name_the_weight_and_the_batch() -> None:
     x = _normal(0, 3, 4)
     with pytest.raises(EvidenceError, match=r"'w'.*batch 1"):
-        jq.capture(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}, [x, x.at[1, 1].set(jnp.nan), x])
+        jq.capture(
+            lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}, [x, x.at[1, 1].set(jnp.nan), x]
+        )
 
 
 def test_no_batches_is_an_error() -> None:

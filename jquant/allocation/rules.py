@@ -1,8 +1,10 @@
 """From rules to a plan: ordered regular expressions, or a function of the weight.
 
-The first rule whose expression matches a weight's whole path decides. A rule that decides nothing is
-a mistake and an error: it matches no path (the nearest are listed), only leaves that are not weights
-(the reason is given), or only what earlier rules have taken. A last `".*"` may be left over.
+The first rule whose expression matches a weight's whole path decides. A rule that decides nothing
+is
+a mistake and an error: it matches no path (the nearest are listed), only leaves that are not
+weights (the reason is given), or only what earlier rules have taken. A last `".*"` may be left
+over.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ def plan(
     Args:
         weights: what `find_weights` returned.
         rules: ordered mapping from regular expressions (matched against the whole path) to a
-            `Scheme` or `keep`, first match wins; or a function of the `Weight`. Weights that no rule
-            matches, or for which the function returns None, are kept.
+            `Scheme` or `keep`, first match wins; or a function of the `Weight`. Weights that no
+            rule matches, or for which the function returns None, are kept.
 
     Raises:
         PlanError: a rule decides nothing, is no valid expression, or its value is no scheme.

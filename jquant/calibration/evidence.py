@@ -48,11 +48,13 @@ class Evidence:
         )
 
     @staticmethod
-    def of(x: Float[Array, "*batch tokens in"], count: Float[Array, "*batch"] | None = None) -> Evidence:
+    def of(
+        x: Float[Array, "*batch tokens in"], count: Float[Array, "*batch"] | None = None
+    ) -> Evidence:
         """The evidence of rows of inputs; `count` where not every row is a token.
 
-        bfloat16 and float16 rows are multiplied as they are, with float32 sums; float32 rows in full
-        float32 precision on every backend.
+        bfloat16 and float16 rows are multiplied as they are, with float32 sums; float32 rows in
+        full float32 precision on every backend.
 
         Example:
             >>> Evidence.of(jnp.array([[1.0, 2.0], [3.0, 4.0]])).second_moment.tolist()

@@ -3,14 +3,14 @@
 Views of a weight keep their tag (`origin.py`). Where a tagged array meets its input, the reading is
 recorded and the input's evidence is emitted. An operation that is neither, but yields something
 computed from weights alone, breaks the tag; a broken tag may still be added to or multiply an
-activation (biases, norm scales, positions), but contracting it with one raises: the weight behind it
-would silently go unseen. So does any operation on a weight that is not listed here.
+activation (biases, norm scales, positions), but contracting it with one raises: the weight behind
+it would silently go unseen. So does any operation on a weight that is not listed here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,14 +26,14 @@ from jquant.interpreter import DESCENDED, Walker, bind
 
 # One operand (or several, each for itself), the same array out.
 _IDENTITIES = frozenset(
-    {"copy", "copy_p", "stop_gradient", "optimization_barrier", "sharding_constraint", "device_put",
-     "reduce_precision", "name", "pvary", "pcast", "mesh_cast", "reshard"}
-)  # fmt: skip
+    "copy copy_p stop_gradient optimization_barrier sharding_constraint device_put "
+    "reduce_precision name pvary pcast mesh_cast reshard".split()
+)
 # Where a parameter may meet an activation without being a weight: biases, scales, positions, masks.
 _MIXERS = frozenset(
-    {"add", "sub", "mul", "div", "max", "min", "pow", "rem", "atan2", "add_any", "select_n", "clamp",
-     "concatenate", "dynamic_update_slice", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor"}
-)  # fmt: skip
+    "add sub mul div max min pow rem atan2 add_any select_n clamp concatenate "
+    "dynamic_update_slice eq ne lt le gt ge and or xor".split()
+)
 
 
 class Observer:
@@ -92,7 +92,12 @@ class Observer:
         return results
 
     def _use(
-        self, walker: Walker, slot: int, kind: Kind, tagged: Tagged, roles: dict[str, Sequence[Part]]
+        self,
+        walker: Walker,
+        slot: int,
+        kind: Kind,
+        tagged: Tagged,
+        roles: Mapping[str, Sequence[Part]],
     ) -> Reading:
         """Record a use of a weight and return its reading."""
         origin = tagged.origin
@@ -116,28 +121,38 @@ class Observer:
             if not isinstance(weight, Tagged) or products[slot]:
                 continue
             if weight.origin.broken:
-                raise unsupported(weight.origin, eqn, f"it has been through {weight.origin.broken!r}")
+                raise unsupported(
+                    weight.origin, eqn, f"it has been through {weight.origin.broken!r}"
+                )
             parts = weight.origin.own(weight.array.ndim)
             roles: dict[str, list[Part]] = {"in": [], "out": [], "batch": []}
             for dim, axis in enumerate(parts):
-                roles["in" if dim in contract[slot] else "batch" if dim in batch[slot] else "out"] += axis
+                roles[
+                    "in" if dim in contract[slot] else "batch" if dim in batch[slot] else "out"
+                ] += axis
             if any(part.axis < 0 for part in roles["in"]):
                 raise unsupported(weight.origin, eqn, "it is contracted along a broadcast axis")
             reading = self._use(walker, slot, "dot", weight, roles)
             x = _array(other)
-            split: list[list[tuple[str, Part | None, int]]] = [[("token", None, n)] for n in x.shape]
+            split: list[list[tuple[str, Part | None, int]]] = [
+                [("token", None, n)] for n in x.shape
+            ]
             for role, dims in (("in", contract), ("batch", batch)):
                 for mine, theirs in zip(dims[slot], dims[1 - slot], strict=True):
                     split[theirs] = [
                         ("token", None, p.length) if p.axis < 0 else (role, p, p.length)
                         for p in parts[mine]
                     ]  # fmt: skip
-            self._emit(walker, weight.origin.path, reading, x, [part for axis in split for part in axis])
+            self._emit(
+                walker, weight.origin.path, reading, x, [part for axis in split for part in axis]
+            )
         results = bind(eqn, [_array(v) for v in values])
         if all(isinstance(v, Tagged) for v in values):
             # A product of parameters: an activation nothing flows into (learned queries), unless it
             # is added to a weight (a low-rank adapter), which then is broken by that addition.
-            return [Tagged(r, Origin(values[1].origin.path, (), (), "dot_general")) for r in results]
+            return [
+                Tagged(r, Origin(values[1].origin.path, (), (), "dot_general")) for r in results
+            ]
         return results
 
     def _emit(
@@ -193,6 +208,7 @@ class Observer:
         dims = [in_dim, *window]  # the order of a patch's features: channel, then position
         inner = [part for dim in dims for part in parts[dim]]
         reading = self._use(walker, 1, "conv", weight, {"in": inner, "out": out, "batch": lead})
+
         def compute() -> Evidence:
             patches = lax.conv_general_dilated_patches(
                 x, [weight.array.shape[dim] for dim in window], params["window_strides"],
@@ -215,7 +231,12 @@ class Observer:
         x, weight, sizes = values
         tagged = next(v for v in values if isinstance(v, Tagged))
         plain = not any(isinstance(v, Tagged) for v in (x, sizes)) and not tagged.origin.broken
-        if not plain or batch != ((), ()) or len(contract[0]) != 1 or not numbers.rhs_group_dimensions:
+        if (
+            not plain
+            or batch != ((), ())
+            or len(contract[0]) != 1
+            or not numbers.rhs_group_dimensions
+        ):
             raise unsupported(tagged.origin, eqn, "only rows [tokens, in] in groups are supported")
         parts = weight.origin.own(weight.array.ndim)
         roles: dict[str, list[Part]] = {"in": [], "out": [], "batch": []}
@@ -240,7 +261,8 @@ class Observer:
         whole = all(eqn.params["slice_sizes"][d] == table.array.shape[d] for d in kept)
         result = bind(eqn, [_array(v) for v in values])
         if not whole or len(kept) != 1 or rows != set(numbers.start_index_map):
-            # Picking whole matrices (experts, layers) by index: the pick is not the weight any more.
+            # Picking whole matrices (experts, layers) by index: the pick is not the weight any
+            # more.
             return [Tagged(r, Origin(table.origin.path, (), (), "gather")) for r in result]
         parts = table.origin.own(table.array.ndim)
         roles: dict[str, list[Part]] = {"in": [], "out": [], "batch": []}
@@ -252,9 +274,9 @@ class Observer:
 
 def unsupported(origin: Origin, eqn: core.JaxprEqn, why: str) -> UnsupportedPrimitiveError:
     return UnsupportedPrimitiveError(
-        f"weight {origin.path!r} enters {eqn.primitive.name!r}: {why}, so its evidence cannot be read. "
-        f"Rewrite that operation with dot, conv or einsum on the weight itself, or leave the weight "
-        f"out: find_weights(..., ignore={origin.path!r})"
+        f"weight {origin.path!r} enters {eqn.primitive.name!r}: {why}, so its evidence cannot be "
+        "read. Rewrite that operation with dot, conv or einsum on the weight itself, or leave the "
+        f"weight out: find_weights(..., ignore={origin.path!r})"
     )
 
 

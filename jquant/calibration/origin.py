@@ -3,8 +3,9 @@
 A weight seldom meets its input as it was stored: it is cast, transposed, reshaped to heads, split
 into q, k and v, sliced out of a stack. An `Origin` follows it through such *views*: for every axis
 of the current array it lists the `Part`s of the parameter's axes that make it up, outermost first.
-When the array is at last contracted, each part's role (in, out, batch) is the role of the array axis
-it lies on; nothing is guessed by rank. An origin is static. A scan drops leading array axes without
+When the array is at last contracted, each part's role (in, out, batch) is the role of the array
+axis it lies on; nothing is guessed by rank. An origin is static. A scan drops leading array axes
+without
 telling it: they are simply the first entries of `axes` beyond the array's rank.
 """
 
@@ -59,7 +60,9 @@ class Origin:
         """Parts on axes that scans have sliced away from an array of `rank`, outermost first."""
         return tuple(part for axis in self.axes[: len(self.axes) - rank] for part in axis)
 
-    def _with(self, rank: int, axes: Sequence[tuple[Part, ...]], fixed: Sequence[Part] = ()) -> Origin:
+    def _with(
+        self, rank: int, axes: Sequence[tuple[Part, ...]], fixed: Sequence[Part] = ()
+    ) -> Origin:
         dropped = self.axes[: len(self.axes) - rank]
         return replace(self, axes=(*dropped, *axes), fixed=(*self.fixed, *fixed))
 
@@ -72,9 +75,9 @@ class Origin:
         return self._with(len(permutation), [own[k] for k in permutation])
 
     def broadcast(self, rank: int, shape: Sequence[int], dims: Sequence[int]) -> Origin | None:
-        """`broadcast_in_dim`: new axes come from nowhere; stretching an axis of the weight is no view."""
+        """`broadcast_in_dim`: new axes come from nowhere; stretching the weight is no view."""
         own = self.own(rank)
-        axes = [() if n == 1 else (Part(-1, 1, n, 0, n),) for n in shape]
+        axes: list[tuple[Part, ...]] = [() if n == 1 else (Part(-1, 1, n, 0, n),) for n in shape]
         for part, dim in zip(own, dims, strict=True):
             if math.prod(p.length for p in part) == shape[dim]:
                 axes[dim] = part
@@ -100,7 +103,7 @@ class Origin:
         return self._with(len(shape), own)
 
     def reshape(self, shape: Sequence[int], new: Sequence[int]) -> Origin | None:
-        """Regroup the parts into axes of sizes `new`, splitting whole parts where a boundary falls."""
+        """Regroup the parts into axes of sizes `new`, splitting whole ones at the boundaries."""
         parts = [p for axis in self.own(len(shape)) for p in axis if p.length > 1]
         ones = [p for axis in self.own(len(shape)) for p in axis if p.length == 1 and not p.whole]
         axes: list[tuple[Part, ...]] = []

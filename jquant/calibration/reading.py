@@ -1,9 +1,9 @@
 """How a weight is read: which parts of its axes are contracted, kept, or run along.
 
-Every use of a weight (`dot_general`, a convolution, `ragged_dot`, an embedding lookup) comes down to
-a `Reading`: a role for each part of each parameter axis. From a reading follow the public axes of a
-`Weight`, the `Layout` that leads to `[*batch, out, in]`, and the place where evidence gathered on a
-window of the weight belongs in the evidence of the whole. Readings are static and hashable.
+Every use of a weight (`dot_general`, a convolution, `ragged_dot`, an embedding lookup) comes down
+to a `Reading`: a role for each part of each parameter axis. From a reading follow the public axes
+of a `Weight`, the `Layout` that leads to `[*batch, out, in]`, and the place where evidence gathered
+on a window of the weight belongs in the evidence of the whole. Readings are static and hashable.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Reading(NamedTuple):
         """
         found: list[list[tuple[int, int, Role]]] = [[] for _ in shape]
         roles: list[tuple[Role, tuple[Part, ...]]] = [
-            ("batch", (*self.batch, *self.fixed)), ("in", self.inner), ("out", self.outer)
+            ("batch", (*self.batch, *self.fixed)),
+            ("in", self.inner),
+            ("out", self.outer),
         ]
         for role, parts in roles:
             for part in parts:
@@ -69,7 +71,8 @@ def order(parts: Sequence[Part]) -> list[int]:
 def assemble(sightings: Sequence[tuple[Reading, Evidence]]) -> Evidence:
     """The evidence of a whole weight from uses of it, or of windows of it, with equal axes.
 
-    Windows of in axes fill blocks of the second moment, indices of batch axes its slices. Windows of
+    Windows of in axes fill blocks of the second moment, indices of batch axes its slices. Windows
+    of
     out axes share it: those that saw the same input count once, others are added up.
     """
     places: dict[tuple[tuple[Part, ...], ...], Evidence] = {}

@@ -1,14 +1,14 @@
 """Which leaves of a parameter tree are weights, found by running the function abstractly.
 
-A weight is a leaf of two or more axes that reaches a `dot_general`, a convolution, a `ragged_dot` or
-an embedding lookup, through any views, calls, loops and branches. Its axes come from the operation's
-dimension numbers, never from its rank or name.
+A weight is a leaf of two or more axes that reaches a `dot_general`, a convolution, a `ragged_dot`
+or an embedding lookup, through any views, calls, loops and branches. Its axes come from the
+operation's dimension numbers, never from its rank or name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +68,10 @@ class Weight:
     def layout(self) -> Layout:
         """How the array is read as `[*batch, out, in]`."""
         return Layout.of(
-            self.shape, in_axes=self.in_axes, batch_axes=self.batch_axes, split_shape=self.split_shape
+            self.shape,
+            in_axes=self.in_axes,
+            batch_axes=self.batch_axes,
+            split_shape=self.split_shape,
         )
 
     @property
@@ -102,7 +105,8 @@ class Weights(Mapping[str, Weight]):
 class Sightings:
     """All that one run of a function showed: evidence (arrays), and how it belongs (static).
 
-    `values` holds every distinct piece of evidence once; `keys` files it: (path, reading, position).
+    `values` holds every distinct piece of evidence once; `keys` files it: (path, reading,
+    position).
     """
 
     values: list[Evidence]
@@ -184,7 +188,9 @@ def find_weights(
         elif not wanted(path):
             others[path] = f"ignored by {ignore!r}"
         else:
-            others[path] = f"it is used by {mixed[path]!r} only" if path in mixed else "it is not used"
+            others[path] = (
+                f"it is used by {mixed[path]!r} only" if path in mixed else "it is not used"
+            )
     return Weights(weights, others)
 
 
@@ -194,7 +200,7 @@ def _weight(path: str, leaf: jax.ShapeDtypeStruct, readings: list[Reading]) -> W
     axes = chosen.axes(leaf.shape)
     flat = [digit for axis in axes for digit in axis]
 
-    def numbers(flat: list[tuple[int, str]], role: str) -> tuple[int, ...]:
+    def numbers(flat: Sequence[tuple[int, str]], role: str) -> tuple[int, ...]:
         return tuple(k for k, digit in enumerate(flat) if digit[1] == role)
 
     uses = []

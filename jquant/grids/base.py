@@ -33,7 +33,9 @@ class Grid(Protocol):
         """The smallest and the largest code, both included."""
         ...
 
-    def fit(self, w: Float[Array, "*g b"], importance: Float[Array, "*#g b"] | None = None) -> Params:
+    def fit(
+        self, w: Float[Array, "*g b"], importance: Float[Array, "*#g b"] | None = None
+    ) -> Params:
         """Group parameters for these weights; `importance` weighs errors where the grid can."""
         ...
 

@@ -4,13 +4,14 @@ Six conventions are in use for the step and the zero point, and mixing them up i
 the field. They are rows of `CONVENTIONS`: every one takes a range `[low, high]` from the weights,
 divides it by a number of steps, and puts zero somewhere:
 
-    id  used by                range                        steps    zero point            codes
-    A1  GPTQ (default)         [min(w, 0), max(w, 0)]       2^b - 1  round(-low/s)         0 .. 2^b - 1
-    A2  AWQ, AdaDim            [min w, max w], floor 1e-5   2^b - 1  clip(round(-low/s))   0 .. 2^b - 1
-    A3  DeepSpeed, asymmetric  [min w, max w]               2^b      round(-low/s), float  0 .. 2^b - 1
-    S1  GPTQ `sym`, DiscQuant  ±max |w|                     2^b - 1  none                  ±2^(b-1), less one above
-    S2  DeepSpeed, symmetric   ±max |w|                     2^b      none                  the same
-    S3  restricted (PowerQuant, int8 kernels)  ±max |w|     2^b - 2  none                  ±(2^(b-1) - 1)
+    id  used by                range                        steps    zero point            codes A1
+    GPTQ (default)         [min(w, 0), max(w, 0)]       2^b - 1  round(-low/s)         0 .. 2^b - 1
+    A2  AWQ, AdaDim            [min w, max w], floor 1e-5   2^b - 1  clip(round(-low/s))   0 .. 2^b
+    - 1 A3  DeepSpeed, asymmetric  [min w, max w]               2^b      round(-low/s), float  0 ..
+    2^b - 1 S1  GPTQ `sym`, DiscQuant  ±max |w|                     2^b - 1  none
+    ±2^(b-1), less one above S2  DeepSpeed, symmetric   ±max |w|                     2^b      none
+    the same S3  restricted (PowerQuant, int8 kernels)  ±max |w|     2^b - 2  none
+    ±(2^(b-1) - 1)
 
 S1 differs from GPTQ's code on purpose in one thing: there a group without negative weights gets
 half the scale it needs and clips half its range. A2 keeps AWQ's behaviour: a group far from zero
@@ -73,8 +74,8 @@ class MinMax:
 class MSE:
     """The range is the weights' own times the best of `steps` factors `1 - i / resolution`.
 
-    Best by the sum of `importance * |error| ** norm` under nearest rounding; the factor 1 wins ties,
-    so the result is never worse than `MinMax` in that measure. Defaults: GPTQ's own search.
+    Best by the sum of `importance * |error| ** norm` under nearest rounding; the factor 1 wins
+    ties, so the result is never worse than `MinMax` in that measure. Defaults: GPTQ's own search.
     """
 
     steps: int = 80
@@ -96,8 +97,8 @@ class Uniform:
         symmetric: codes signed around zero and no zero point; else unsigned codes with one.
         convention: a row of the module's table; default `"S1"` (symmetric) or `"A1"`, GPTQ's own.
         range: `MinMax()`, or `MSE()` to search for a range that clips on purpose.
-        scale_dtype: `"float32"`, `"float16"` or `"bfloat16"`. The scale is rounded to it in `fit`, so
-            codes are chosen for the scale that is stored.
+        scale_dtype: `"float32"`, `"float16"` or `"bfloat16"`. The scale is rounded to it in `fit`,
+            so codes are chosen for the scale that is stored.
 
     Raises:
         ValueError: an argument is out of its set, or `symmetric` contradicts `convention`.
@@ -131,8 +132,8 @@ class Uniform:
         if row is None or row.symmetric != self.symmetric:
             fits = [name for name, row in CONVENTIONS.items() if row.symmetric == self.symmetric]
             raise ValueError(
-                f"Uniform.convention with symmetric={self.symmetric} must be one of {fits} or None, "
-                f"got {self.convention!r}"
+                f"Uniform.convention with symmetric={self.symmetric} must be one of {fits} or "
+                f"None, got {self.convention!r}"
             )
         if not isinstance(self.range, MinMax | MSE):
             raise ValueError(f"Uniform.range must be MinMax() or MSE(), got {self.range!r}")
@@ -153,11 +154,14 @@ class Uniform:
         top = 2 ** (self.bits - 1) - 1
         return top + 1 - 2**self.bits + max(self._row.fewer - 1, 0), top
 
-    def fit(self, w: Float[Array, "*g b"], importance: Float[Array, "*#g b"] | None = None) -> Params:
+    def fit(
+        self, w: Float[Array, "*g b"], importance: Float[Array, "*#g b"] | None = None
+    ) -> Params:
         """Group parameters: `scale` `[*g]`, and `zero` `[*g]` if asymmetric.
 
-        `zero` has the grid's code dtype (float32 in A3, whose zero point may lie outside the codes).
-        `importance` weighs the errors of `MSE`; `MinMax` has no use for it. Finite weights give
+        `zero` has the grid's code dtype (float32 in A3, whose zero point may lie outside the
+        codes). `importance` weighs the errors of `MSE`; `MinMax` has no use for it. Finite weights
+        give
         finite parameters and values, whatever their range: ranges are capped at a quarter of
         float32's, and a group of zeros has scale 1.
         """
@@ -194,8 +198,8 @@ class Uniform:
         """Scale and zero point of a range, as the convention has them."""
         row = self._row
         magnitude = jnp.maximum(jnp.abs(low), jnp.abs(high))
-        # XLA would multiply by the reciprocal of a constant, an ulp off what every other tool divides;
-        # it cannot see that these steps are one.
+        # XLA would multiply by the reciprocal of a constant, an ulp off what every other tool
+        # divides; it cannot see that these steps are one.
         steps = 2**self.bits - row.fewer + 0.0 * magnitude
         scale = jnp.maximum(high - low, row.floor) / steps
         scale = jnp.maximum(scale, magnitude * LEAST_STEP)
@@ -228,7 +232,7 @@ class Uniform:
         return lo.astype(jnp.int32), hi.astype(jnp.int32)
 
     def nearest(self, w: Float[Array, "*g b"], params: Params) -> Integer[Array, "*g b"]:
-        """`clip(round(w / scale) + zero)`: ties go to the even multiple of the scale, as in GPTQ."""
+        """`clip(round(w / scale) + zero)`; ties go to even multiples of the scale (GPTQ's code)."""
         scale, zero = self._affine(params)
         return jnp.clip(jnp.round(w / scale) + zero, *self.codes).astype(jnp.int32)
 

@@ -1,7 +1,8 @@
 """The same function, on quantized weights: every weight is decoded where it is used.
 
-`apply(fn)(qparams, *inputs)` gives what `fn(dequantize(qparams), *inputs)` gives. The walker carries
-each `QTensor` through calls, scans, branches and views, and decodes it at the operation that needs
+`apply(fn)(qparams, *inputs)` gives what `fn(dequantize(qparams), *inputs)` gives. The walker
+carries each `QTensor` through calls, scans, branches and views, and decodes it at the operation
+that needs
 its values: at any moment the program holds the codes and the few weights in use. A view that cannot
 be expressed on codes waits beside them until then. Under a scan a quantized stack slices itself.
 """
@@ -54,7 +55,9 @@ class _Decoder:
     def rule(self, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> Sequence[Any] | None:
         name = eqn.primitive.name
         if name == "scan":  # slices what it is given: codes can be sliced, views to come can not
-            return walker.descend(eqn, [_decode(v) if isinstance(v, _Waiting) else v for v in values])
+            return walker.descend(
+                eqn, [_decode(v) if isinstance(v, _Waiting) else v for v in values]
+            )
         if name in DESCENDED - _CUSTOM:
             return None
         seen = view(eqn, values)
@@ -63,7 +66,7 @@ class _Decoder:
         if name in VIEWS and len(values) == 1:
             (value,) = values
             views = value.views if isinstance(value, _Waiting) else ()
-            return [_Waiting(value.q if views else value, (*views, eqn))]
+            return [_Waiting(value.q if isinstance(value, _Waiting) else value, (*views, eqn))]
         other = next((v for v in values if isinstance(v, jax.Array) and v.size), None)
         return bind(eqn, [_decode(v, other) if self.special(v) else v for v in values])
 
@@ -105,7 +108,8 @@ def apply(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn`, taking parameters in which any leaf may be a `QTensor`.
 
     The result is compiled once per shapes and plan, and may itself be used under `jit`, `vmap` and
-    `grad` with respect to the inputs. For one `fn` the same compiled function is returned each time.
+    `grad` with respect to the inputs. For one `fn` the same compiled function is returned each
+    time.
 
     Args:
         fn: any JAX function `fn(params, *inputs)`.

@@ -2,7 +2,8 @@
 
 A cast, a transpose, the slice of one layer out of a stack, the rows of an embedding: where such a
 view can be expressed on codes and group parameters, `view` returns the `QTensor` it yields (or, for
-looked-up rows, the decoded rows alone). Where it cannot, it returns None and the caller dequantizes.
+looked-up rows, the decoded rows alone). Where it cannot, it returns None and the caller
+dequantizes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def _leaves(q: QTensor, function: Any, layout: Layout) -> QTensor:
 
 def _convert(q: QTensor, _: Sequence[Any], eqn: core.JaxprEqn) -> QTensor | None:
     new, old = jnp.dtype(eqn.params["new_dtype"]), jnp.dtype(q.dtype)
-    if new == old or (old == jnp.float32 and jnp.issubdtype(new, jnp.floating) and new.itemsize < 4):
+    if new == old or (
+        old == jnp.float32 and jnp.issubdtype(new, jnp.floating) and new.itemsize < 4
+    ):
         return replace(q, dtype=new)
     return None  # widening must pass through the narrower type first
 
@@ -98,7 +101,10 @@ def _gather(q: QTensor, rest: Sequence[Any], eqn: core.JaxprEqn) -> jax.Array | 
     whole = params["slice_sizes"] == (1, q.shape[-1])
     last = eqn.outvars[0].aval.ndim - 1  # type: ignore[attr-defined]
     two = all(leaf.ndim == 2 for leaf in q.params.values())
-    if not (plain and rows and whole and two and numbers.offset_dims == (last,)) or q.blocks.axis != "in":
+    if (
+        not (plain and rows and whole and two and numbers.offset_dims == (last,))
+        or q.blocks.axis != "in"
+    ):
         return None
 
     def pick(leaf: jax.Array) -> jax.Array:

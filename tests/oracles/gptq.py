@@ -35,7 +35,8 @@ def gptq(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes, values and updated weights at the moment of rounding, each `[out, in]`.
 
-    `fit` takes `[m, b]` (m groups of b weights); `round_to(x [m, b], params)` gives codes and values.
+    `fit` takes `[m, b]` (m groups of b weights); `round_to(x [m, b], params)` gives codes and
+    values.
     """
     w = w.astype(np.float64)
     rows, width = w.shape
@@ -50,8 +51,10 @@ def gptq(
         if axis == "in":
             codes, values = round_to(column[:, None], params)
             return codes[:, 0], values[:, 0]
-        parts = [round_to(column[i : i + size][None], p) for i, p in
-                 zip(range(0, rows, size), params, strict=True)]
+        parts = [
+            round_to(column[i : i + size][None], p)
+            for i, p in zip(range(0, rows, size), params, strict=True)
+        ]
         return (np.concatenate([c[0] for c, _ in parts]), np.concatenate([v[0] for _, v in parts]))
 
     if axis == "in":
