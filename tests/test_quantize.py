@@ -183,7 +183,7 @@ def test_gptq_on_a_weight_that_is_only_looked_up() -> None:
 
 
 def _evidence(moment, count=100.0) -> dict[str, Evidence]:
-    return {"up": Evidence(moment, jnp.asarray(count), jnp.zeros(6), jnp.zeros(6))}
+    return {"up": Evidence(moment, jnp.asarray(count))}
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ def capture(
         path → `Evidence` with `[*batch, in, in]` second moments: sums over the tokens of all
         batches, float32. Stacked layers and experts keep their batch axes. Weights that are only
         looked up (embeddings) have none. Weights with a common input hold the very same arrays.
+        Every row of an input is a token: where a function pads, zero the padded rows (they then add
+        nothing to the moments, though to the count); all-zero slots of experts are not counted.
 
     Raises:
         UnsupportedPrimitiveError: a watched weight cannot be followed; names path and primitive.
@@ -113,8 +115,9 @@ def _step(fn: Callable[..., Any], paths: frozenset[str] | None) -> Callable[...,
                 raise _Differs
             values = [old.merge(more) for old, more in zip(total.values, new.values, strict=True)]
             new = replace(new, values=values)
-        sums = [jnp.all(jnp.isfinite(value.total)) & jnp.all(jnp.isfinite(value.abs_max))
-                for value in new.values]  # fmt: skip
+        # An input channel that is not finite shows in its own sum of squares.
+        power = [jnp.diagonal(value.second_moment, axis1=-2, axis2=-1) for value in new.values]
+        sums = [jnp.all(jnp.isfinite(channel)) for channel in power]
         return new, jnp.stack(sums) if sums else jnp.ones(0, bool)
 
     return jax.jit(step, donate_argnums=0)

@@ -8,6 +8,7 @@ bfloat16 inputs need no rescaling before the product and stay exact (PERFORMANCE
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -19,23 +20,25 @@ from jaxtyping import Array, Float
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Evidence:
-    """Sums over the tokens a weight has seen.
+    """Sums over the tokens a weight has seen. Whoever makes one by hand may leave out the last two.
 
     Attributes:
         second_moment: sum of `x xᵀ`, `[*batch, in, in]`.
         count: number of tokens, `[*batch]`, float32 (exact up to 16.7 million).
-        total: sum of `x`, `[*batch, in]`.
-        abs_max: largest `|x|` per input channel, `[*batch, in]`.
+        total: sum of `x`, `[*batch, in]`, or None.
+        abs_max: largest `|x|` per input channel, `[*batch, in]`, or None.
     """
 
     second_moment: Float[Array, "*batch in in"]
     count: Float[Array, "*batch"]
-    total: Float[Array, "*batch in"]
-    abs_max: Float[Array, "*batch in"]
+    total: Float[Array, "*batch in"] | None = None
+    abs_max: Float[Array, "*batch in"] | None = None
 
     @property
     def mean(self) -> Float[Array, "*batch in"]:
-        """Mean input per channel, `[*batch, in]`."""
+        """Mean input per channel, `[*batch, in]`. ValueError where `total` was left out."""
+        if self.total is None:
+            raise ValueError("this evidence has no total, so no mean; pass Evidence(..., total=)")
         return self.total / jnp.maximum(self.count, 1)[..., None]
 
     def merge(self, other: Evidence) -> Evidence:
@@ -43,8 +46,8 @@ class Evidence:
         return Evidence(
             self.second_moment + other.second_moment,
             self.count + other.count,
-            self.total + other.total,
-            jnp.maximum(self.abs_max, other.abs_max),
+            _both(jnp.add, self.total, other.total),
+            _both(jnp.maximum, self.abs_max, other.abs_max),
         )
 
     @staticmethod
@@ -64,6 +67,10 @@ class Evidence:
             count = jnp.full(x.shape[:-2], x.shape[-2], jnp.float32)
         magnitude = jnp.max(jnp.abs(x), axis=-2, initial=0).astype(jnp.float32)
         return Evidence(_gram(x), count, jnp.sum(x, axis=-2, dtype=jnp.float32), magnitude)
+
+
+def _both(join: Callable[..., Array], one: Array | None, two: Array | None) -> Array | None:
+    return None if one is None or two is None else join(one, two)
 
 
 def _gram(x: Float[Array, "*batch tokens in"]) -> Float[Array, "*batch in in"]:

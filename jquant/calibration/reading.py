@@ -125,6 +125,7 @@ def _place(
         window = window.at[(..., *np.ix_(*tail))].set(array) if tail else array
         return jnp.zeros((*sizes, *window.shape[rank:]), array.dtype).at[tuple(index)].set(window)
 
+    assert evidence.total is not None and evidence.abs_max is not None  # `Evidence.of` gave both
     return Evidence(
         spread(evidence.second_moment, columns, columns),
         spread(evidence.count),
