@@ -22,38 +22,43 @@ class Factor(NamedTuple):
     """`G` and `D²` of the damped, scaled second moment, and how they came about."""
 
     gain: Float[Array, "n n"]  # strictly lower part of G; zero if the factorisation failed
-    pivots: Float[Array, "n"]  # D²; zero for dead inputs and padding
-    live: Bool[Array, "n"]
+    pivots: Float[Array, " n"]  # D²; zero for dead inputs and padding
+    penalty: Float[Array, " n"]  # λ where a column counts, else zero: tr(E H Eᵀ) leaves it out
     unit: Float[Array, ""]  # mean diagonal of H over live inputs
+    dead: Float[Array, ""]  # how many inputs have H_jj = 0
     damping: Float[Array, ""]  # λ / unit, as used in the end
     failed: Bool[Array, ""]
 
 
 def factorise(
     moment: Float[Array, "in in"],
-    source: Integer[Array, "n"],
-    real: Bool[Array, "n"],
+    source: Integer[Array, " n"],
+    real: Bool[Array, " n"],
     damping: float,
     max_damping: float,
 ) -> Factor:
-    """Factorise `moment` with column `source[j]` at place j; places that are not `real` are padding.
+    """Factorise `moment` with column `source[j]` at place j; padding where not `real`.
 
     Damping rises tenfold, up to and including `max_damping`, until the factorisation succeeds.
     """
     diagonal = jnp.diagonal(moment)
-    unit = jnp.sum(diagonal) / jnp.maximum(jnp.sum(diagonal != 0), 1)
+    alive = (diagonal != 0).astype(jnp.float32)
+    pair = jnp.stack([diagonal, alive])
+    _, (trace, count) = jnp.matmul(pair, pair.T, precision=lax.Precision.HIGHEST)
+    unit = trace / jnp.maximum(count, 1.0)
     unit = jnp.where(unit > 0, unit, 1.0)
     live = real & (diagonal[source] != 0)
     # Reversed, so that LAPACK's lower factor is our upper one.
-    back, alive = source[::-1], live[::-1]
-    scaled = jnp.where(alive[:, None] & alive, moment[back[:, None], back] / unit, 0.0)
+    back, kept = source[::-1], live[::-1]
+    scaled = jnp.where(kept[:, None] & kept, moment[back[:, None], back] / unit, 0.0)
 
     def attempt(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         level, _, _, _ = state
         lower = lax.linalg.cholesky(
-            scaled + jnp.diag(jnp.where(alive, level, 1.0)), symmetrize_input=False
+            scaled + jnp.diag(jnp.where(kept, level, 1.0)), symmetrize_input=False
         )
-        return level * 10.0, level, lower, jnp.all(jnp.isfinite(jnp.diagonal(lower)))
+        # A failure fills the factor with NaN.
+        return level * 10.0, level, lower, jnp.isfinite(lower[-1, -1])
 
     def again(state: tuple[Array, Array, Array, Array]) -> Array:
         level, _, _, done = state
@@ -66,4 +71,12 @@ def factorise(
     upper = lower.T[::-1, ::-1]
     pivot = jnp.diagonal(upper)
     gain = jnp.where(done, jnp.tril(upper / pivot[:, None], -1), 0.0)
-    return Factor(gain, jnp.where(live & done, pivot**2, 0.0), live, unit, used, ~done)
+    return Factor(
+        gain=gain,
+        pivots=jnp.where(live & done, pivot**2, 0.0),
+        penalty=jnp.where(live, used, 0.0),
+        unit=unit,
+        dead=len(diagonal) - count,
+        damping=used,
+        failed=~done,
+    )

@@ -33,8 +33,8 @@ from jquant.errors import EvidenceError
 from jquant.grids.base import Grid, code_dtype, nearest
 from jquant.rounding.base import Rounded
 from jquant.rounding.elementwise import fit_grid, second_moment
-from jquant.rounding.factor import Factor, factorise
-from jquant.rounding.substitution import Known, push, substitute
+from jquant.rounding.factor import factorise
+from jquant.rounding.substitution import Known, loss_of, substitute
 
 BLOCK = 128  # columns per matrix product (GPTQ §3.3, step 2)
 LEAF = 16  # columns whose errors reach each other one by one; see docs/notes/gptq-solver.md
@@ -47,8 +47,8 @@ class GPTQ:
 
     Args:
         order: `"activation"` (columns by falling `H_jj`; default, see DESIGN) or `"natural"`.
-        groups: `"static"` (parameters from the original weights) or `"dynamic"` (from the weights as
-            updated so far; along the input axis only in natural order).
+        groups: `"static"` (parameters from the original weights) or `"dynamic"` (from the weights
+            as updated so far; along the input axis only in natural order).
         damping: λ relative to the mean of `H_jj` over live inputs; 0.01 as in GPTQ §3.3.
         max_damping: a failed factorisation is tried again with ten times the damping up to this cap
             (heuristic); after that the codes are nearest codes, and `info["failed"]` is 1.
@@ -108,8 +108,9 @@ class GPTQ:
 
         Returns:
             Codes and parameters, and in `info`, float32 `[*batch]`: `damping` (as used, relative),
-            `dead` (inputs with `H_jj = 0`), `failed` (0 or 1), `error` = `tr((W - Q) H (W - Q)ᵀ)` and
-            `nearest_error`, the same for nearest rounding on the static grid.
+            `dead` (inputs with `H_jj = 0`), `failed` (0 or 1), `error` = `tr((W - Q) H (W - Q)ᵀ)`
+            and `nearest_error`, the same for nearest rounding on the static grid.
+            Both are NaN after a failure: such an H measures nothing.
 
         Raises:
             EvidenceError: no evidence, or of the wrong shape.
@@ -129,7 +130,8 @@ class GPTQ:
         if self.groups == "dynamic" and ordered and blocks.axis == "in" and blocks.count(width) > 1:
             raise ValueError(
                 "GPTQ cannot sweep dynamic groups along the input axis in activation order (every "
-                "column would need its group's index stored): pass order='natural' or groups='static'"
+                "column would need its group's index stored): pass order='natural' or "
+                "groups='static'"
             )
         return _round(w, moment, self, grid, blocks)
 
@@ -137,10 +139,10 @@ class GPTQ:
 class Arrangement(NamedTuple):
     """Where columns go in the sweep: places, padded so that every block size divides."""
 
-    source: Integer[Array, "n"]  # the column at each place
-    real: Bool[Array, "n"]  # false for padding
-    edge: Integer[Array, "n"]  # the place in its unit whose weight stands for it in a fit
-    home: Integer[Array, "in"]  # the place of each column
+    source: Integer[Array, " n"]  # the column at each place
+    real: Bool[Array, " n"]  # false for padding
+    edge: Integer[Array, " n"]  # the place in its unit whose weight stands for it in a fit
+    home: Integer[Array, " in"]  # the place of each column
     sizes: tuple[int, ...]  # nested block sizes
 
 
@@ -149,7 +151,7 @@ def split(length: int, limit: int) -> int:
     return -(-length // -(-length // limit))
 
 
-def arrange(width: int, run: int, order: Integer[Array, "in"] | np.ndarray) -> Arrangement:
+def arrange(width: int, run: int, order: Integer[Array, " in"] | np.ndarray) -> Arrangement:
     """Places for `width` columns in `order`, runs of `run` of them padded each by itself."""
     leaf = split(run, LEAF)
     block = -(-split(run, BLOCK) // leaf) * leaf
@@ -197,8 +199,7 @@ def _round_one(
     # Columns as the grid sees them, [in, m, b]; whoever pads rows must not count them.
     grouped = to_blocks(w, blocks)
     columns = w.T[:, :, None] if inward else grouped
-    counted = jnp.arange(columns[0].size).reshape(columns[0].shape) < rows
-    counted = counted.astype(jnp.float32)
+    counted = np.arange(columns[0].size).reshape(columns[0].shape) < rows
 
     power = jnp.diagonal(moment)
     order = jnp.argsort(-power) if choice.order == "activation" else np.arange(width)
@@ -209,13 +210,12 @@ def _round_one(
     by_column = partial(jax.tree.map, lambda leaf: leaf.swapaxes(0, 1) if inward else leaf)
     known = Known(by_column(params), place.source // group)
     weights = jnp.take(columns, place.source, axis=0)
-    error, solved = substitute(
+    loss, solved = substitute(
         weights,
-        factor.gain,
+        factor,
         place.sizes,
         grid,
         None if dynamic else known,
-        counted=counted,
         unit=place.sizes[1] if inward else 1,
         edge=place.edge if inward else None,
     )
@@ -223,15 +223,18 @@ def _round_one(
     codes = codes[:, :, 0].T if inward else from_blocks(codes, blocks, rows)
 
     static = jax.tree.map(lambda leaf: jnp.take(leaf, known.place, axis=0), known.table)
-    baseline = weights - grid.decode(nearest(grid, weights, static), static)
+    plain = weights - grid.decode(nearest(grid, weights, static), static)
+
+    def total(loss: Float[Array, "m b"]) -> Float[Array, ""]:
+        loss = factor.unit * jnp.maximum(jnp.sum(jnp.where(counted, loss, 0.0)), 0.0)
+        return jnp.where(factor.failed, jnp.nan, loss)
+
     info = {
         "damping": factor.damping,
-        "dead": jnp.sum(power == 0),
+        "dead": factor.dead,
         "failed": factor.failed,
-        "error": _loss(solved.residual, error, factor, counted),
-        "nearest_error": _loss(
-            push(factor.gain, baseline, place.sizes[-3], counted), baseline, factor, counted
-        ),
+        "error": total(loss),
+        "nearest_error": total(loss_of(plain, factor)),
     }
     if solved.fitted is not None:
         table = solved.fitted
@@ -240,15 +243,3 @@ def _round_one(
         params = by_column(table)
     info = {name: value.astype(jnp.float32) for name, value in info.items()}
     return Rounded(codes.astype(code_dtype(grid)), params, info)
-
-
-def _loss(
-    residual: Float[Array, "n"],
-    error: Float[Array, "n m b"],
-    factor: Factor,
-    counted: Float[Array, "m b"],
-) -> Float[Array, ""]:
-    """`tr(E H Eᵀ)` from `‖(G E)_j‖²`: the damped loss, less the damping's share of it."""
-    norms = jnp.sum(error**2 * counted, axis=(1, 2))
-    loss = jnp.sum(factor.pivots * residual) - factor.damping * jnp.sum(factor.live * norms)
-    return jnp.where(factor.failed, jnp.nan, factor.unit * jnp.maximum(loss, 0.0))
