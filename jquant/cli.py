@@ -152,7 +152,8 @@ def quantize_model(
     before = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if report:
         narrator.show(found.table())
-    table = Table(title=f"{source} → {output}", show_header=False)
+    narrator.show(f"{source} → {output}")  # a title would be folded to the table's width
+    table = Table(show_header=False)
     table.add_row("quantized", f"{len(chosen)} weights, {found.bits_per_weight:.2f} bits each")
     table.add_row("kept", ", ".join(found.kept) or "none")
     table.add_row("error", f"{found.ratio:.3f} of that of nearest rounding (geometric mean)")
@@ -189,7 +190,7 @@ def evaluate(
     _, windows = _windows(tokenizer, length, text)
     windows = _some(windows, samples)
     batches = [window[None] for window in windows]
-    table = Table(title=f"{source} on {windows.size} held-out tokens", show_header=False)
+    table = Table(show_header=False)
     if against is None:
         with narrator.stage("evaluating", windows.size) as update:
             found = perplexity(fn, params, batches, progress=update)
@@ -205,6 +206,7 @@ def evaluate(
         table.add_row("perplexity", f"{both.perplexity_quantized:.4f}")
         table.add_row(f"perplexity of {against}", f"{both.perplexity_full:.4f}")
         table.add_row("same likeliest token", f"{both.agreement:.2%}")
+    narrator.show(f"{source} on {windows.size} held-out tokens")
     narrator.show(table)
 
 
