@@ -1,0 +1,81 @@
+"""What the laws run over: grids, roundings, shapes. A new grid or rounding adds one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jquant.blocks import Blocks
+from jquant.grids import MSE, Grid, Uniform
+from jquant.rounding import GPTQ, Nearest, Rounding
+
+UNIFORM: dict[str, Uniform] = {
+    "A1-2": Uniform(2),
+    "A1-4": Uniform(4),
+    "A1-8": Uniform(8),
+    "A1-3-half": Uniform(3, scale_dtype="float16"),
+    "A1-4-mse": Uniform(4, range=MSE()),
+    "A2-4": Uniform(4, convention="A2"),
+    "A3-3": Uniform(3, convention="A3"),
+    "S1-4": Uniform(4, symmetric=True),
+    "S1-2-mse": Uniform(2, symmetric=True, range=MSE()),
+    "S2-8": Uniform(8, symmetric=True, convention="S2"),
+    "S3-5-bf16": Uniform(5, symmetric=True, convention="S3", scale_dtype="bfloat16"),
+}
+GRIDS: dict[str, Grid] = {**UNIFORM}
+
+ROUNDINGS: dict[str, Rounding] = {
+    "nearest": Nearest(),
+    "gptq": GPTQ(),
+    "gptq-natural": GPTQ(order="natural"),
+    "gptq-dynamic": GPTQ(order="natural", groups="dynamic"),
+}
+
+# (out, in) and groups: even, ragged, along either axis, and one group for all.
+BLOCKS: dict[str, tuple[tuple[int, int], Blocks]] = {
+    "in-8": ((12, 40), Blocks("in", 8)),
+    "in-ragged": ((8, 45), Blocks("in", 17)),
+    "out-ragged": ((11, 40), Blocks("out", 4)),
+    "whole": ((12, 40), Blocks()),
+}
+
+
+def layer(out: int, width: int, seed: int = 0, batch: tuple[int, ...] = ()):
+    """A weight `[*batch, out, in]` and the second moment of correlated, unevenly scaled inputs."""
+    random = np.random.default_rng(seed)
+    mix = np.eye(width) + 0.4 * random.normal(size=(width, width)) / np.sqrt(width)
+    x = random.normal(size=(*batch, 3 * width, width)) @ mix
+    x = x * np.exp(0.5 * random.normal(size=width))
+    w = random.normal(size=(*batch, out, width))
+    moment = np.swapaxes(x, -1, -2) @ x
+    return jnp.asarray(w, jnp.float32), jnp.asarray(moment, jnp.float32)
+
+
+def position(grid: Uniform, params) -> Callable[[np.ndarray], np.ndarray]:
+    """Where a weight lies among the codes, as a real number: for telling ties from mistakes."""
+    scale = np.asarray(params["scale"], np.float64)[..., None]
+    zero = np.asarray(params["zero"], np.float64)[..., None] if "zero" in params else 0.0
+    return lambda w: np.clip(np.asarray(w, np.float64) / scale + zero, *grid.codes)
+
+
+def assert_codes_equal_but_for_ties(
+    got: np.ndarray, wanted: np.ndarray, position: np.ndarray, width: float = 1e-3
+) -> None:
+    """Equal codes, except where the weight lay within `width` of half-way between the two.
+
+    `position` is the weight in units of codes (see `position`). Ties must stay rare, or the
+    comparison would say nothing.
+    """
+    got, wanted = np.asarray(got).astype(int), np.asarray(wanted).astype(int)
+    half = np.abs(position - np.floor(position) - 0.5) < width
+    assert half.mean() < 0.05, f"{half.mean():.1%} of the weights are ties"
+    np.testing.assert_array_equal(got[~half], wanted[~half])
+    assert np.abs(got - wanted).max(initial=0) <= 1
+
+
+def floats(tree) -> dict[str, np.ndarray]:
+    """Every leaf of a mapping as float64."""
+    return {name: np.asarray(jax.device_get(leaf), np.float64) for name, leaf in tree.items()}

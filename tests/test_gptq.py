@@ -1,0 +1,307 @@
+"""GPTQ: against a NumPy transcription of its column loop, and the facts known about it."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import layer
+from oracles import gptq as oracle
+
+from jquant.blocks import Blocks, from_blocks, to_blocks
+from jquant.calibration.evidence import Evidence
+from jquant.errors import EvidenceError
+from jquant.grids import MSE, Uniform, nearest
+from jquant.rounding import GPTQ, Nearest, gptq
+from jquant.rounding import substitution as sweep
+
+GRID = Uniform(4)
+NATURAL = GPTQ(order="natural")
+
+
+def values(result, grid, blocks, shape):
+    """What the codes of a result stand for."""
+    codes = to_blocks(jnp.asarray(result.codes).astype(jnp.int32), blocks)
+    length = shape[-1 if blocks.axis == "in" else -2]
+    return np.asarray(from_blocks(grid.decode(codes, result.params), blocks, length), np.float64)
+
+
+def loss(error, moment):
+    """tr(E H Eᵀ) in float64."""
+    error, moment = np.asarray(error, np.float64), np.asarray(moment, np.float64)
+    return np.trace(error @ moment @ error.T)
+
+
+def same(one, other):
+    """Equal codes and equal parameters."""
+    np.testing.assert_array_equal(np.asarray(one.codes), np.asarray(other.codes))
+    for name in one.params:
+        np.testing.assert_array_equal(np.asarray(one.params[name]), np.asarray(other.params[name]))
+
+
+def a1_fit(group):
+    """The A1 grid in NumPy: scale and zero of `[m, b]`."""
+    group = group.astype(np.float32)
+    low, high = np.minimum(group.min(1), 0), np.maximum(group.max(1), 0)
+    scale = ((high - low) / np.float32(15)).astype(np.float32)
+    return scale, np.round(-low / scale)
+
+
+def a1_round(x, params):
+    """Codes, values and, as the third, how far from half-way the weight was."""
+    scale, zero = (p[:, None].astype(np.float64) for p in params)
+    codes = np.clip(np.round(x / scale) + zero, 0, 15)
+    return codes.astype(int), scale * (codes - zero)
+
+
+SETTINGS = [
+    ((12, 40), Blocks("in", 8), "natural", "static"),
+    ((12, 40), Blocks("in", 8), "activation", "static"),
+    ((12, 40), Blocks("in", 8), "natural", "dynamic"),  # group smaller than the block
+    ((12, 40), Blocks("in", 2), "natural", "dynamic"),
+    ((8, 300), Blocks("in", 150), "natural", "dynamic"),  # larger
+    ((8, 300), Blocks("in", 150), "activation", "static"),
+    ((8, 45), Blocks("in", 17), "natural", "dynamic"),  # ragged
+    ((8, 45), Blocks("in", 17), "activation", "static"),
+    ((12, 40), Blocks(), "activation", "dynamic"),  # one group
+    ((12, 40), Blocks("out", 4), "activation", "static"),
+    ((11, 40), Blocks("out", 4), "activation", "dynamic"),  # ragged
+    ((11, 150), Blocks("out", 4), "natural", "dynamic"),
+    ((3, 600), Blocks("in", 64), "activation", "static"),  # more than one chunk
+]
+
+
+@pytest.mark.parametrize(("shape", "blocks", "order", "groups"), SETTINGS)
+def test_agrees_with_the_column_loop(shape, blocks, order, groups):
+    w, moment = layer(*shape)
+    result = GPTQ(order=order, groups=groups)(w, GRID, blocks, evidence=moment)
+    codes, wanted, _ = oracle.gptq(
+        np.asarray(w), np.asarray(moment), fit=a1_fit, round_to=a1_round, axis=blocks.axis,
+        group=blocks.size, order=order, groups=groups,
+    )  # fmt: skip
+    # A tie that falls differently in float32 would take the rest of its row along. No weight of
+    # these layers comes near one, which the oracle checks (it sees every weight as rounded).
+    np.testing.assert_array_equal(np.asarray(result.codes).astype(int), codes)
+    np.testing.assert_allclose(values(result, GRID, blocks, shape), wanted, rtol=1e-4, atol=1e-5)
+    error = loss(np.asarray(w) - wanted, moment)
+    floor = 1e-6 * float(result.info["nearest_error"]) + 1e-9
+    np.testing.assert_allclose(result.info["error"], error, rtol=1e-3, atol=floor)
+    plain = values(Nearest()(w, GRID, blocks), GRID, blocks, shape)
+    plain_error = loss(np.asarray(w) - plain, moment)
+    np.testing.assert_allclose(result.info["nearest_error"], plain_error, rtol=1e-4)
+
+
+def test_beats_nearest_in_aggregate():
+    ratios = []
+    for seed in range(10):
+        w, moment = layer(12, 40, seed)
+        info = GPTQ()(w, GRID, Blocks("in", 8), evidence=moment).info
+        ratios.append(float(info["error"] / info["nearest_error"]))
+    assert np.mean(ratios) < 0.8
+
+
+def test_an_unclipped_row_is_within_babai_s_bound():
+    w, moment = layer(6, 24)
+    grid = Uniform(8)
+    wide = jnp.concatenate([w, jnp.full((6, 1), 9.0), jnp.full((6, 1), -9.0)], axis=1)
+    moment = jnp.zeros((26, 26)).at[:24, :24].set(moment)
+    moment = moment + jnp.diag(jnp.zeros(26).at[24:].set(float(jnp.trace(moment)) / 24))
+    result = NATURAL(wide, grid, evidence=moment)
+    error = np.asarray(wide, np.float64) - values(result, grid, Blocks(), wide.shape)
+    damped = np.asarray(moment, np.float64)
+    damped += 0.01 * np.diag(damped).mean() * np.eye(26)
+    factor = np.linalg.cholesky(np.linalg.inv(damped)).T
+    scale = np.asarray(result.params["scale"], np.float64)[:, 0]
+    bound = 0.25 * scale**2 * (1 / np.diag(factor) ** 2).sum()
+    assert (np.einsum("oi,ij,oj->o", error, damped, error) <= bound * 1.001).all()
+
+
+@pytest.mark.parametrize(
+    ("rounding", "blocks"),
+    [
+        (GPTQ(), Blocks("in", 8)),
+        (GPTQ(), Blocks("out", 4)),
+        (GPTQ(groups="dynamic"), Blocks("out", 4)),
+        (NATURAL, Blocks("in", 8)),
+        (GPTQ(order="natural", groups="dynamic"), Blocks("in", 8)),
+        (GPTQ(groups="dynamic"), Blocks()),
+    ],
+)
+def test_is_nearest_bit_for_bit_when_inputs_are_uncorrelated(rounding, blocks):
+    w, _ = layer(12, 40)
+    diagonal = jnp.exp(jax.random.normal(jax.random.key(0), (40,)))
+    result = rounding(w, GRID, blocks, evidence=jnp.diag(diagonal))
+    same(result, Nearest()(w, GRID, blocks))
+
+
+@pytest.mark.parametrize("block", [(16, 4, 8), (200, 7, 50)])
+def test_block_sizes_do_not_matter(block, monkeypatch):
+    w, moment = layer(8, 150)
+    choice = {"choice": NATURAL, "grid": GRID, "blocks": Blocks("in", 32)}
+    wanted = NATURAL(w, GRID, Blocks("in", 32), evidence=moment)
+    names = ((gptq, "BLOCK"), (gptq, "LEAF"), (sweep, "CHUNK"))
+    for (module, name), value in zip(names, block, strict=True):
+        monkeypatch.setattr(module, name, value)
+    # The sizes are not part of what a compiled program is known by: compile afresh.
+    got = jax.jit(lambda w, h: gptq._round_one(w, h, **choice))(w, moment)
+    same(got, wanted)
+
+
+def test_activation_order_is_a_permutation_of_columns_with_their_parameters():
+    # Groups along the output axis stay whole when columns move.
+    w, moment = layer(12, 40)
+    order = jnp.argsort(-jnp.diagonal(moment))
+    blocks = Blocks("out", 4)
+    got = GPTQ()(w, GRID, blocks, evidence=moment)
+    moved = NATURAL(w[:, order], GRID, blocks, evidence=moment[order][:, order])
+    np.testing.assert_array_equal(got.codes[:, order], moved.codes)
+    np.testing.assert_array_equal(got.params["scale"][order], moved.params["scale"])
+
+
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**20, 1 / 3000])
+def test_a_sum_and_a_mean_are_one(factor):
+    w, moment = layer(12, 40)
+    one = GPTQ()(w, GRID, Blocks("in", 8), evidence=moment)
+    other = GPTQ()(w, GRID, Blocks("in", 8), evidence=moment * factor)
+    same(one, other)
+    np.testing.assert_allclose(other.info["error"], one.info["error"] * factor, rtol=1e-4)
+
+
+def test_rows_are_independent():
+    w, moment = layer(12, 40)
+    whole = GPTQ()(w, GRID, Blocks("in", 8), evidence=moment)
+    part = GPTQ()(w[3:7], GRID, Blocks("in", 8), evidence=moment)
+    np.testing.assert_array_equal(whole.codes[3:7], part.codes)
+
+
+def test_layers_together_are_layers_apart():
+    blocks = Blocks("in", 8)
+    w, moment = layer(12, 40, batch=(2, 2))
+    together = GPTQ()(w, GRID, blocks, evidence=moment)
+    for place in np.ndindex(2, 2):
+        alone = GPTQ()(w[place], GRID, blocks, evidence=moment[place])
+        same(jax.tree.map(lambda leaf, place=place: leaf[place], together), alone)
+        np.testing.assert_allclose(together.info["error"][place], alone.info["error"], rtol=1e-5)
+
+
+def test_evidence_and_its_second_moment_are_one():
+    x = jax.random.normal(jax.random.key(0), (64, 40))
+    w, _ = layer(12, 40)
+    evidence = Evidence.of(x)
+    same(
+        GPTQ()(w, GRID, Blocks("in", 8), evidence=evidence),
+        GPTQ()(w, GRID, Blocks("in", 8), evidence=evidence.second_moment),
+    )
+
+
+def test_dead_inputs_keep_nearest_codes_and_disturb_nobody():
+    w, moment = layer(12, 40)
+    dead = np.array([0, 13, 39])
+    live = np.setdiff1d(np.arange(40), dead)
+    holed = moment.at[dead].set(0.0).at[:, dead].set(0.0)
+    blocks = Blocks("out", 4)  # parameters per column, so that leaving columns out keeps the rest
+    result = GPTQ()(w, GRID, blocks, evidence=holed)
+    plain = Nearest()(w, GRID, blocks)
+    np.testing.assert_array_equal(result.codes[:, dead], plain.codes[:, dead])
+    without = GPTQ()(w[:, live], GRID, blocks, evidence=moment[live][:, live])
+    np.testing.assert_array_equal(result.codes[:, live], without.codes)
+    assert float(result.info["dead"]) == 3
+    np.testing.assert_allclose(result.info["error"], without.info["error"], rtol=1e-5)
+
+
+def test_no_live_input_at_all_is_nearest():
+    w, moment = layer(12, 40)
+    result = GPTQ()(w, GRID, Blocks("in", 8), evidence=jnp.zeros_like(moment))
+    same(result, Nearest()(w, GRID, Blocks("in", 8)))
+    assert [float(result.info[name]) for name in ("dead", "failed", "error")] == [40, 0, 0]
+
+
+def test_rank_deficient_evidence_is_damped_enough():
+    w, _ = layer(12, 40)
+    x = jax.random.normal(jax.random.key(0), (5, 40))
+    info = GPTQ()(w, GRID, Blocks("in", 8), evidence=x.T @ x).info
+    assert float(info["failed"]) == 0 and float(info["error"]) < float(info["nearest_error"])
+
+
+@pytest.mark.parametrize(("shift", "damping"), [(0.0, 0.01), (0.05, 0.1), (0.5, 1.0)])
+def test_damping_rises_by_tens_until_the_factorisation_succeeds(shift, damping):
+    # Eigenvalues of 1 and one of -shift: not a second moment, but nearly.
+    w, _ = layer(12, 40)
+    basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(40, 40)))
+    moment = jnp.asarray(basis @ np.diag([-shift, *np.ones(39)]) @ basis.T, jnp.float32)
+    result = GPTQ()(w, GRID, Blocks("in", 8), evidence=moment)
+    np.testing.assert_allclose(result.info["damping"], damping, rtol=1e-6)
+    assert float(result.info["failed"]) == 0
+
+
+def test_a_failed_factorisation_gives_nearest_codes_and_says_so():
+    w, moment = layer(12, 40, batch=(2,))
+    # The second has an eigenvalue of minus twice its diagonal: no damping up to the cap helps.
+    broken = moment.at[1].set(3.0 - 2.0 * jnp.eye(40))
+    for rounding in (GPTQ(), GPTQ(order="natural", groups="dynamic")):
+        result = rounding(w, GRID, Blocks("in", 8), evidence=broken)
+        plain = Nearest()(w, GRID, Blocks("in", 8))
+        np.testing.assert_array_equal(np.asarray(result.info["failed"]), [0, 1])
+        np.testing.assert_array_equal(result.codes[1], plain.codes[1])
+        np.testing.assert_array_equal(result.params["scale"][1], plain.params["scale"][1])
+        assert (np.asarray(result.codes[0]) != np.asarray(plain.codes[0])).any()
+        # Its neighbour in the batch is not disturbed by further attempts.
+        alone = rounding(w[0], GRID, Blocks("in", 8), evidence=broken[0])
+        np.testing.assert_array_equal(result.codes[0], alone.codes)
+        np.testing.assert_array_equal(result.info["damping"][0], alone.info["damping"])
+
+
+def test_a_range_search_weighs_inputs_by_their_power():
+    w, moment = layer(12, 40)
+    grid = Uniform(2, range=MSE())
+    result = GPTQ()(w, grid, Blocks("in", 8), evidence=moment)
+    same_params = Nearest()(w, grid, Blocks("in", 8), evidence=moment).params
+    np.testing.assert_array_equal(result.params["scale"], same_params["scale"])
+
+
+def instructions(width):
+    """HLO instructions of the compiled program, but for constants: equal ones are shared."""
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    program = gptq._round.lower(
+        shape((64, width)), shape((width, width)), GPTQ(), Uniform(4), Blocks("in", 64)
+    ).compile()
+    lines = re.findall(r"^ *(?:ROOT )?%\S+ = .*$", program.as_text(), re.MULTILINE)
+    return sum(" constant(" not in line for line in lines)
+
+
+def test_a_wider_layer_needs_no_longer_program():
+    assert instructions(512) == instructions(2048)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"order": "actorder"}, "'activation' or 'natural'"),
+        ({"groups": "none"}, "'static' or 'dynamic'"),
+        ({"damping": 0.0}, "0 < damping"),
+        ({"damping": 0.1, "max_damping": 0.01}, "max_damping"),
+    ],
+)
+def test_bad_arguments_are_refused_in_words(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        GPTQ(**arguments)
+
+
+def test_bad_calls_are_refused_in_words():
+    w, moment = layer(6, 24)
+    with pytest.raises(EvidenceError, match="pass evidence="):
+        GPTQ()(w, GRID)
+    with pytest.raises(EvidenceError, match=r"\(24, 24\), got \(20, 20\)"):
+        GPTQ()(w, GRID, evidence=moment[:20, :20])
+    with pytest.raises(ValueError, match="order='natural'"):
+        GPTQ(groups="dynamic")(w, GRID, Blocks("in", 8), evidence=moment)
+
+
+def test_padding_of_the_sweep_never_shows():
+    # 17 columns in leaves of 16: 15 places are padding.
+    w, moment = layer(5, 17)
+    result = GPTQ()(w, GRID, evidence=moment)
+    assert result.codes.shape == (5, 17)
+    assert (np.asarray(nearest(GRID, w, GRID.fit(w))) != np.asarray(result.codes)).any()
