@@ -94,7 +94,7 @@ def compare(
         _check_finite(nll[1], "qparams", len(kls))
         _check_finite(divergence, "params against qparams", len(kls))
         kls += divergence.ravel().tolist()
-        same += agree.ravel().tolist()
+        same += agree.ravel().astype(float).tolist()
         full += nll[0, :, :-1].ravel().tolist()
         quantized += nll[1, :, :-1].ravel().tolist()
         if progress is not None:

@@ -1,6 +1,6 @@
 """One walker over the equations of any JAX function; capture, apply and emulation are its clients.
 
-`interpret(fn, client)` traces `fn` with `jax.make_jaxpr` and evaluates its equations one by one. A
+`trace` gives a function's jaxpr, and a `Walker` evaluates its equations one by one for a client. A
 value may be an ordinary array or *special*: a pytree the client understands (an array tagged with
 the parameter it came from, a quantized weight). Equations without special operands are bound as
 they are. For the others the client's `rule` is asked first; where it declines, the walker descends:
@@ -19,7 +19,7 @@ versions is in `_scan_parts`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ Emissions = dict[tuple[Any, ...], Any]  # key -> pytree
 VIEWS = frozenset({"convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze"})
 
 
+@runtime_checkable
 class Client(Protocol):
     """What a user of the walker decides."""
 

@@ -154,7 +154,7 @@ def test_asymmetric_nearest_is_the_usual_formula_but_for_ties(grid, w):
 @given(w=weights, seed=st.integers(0, 100))
 def test_a_range_search_is_never_worse_in_its_own_error(symmetric, bits, w, seed):
     importance = np.random.default_rng(seed).exponential(size=w.shape).astype(np.float32)
-    losses = []
+    w, losses = jnp.asarray(w), []
     for search in (MSE(), MinMax()):
         grid = Uniform(bits, symmetric=symmetric, range=search)
         params = grid.fit(w, importance)

@@ -12,7 +12,7 @@ A grid is a frozen dataclass registered static: hashable, comparable, printable,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Integer
 Params = Mapping[str, Array]
 
 
+@runtime_checkable
 class Grid(Protocol):
     """The points a group of weights may take. See the module docstring for the three functions."""
 
@@ -34,7 +35,7 @@ class Grid(Protocol):
         ...
 
     def fit(
-        self, w: Float[Array, "*g b"], importance: Float[Array, "*#g b"] | None = None
+        self, w: Float[Array, "*g b"], importance: Float[Array, "*#g #b"] | None = None
     ) -> Params:
         """Group parameters for these weights; `importance` weighs errors where the grid can."""
         ...

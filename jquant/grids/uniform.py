@@ -155,7 +155,7 @@ class Uniform:
         return top + 1 - 2**self.bits + max(self._row.fewer - 1, 0), top
 
     def fit(
-        self, w: Float[Array, "*g b"], importance: Float[Array, "*#g b"] | None = None
+        self, w: Float[Array, "*g b"], importance: Float[Array, "*#g #b"] | None = None
     ) -> Params:
         """Group parameters: `scale` `[*g]`, and `zero` `[*g]` if asymmetric.
 

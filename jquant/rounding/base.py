@@ -8,7 +8,7 @@ second moment of its inputs) or `"key"` (randomness).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
@@ -25,6 +25,7 @@ class Rounded(NamedTuple):
     info: Mapping[str, Array]
 
 
+@runtime_checkable
 class Rounding(Protocol):
     """A rounding. See the module docstring."""
 
