@@ -19,8 +19,8 @@ CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
-# A library that mixes dtypes by accident loses precision by accident. (Ranks may be promoted: a bias
-# added to a batch is what the functions under test do, Flax's own layers first.)
+# A library that mixes dtypes by accident loses precision by accident. (Ranks may be promoted: a
+# bias added to a batch is what the functions under test do, Flax's own layers first.)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # The same examples on every machine: a failure seen once can be seen again.

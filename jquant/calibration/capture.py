@@ -75,6 +75,7 @@ def capture(
             ) from error
         finite.append(flags)
         if progress is not None:
+            jax.block_until_ready(flags)  # or batches would be told of when they are only queued
             progress(done)
     if total is None:
         raise EvidenceError("capture got no batches; pass at least one array or tuple of inputs")
