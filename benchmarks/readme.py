@@ -52,7 +52,7 @@ def quality(result: dict[str, Any]) -> str:
         f"{full:.2f}), 210 linears, asymmetric grid, {result['windows']} calibration windows of "
         "512 tokens, one pass: mean KL to the full model in nats per token on 16 held-out windows. "
         "*Searched range*: GPTQ's own option, off in the other rows; the GPTQ presets use it. "
-        "*Elsewhere*: other tools on the same tokens, run by themselves, with min-max ranges; those "
+        "*Elsewhere*: other tools on the same tokens, run by themselves, min-max ranges; those "
         "marked block by block calibrate each block on already quantized ones, and with min-max "
         "ranges are ahead of one pass, far ahead per channel and at 2 bits.\n\n"
         + table(
