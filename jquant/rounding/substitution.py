@@ -30,51 +30,61 @@ CHUNK = 256  # earlier columns per matrix product; see docs/notes/gptq-solver.md
 
 
 class Known(NamedTuple):
-    """Parameters of a run of columns: a table, and every column's place in it."""
+    """Parameters of all columns: a table, and every column's entry in it."""
 
     table: Params  # leaves [units, m, …]
-    place: Integer[Array, " n"]
+    entry: Integer[Array, " in"]
+
+    def at(self, source: Integer[Array, " n"]) -> Params:
+        entry = jnp.take(self.entry, source)
+        return jax.tree.map(lambda leaf: jnp.take(leaf, entry, axis=0), self.table)
 
 
 class Run(NamedTuple):
-    """What is given for every column of a block."""
+    """What is given for every place of a block."""
 
-    weights: Float[Array, "n m b"]
+    source: Integer[Array, " n"]
+    edge: Integer[Array, " n"]
     pivots: Float[Array, " n"]
     penalty: Float[Array, " n"]
-    edge: Integer[Array, " n"]
 
 
 class Solved(NamedTuple):
-    """What the sweep leaves behind, per column."""
+    """What the sweep leaves behind, place by place."""
 
     codes: Integer[Array, "n m b"]  # int8 or uint8
-    fitted: Params | None  # leaves [units, m, …], if the parameters were fitted on the way
+    plain: Float[Array, "n m b"]  # errors of nearest rounding with the static parameters
+    fitted: Params | None  # leaves [units, m, …], if parameters were fitted on the way
 
 
 def substitute(
-    weights: Float[Array, "n m b"],
+    columns: Float[Array, "in m b"],
+    source: Integer[Array, " n"],
+    static: Known,
     factor: Factor,
-    sizes: tuple[int, ...],
     grid: Grid,
-    known: Known | None,
+    sizes: tuple[int, ...],
     *,
-    unit: int = 1,
+    unit: int | None = None,
     edge: Integer[Array, " n"] | None = None,
 ) -> tuple[Float[Array, "m b"], Solved]:
-    """The loss of every row, without the damping's share, and the codes of all columns, in order.
+    """The loss of every row, without the damping's share, and the codes at all places.
 
     Args:
-        weights: the columns.
-        factor: of the columns' second moment.
-        sizes: nested block sizes, n first and 1 last, each a multiple of the next.
+        columns: the weights.
+        source: the column at each place, first to last.
+        static: parameters fitted to the weights as they are.
+        factor: of the second moment, by place.
         grid: the grid.
-        known: the parameters, where they do not depend on the sweep.
-        unit: where they do, the number of columns that share parameters, one of `sizes`.
-        edge: for every column, the place in its unit whose weight stands for it in a fit; default
-            its own.
+        sizes: nested block sizes, n first and 1 last, each a multiple of the next.
+        unit: how many places share parameters that are fitted when the sweep gets to them, one of
+            `sizes`; `None`: the static ones are used.
+        edge: for every place, the one in its unit whose weight stands for it in a fit; default its
+            own.
     """
-    m, b = weights.shape[1:]
+    m, b = columns.shape[1:]
+    everyone = jnp.zeros(len(columns), jnp.int32)
+    narrow = jnp.int8 if grid.codes[0] < 0 else jnp.uint8
 
     def fit(w: Array, pull: Array, inner: Array, edges: Array) -> Params:
         """Parameters of one unit, from its weights as moved by earlier columns: `w + G⁻¹ pull`."""
@@ -92,21 +102,24 @@ def substitute(
     def solve(
         run: Run, pull: Array, inner: Array, known: Known | None, sizes: tuple[int, ...]
     ) -> tuple[Array, Array, Solved]:
-        """A block of `sizes[0]` columns; `pull` is what all columns before it do to them."""
+        """A block of `sizes[0]` places; `pull` is what all columns before it do to them."""
         if known is None and sizes[0] == unit:
-            table = jax.tree.map(lambda leaf: leaf[None], fit(run.weights, pull, inner, run.edge))
-            here = Known(table, jnp.zeros(sizes[0], jnp.int32))
-            error, loss, solved = solve(run, pull, inner, here, sizes)
+            w = jnp.take(columns, run.source, axis=0)
+            table = jax.tree.map(lambda leaf: leaf[None], fit(w, pull, inner, run.edge))
+            error, loss, solved = solve(run, pull, inner, Known(table, everyone), sizes)
             return error, loss, solved._replace(fitted=table)
-        if sizes[0] == 1 and known is not None:
-            params = jax.tree.map(lambda leaf: jnp.take(leaf, known.place, axis=0), known.table)
-            moved = run.weights + pull
+        if sizes[0] == 1:
+            # Single rows, here and in `at`: XLA's gather of many is slower by an order.
+            w = jnp.take(columns, run.source, axis=0)
+            moved = w + pull
+            params = (known or static).at(run.source)
             codes = nearest(grid, moved, params)
             value = grid.decode(codes, params)
-            narrow = jnp.int8 if grid.codes[0] < 0 else jnp.uint8
-            error = run.weights - value
+            error = w - value
             loss = (run.pivots * (moved - value) ** 2 - run.penalty * error**2)[0]
-            return error, loss, Solved(codes.astype(narrow), None)
+            params = static.at(run.source)
+            plain = w - grid.decode(nearest(grid, w, params), params)
+            return error, loss, Solved(codes.astype(narrow), plain, None)
 
         def step(state: tuple[Array, Array], at: Array) -> tuple[tuple[Array, Array], Solved]:
             def cut(x: Array, axis: int = 0) -> Array:
@@ -114,45 +127,54 @@ def substitute(
 
             done, total = state
             rows = cut(inner)
-            here = None if known is None else Known(known.table, cut(known.place))
             more = cut(pull) + prefix_product(rows, done, at)
-            error, loss, solved = solve(jax.tree.map(cut, run), more, cut(rows, 1), here, sizes[1:])
+            here = jax.tree.map(cut, run)
+            error, loss, solved = solve(here, more, cut(rows, 1), known, sizes[1:])
             return (lax.dynamic_update_slice_in_dim(done, error, at, axis=0), total + loss), solved
 
         starts = jnp.arange(0, sizes[0], sizes[1])
-        nothing = (jnp.zeros_like(run.weights), jnp.zeros((m, b), jnp.float32))
+        nothing = (jnp.zeros_like(pull), jnp.zeros((m, b), jnp.float32))
         (error, loss), solved = lax.scan(step, nothing, starts)
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), solved)
         return error, loss, flat
 
-    edge = jnp.arange(sizes[0]) % unit if edge is None else edge
-    run = Run(weights, factor.pivots, factor.penalty, edge)
-    _, loss, solved = solve(run, jnp.zeros_like(weights), factor.gain, known, sizes)
+    edge = jnp.arange(sizes[0]) % (unit or sizes[0]) if edge is None else edge
+    run = Run(source, edge, factor.pivots, factor.penalty)
+    known = static if unit is None else None
+    _, loss, solved = solve(run, jnp.zeros((sizes[0], m, b)), factor.gain, known, sizes)
     return loss, solved
 
 
 def loss_of(error: Float[Array, "n m b"], factor: Factor) -> Float[Array, "m b"]:
-    """The loss of every row for errors that are known: another rounding's, to compare with."""
-    block = max(size for size in range(1, CHUNK + 1) if len(error) % size == 0)
+    """The loss of every row for errors that are known: another rounding's, to compare with.
+
+    Beyond one chunk of columns, products are of bfloat16 with float32 sums, which matrix units take
+    at several times the speed. Every term is then off by up to 2^-9 at random, and the loss of a
+    whole layer by well under 1e-3.
+    """
+    n = len(error)
+    block = max(size for size in range(1, CHUNK + 1) if n % size == 0)
+    low = jnp.float32 if n <= CHUNK else jnp.bfloat16
+    gain, brief = factor.gain.astype(low), error.astype(low)
 
     def step(total: Array, at: Array) -> tuple[Array, None]:
         def cut(x: Array) -> Array:
             return lax.dynamic_slice_in_dim(x, at, block)
 
         here = cut(error)
-        moved = here + prefix_product(cut(factor.gain), error, at + block)
+        moved = here + prefix_product(cut(gain), brief, at + block)
         both = jnp.stack([moved**2, here**2])
         signs = jnp.stack([cut(factor.pivots), -cut(factor.penalty)])
         # As a product: XLA's reduction over the columns would cost more than all of the above.
         return total + jnp.einsum("sj,sjmb->mb", signs, both, precision=EXACT), None
 
-    return lax.scan(step, jnp.zeros(error.shape[1:]), jnp.arange(0, len(error), block))[0]
+    return lax.scan(step, jnp.zeros(error.shape[1:]), jnp.arange(0, n, block))[0]
 
 
 def prefix_product(
     rows: Float[Array, "c n"], columns: Float[Array, "n m b"], end: Integer[Array, ""]
 ) -> Float[Array, "c m b"]:
-    """`rows @ columns` in full float32, where one or the other is zero from `end` on.
+    """`rows @ columns` with float32 sums, where one or the other is zero from `end` on.
 
     Takes as many chunks as needed to get there, so that a sweep costs a triangle, not a square.
     """
@@ -164,9 +186,9 @@ def prefix_product(
         # The last chunk starts early enough to fit, and leaves out what its predecessor had.
         first = jnp.minimum(i * size, n - size)
         part = lax.dynamic_slice_in_dim(rows, first, size, axis=1)
-        part = jnp.where(jnp.arange(size) + first >= i * size, part, 0.0)
+        part = jnp.where(jnp.arange(size) + first >= i * size, part, jnp.zeros((), rows.dtype))
         piece = lax.dynamic_slice_in_dim(flat, first, size)
-        return total + jnp.matmul(part, piece, precision=EXACT)
+        return total + jnp.matmul(part, piece, precision=EXACT, preferred_element_type=jnp.float32)
 
     total = jnp.zeros((rows.shape[0], m * b), jnp.float32)
     return lax.fori_loop(0, (end + size - 1) // size, chunk, total).reshape(-1, m, b)

@@ -26,7 +26,7 @@ def gptq(
     h: np.ndarray,
     *,
     fit: Callable[[np.ndarray], Any],
-    round_to: Callable[[np.ndarray, Any], tuple[np.ndarray, np.ndarray]],
+    round_to: Callable[[np.ndarray, Any], tuple[np.ndarray, np.ndarray, np.ndarray]],
     axis: str = "in",
     group: int | None = None,
     order: str = "natural",
@@ -47,15 +47,12 @@ def gptq(
     def fit_column(column: np.ndarray) -> list[Any]:
         return [fit(column[i : i + size][None]) for i in range(0, rows, size)]
 
-    def round_column(column: np.ndarray, params: Any) -> tuple[np.ndarray, np.ndarray]:
+    def round_column(column: np.ndarray, params: Any) -> list[np.ndarray]:
         if axis == "in":
-            codes, values = round_to(column[:, None], params)
-            return codes[:, 0], values[:, 0]
-        parts = [
-            round_to(column[i : i + size][None], p)
-            for i, p in zip(range(0, rows, size), params, strict=True)
-        ]
-        return (np.concatenate([c[0] for c, _ in parts]), np.concatenate([v[0] for _, v in parts]))
+            return [part[:, 0] for part in round_to(column[:, None], params)]
+        cuts = [column[i : i + size][None] for i in range(0, rows, size)]
+        parts = [round_to(cut, p) for cut, p in zip(cuts, params, strict=True)]
+        return [np.concatenate([p[0] for p in part]) for part in zip(*parts, strict=True)]
 
     if axis == "in":
         static = [fit(w[:, i : i + size]) for i in range(0, width, size)]
@@ -63,7 +60,7 @@ def gptq(
         static = [fit_column(w[:, j]) for j in range(width)]
 
     current = w[:, perm].copy()
-    codes, values, seen = np.zeros((rows, width), int), np.zeros_like(w), np.zeros_like(w)
+    codes, values, margins = np.zeros((rows, width), int), np.zeros_like(w), np.zeros_like(w)
     params: Any = None
     for j in range(width):
         if groups == "static":
@@ -72,8 +69,8 @@ def gptq(
             params = fit_column(current[:, j])
         elif j % size == 0:
             params = fit(current[:, j : j + size])
-        code, value = round_column(current[:, j], params)
-        codes[:, perm[j]], values[:, perm[j]], seen[:, perm[j]] = code, value, current[:, j]
+        code, value, margin = round_column(current[:, j], params)
+        codes[:, perm[j]], values[:, perm[j]], margins[:, perm[j]] = code, value, margin
         error = (current[:, j] - value) / factor[j, j]
         current[:, j:] -= np.outer(error, factor[j, j:])
-    return codes, values, seen
+    return codes, values, margins
