@@ -10,7 +10,8 @@ is not in the time but beside it. Rivals:
 * `torch`: the published column loop, transcribed (`gptq_torch.py`);
 * `llm-compressor`: its own `gptq_quantize.quantize_weight`, where installed (PyPI `llmcompressor`
   and `compressed-tensors`, `loguru`; `--no-deps` is enough, anywhere on PYTHONPATH);
-* `gptqmodel`: its `GPTQ.quantize`, where installed;
+* `gptqmodel`: its `GPTQ.quantize`, where installed. It fits groups on the way, to the weights as
+  updated, so its codes lie on another grid: `equal_codes` says nothing there, its own loss does;
 * `qwix`: `contrib.gptq_core.quantize_weight`, smallest shape only: it unrolls every column. It
   knows no static groups, so both sides use one symmetric group per row there.
 
@@ -35,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness
-from jquant.blocks import Blocks
+from jquant.blocks import Blocks, from_blocks, to_blocks
 from jquant.grids import Uniform
 from jquant.rounding import GPTQ
 from jquant.rounding.gptq import _round
@@ -45,7 +46,7 @@ SHAPES = {(576, 576): 9, (1536, 576): 9, (2048, 2048): 7, (4096, 4096): 5}
 QUICK = {(576, 576): 5, (1536, 576): 5, (2048, 2048): 3}
 
 Array = np.ndarray
-Solver = Callable[[], Array]  # codes [out, in]
+Solver = Callable[[], Array]  # codes [out, in], or values if they are not on the common grid
 
 
 def problem(out: int, width: int) -> tuple[Array, Array]:
@@ -101,19 +102,17 @@ def llm_compressor(w: Array, h: Array) -> Solver:
         num_bits=BITS, symmetric=False, strategy="group", group_size=GROUP, actorder=None
     )
     weight, moment = torch.from_numpy(w), torch.from_numpy(h)
-    maxq = 2**BITS - 1
-    pairs = [gptq_torch.find_params(weight[:, i : i + GROUP], maxq)
-             for i in range(0, w.shape[1], GROUP)]  # fmt: skip
-    scale, zero = (torch.stack(part, dim=1) for part in zip(*pairs, strict=True))
+    scale, zero = gptq_torch.group_params(weight, 2**BITS - 1, GROUP)
+    per_group = scale[None, :, ::GROUP], zero[None, :, ::GROUP]
     shift = 2 ** (BITS - 1)  # its codes are signed
 
     def solve() -> Array:
+        scales, zeros = per_group
         values, _, _ = quantize(
-            weight[None].clone(), moment[None].clone(), scale[None], (zero - shift)[None], None,
-            settings, percdamp=DAMPING,
+            weight[None].clone(), moment[None].clone(), scales, zeros - shift, None, settings,
+            percdamp=DAMPING,
         )  # fmt: skip
-        steps = values[0] / scale.repeat_interleave(GROUP, 1)
-        return (torch.round(steps) + zero.repeat_interleave(GROUP, 1)).numpy()
+        return (torch.round(values[0] / scale) + zero).to(torch.uint8).numpy()
 
     return solve
 
@@ -126,17 +125,17 @@ def gptqmodel(w: Array, h: Array) -> Solver:
 
     layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
     settings = QuantizeConfig(
-        bits=BITS, group_size=GROUP, sym=False, desc_act=False, static_groups=True,
+        bits=BITS, group_size=GROUP, sym=False, desc_act=False, act_group_aware=False,
         damp_percent=DAMPING,
     )  # fmt: skip
+    weight, moment = torch.from_numpy(w), torch.from_numpy(h)
 
     def solve() -> Array:
-        layer.weight.data = torch.from_numpy(w).clone()
+        layer.weight.data = weight.clone()
         task = Theirs(layer, qcfg=settings)
         task.quantizer.configure(perchannel=True)
-        task.H, task.nsamples = torch.from_numpy(h).clone(), 1
-        values = task.quantize()[0]
-        return values.detach().numpy()
+        task.H, task.nsamples = moment.clone(), 10**6
+        return task.quantize()[0].detach().numpy()
 
     return solve
 
@@ -158,11 +157,13 @@ def qwix_loop(w: Array, h: Array) -> Solver:
 
 
 def loss(w: Array, h: Array, codes: Array, grid: Uniform, blocks: Blocks) -> float:
-    """tr(E H Eᵀ) of the codes, float64 sums over float32 products."""
-    groups = blocks.count(w.shape[1])
-    params = grid.fit(jnp.asarray(w).reshape(w.shape[0], groups, -1))
-    cut = jnp.asarray(codes.astype(np.int32)).reshape(w.shape[0], groups, -1)
-    e = w - np.asarray(grid.decode(cut, params)).reshape(w.shape)
+    """tr(E H Eᵀ), float64 sums over float32 products; floats are values already."""
+    values = codes
+    if not np.issubdtype(codes.dtype, np.floating):
+        groups = to_blocks(jnp.asarray(w), blocks)
+        cut = to_blocks(jnp.asarray(codes.astype(np.int32)), blocks)
+        values = np.asarray(from_blocks(grid.decode(cut, grid.fit(groups)), blocks, w.shape[1]))
+    e = w - values
     return float(np.sum((e @ h).astype(np.float64) * e))
 
 
@@ -198,7 +199,9 @@ def race(
             "min_s": round(min(spent), 4),
             "times_jquant": round(float(np.median(spent) / np.median(times["jquant"])), 2),
             "loss_ratio": round(loss(w, h, codes[name], grid, blocks) / best, 6),
-            "equal_codes": round(float((codes[name] == codes["jquant"]).mean()), 6),
+            "equal_codes": None
+            if np.issubdtype(codes[name].dtype, np.floating)
+            else round(float((codes[name] == codes["jquant"]).mean()), 6),
         }
     if skipped:
         row["skipped"] = skipped

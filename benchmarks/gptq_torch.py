@@ -19,6 +19,13 @@ def find_params(w: torch.Tensor, maxq: int) -> tuple[torch.Tensor, torch.Tensor]
     return scale, torch.round(-low / scale)
 
 
+def group_params(w: torch.Tensor, maxq: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero of every weight, `[rows, columns]`."""
+    pairs = [find_params(w[:, i : i + group], maxq) for i in range(0, w.shape[1], group)]
+    scale, zero = (torch.stack(part, dim=1) for part in zip(*pairs, strict=True))
+    return scale.repeat_interleave(group, 1), zero.repeat_interleave(group, 1)
+
+
 def gptq(
     w: torch.Tensor,
     h: torch.Tensor,

@@ -117,7 +117,8 @@ def test_finite_weights_give_finite_everything(grid, w):
     params = fit(w, grid)
     codes = code(w, params, grid)
     assert (floats(params)["scale"] > 0).all()
-    for array in (*floats(params).values(), np.asarray(decode(codes, params, grid))):
+    points = (decode(codes, params, grid), decode(all_codes(grid), params, grid))
+    for array in (*floats(params).values(), *map(np.asarray, points)):
         assert np.isfinite(array).all()
     assert np.asarray(codes).min() >= grid.codes[0] and np.asarray(codes).max() <= grid.codes[1]
 
@@ -132,6 +133,13 @@ def test_constant_groups(convention, value):
     # A2 clips constant groups by definition; S2 has no point at its upper end, S1 none at either.
     bound = 0.7 if convention == "A2" else 0.09 if convention[0] == "S" else 1e-6
     assert np.abs(back - value).max() <= bound
+
+
+@pytest.mark.parametrize("convention", ["A1", "A2", "A3"])
+def test_a_narrow_group_far_from_zero_has_distinct_points(convention):
+    w = jnp.broadcast_to(100 + 1e-4 * jnp.arange(SIZE, dtype=jnp.float32), (GROUPS, SIZE))
+    grid = Uniform(4, convention=convention)
+    assert (np.diff(grid.decode(all_codes(grid), grid.fit(w)), axis=-1) > 0).all()
 
 
 @each_uniform
