@@ -64,7 +64,12 @@ SETTINGS = [
     ((12, 40), Blocks("in", 2), "natural", "dynamic"),
     ((8, 300), Blocks("in", 150), "natural", "dynamic"),  # larger
     ((8, 300), Blocks("in", 150), "activation", "static"),
-    ((8, 45), Blocks("in", 17), "natural", "dynamic"),  # ragged
+    (
+        (99, 45),
+        Blocks("in", 17),
+        "natural",
+        "dynamic",
+    ),  # ragged; rows whose last weight is the largest
     ((8, 45), Blocks("in", 17), "activation", "static"),
     ((12, 40), Blocks(), "activation", "dynamic"),  # one group
     ((12, 40), Blocks("out", 4), "activation", "static"),
