@@ -21,8 +21,9 @@ Writes `results/gptq_solver.json`, losses and wins alike.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import importlib.metadata
-import importlib.util
 import re
 import sys
 import time
@@ -228,7 +229,7 @@ def main() -> None:
     if not quick:
         versions = {}
         for package in ("llmcompressor", "compressed-tensors", "gptqmodel", "qwix"):
-            if importlib.util.find_spec(package.replace("-", "_")):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[package] = importlib.metadata.version(package)
         harness.write("gptq_solver", rivals=versions, groups_of_64=rows, whole_rows=unrolled)
 
