@@ -96,7 +96,8 @@ def solver(result: dict[str, Any]) -> str:
     return (
         "**GPTQ solver**, given the second moment: 4 bits, groups of 64, seconds (median, "
         "alternating in one run, two threads), equal losses; our compile time beside. qwix, which "
-        f"unrolls every column, took {unrolled['qwix']['median_s']:.2f} s at 576×576 where jquant took "
+        f"unrolls every column, took "
+        f"{unrolled['qwix']['median_s']:.2f} s at 576×576 where jquant took "
         f"{unrolled['jquant']['median_s']:.3f} s.\n\n"
         + table(["out × in", *names, "compile"], rows)
         + f"\n{ran(result)}.\n"
