@@ -48,17 +48,17 @@ def factorise(
     unit = trace / jnp.maximum(count, 1.0)
     unit = jnp.where(unit > 0, unit, 1.0)
     live = real & (diagonal[source] != 0)
-    # Reversed, so that LAPACK's factor is the one we need: it starts where the sweep ends.
+    # Reversed, so that LAPACK's lower factor is our upper one.
     back, kept = source[::-1], live[::-1]
     scaled = jnp.where(kept[:, None] & kept, moment[back[:, None], back] / unit, 0.0)
 
     def attempt(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         level, _, _, _ = state
-        damped = scaled + jnp.diag(jnp.where(kept, level, 1.0))
-        # Transposed in and out: LAPACK stores by columns, so that neither costs a copy.
-        upper = lax.linalg.cholesky(damped.T, symmetrize_input=False).T
+        lower = lax.linalg.cholesky(
+            scaled + jnp.diag(jnp.where(kept, level, 1.0)), symmetrize_input=False
+        )
         # A failure fills the factor with NaN.
-        return level * 10.0, level, upper, jnp.isfinite(upper[-1, -1])
+        return level * 10.0, level, lower, jnp.isfinite(lower[-1, -1])
 
     def again(state: tuple[Array, Array, Array, Array]) -> Array:
         level, _, _, done = state
@@ -67,9 +67,10 @@ def factorise(
 
     level = jnp.float32(damping)
     start = (level, level, jnp.zeros_like(scaled), jnp.asarray(False))
-    _, used, upper, done = lax.while_loop(again, attempt, start)
-    pivot = jnp.diagonal(upper)[::-1]
-    gain = jnp.where(done, jnp.tril(upper[::-1, ::-1] / pivot[:, None], -1), 0.0)
+    _, used, lower, done = lax.while_loop(again, attempt, start)
+    upper = lower.T[::-1, ::-1]
+    pivot = jnp.diagonal(upper)
+    gain = jnp.where(done, jnp.tril(upper / pivot[:, None], -1), 0.0)
     return Factor(
         gain=gain,
         pivots=jnp.where(live & done, pivot**2, 0.0),

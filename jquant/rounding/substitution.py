@@ -20,7 +20,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
 from jquant.grids.base import Grid, Params, nearest
@@ -156,13 +155,14 @@ def loss_of(error: Float[Array, "n m b"], factor: Factor) -> Float[Array, "m b"]
     n = len(error)
     block = max(size for size in range(1, CHUNK + 1) if n % size == 0)
     low = jnp.float32 if n <= CHUNK else jnp.bfloat16
+    gain, brief = factor.gain.astype(low), error.astype(low)
 
     def step(total: Array, at: Array) -> tuple[Array, None]:
         def cut(x: Array) -> Array:
             return lax.dynamic_slice_in_dim(x, at, block)
 
         here = cut(error)
-        moved = here + prefix_product(cut(factor.gain), error, at + block, low)
+        moved = here + prefix_product(cut(gain), brief, at + block)
         both = jnp.stack([moved**2, here**2])
         signs = jnp.stack([cut(factor.pivots), -cut(factor.penalty)])
         # As a product: XLA's reduction over the columns would cost more than all of the above.
@@ -172,10 +172,7 @@ def loss_of(error: Float[Array, "n m b"], factor: Factor) -> Float[Array, "m b"]
 
 
 def prefix_product(
-    rows: Float[Array, "c n"],
-    columns: Float[Array, "n m b"],
-    end: Integer[Array, ""],
-    dtype: DTypeLike = jnp.float32,
+    rows: Float[Array, "c n"], columns: Float[Array, "n m b"], end: Integer[Array, ""]
 ) -> Float[Array, "c m b"]:
     """`rows @ columns` with float32 sums, where one or the other is zero from `end` on.
 
@@ -189,7 +186,7 @@ def prefix_product(
         # The last chunk starts early enough to fit, and leaves out what its predecessor had.
         first = jnp.minimum(i * size, n - size)
         part = lax.dynamic_slice_in_dim(rows, first, size, axis=1)
-        part = jnp.where(jnp.arange(size) + first >= i * size, part, 0.0)
+        part = jnp.where(jnp.arange(size) + first >= i * size, part, jnp.zeros((), rows.dtype))
         piece = lax.dynamic_slice_in_dim(flat, first, size)
         return total + jnp.matmul(part, piece, precision=EXACT, preferred_element_type=jnp.float32)
 
