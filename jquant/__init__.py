@@ -10,6 +10,7 @@ from jquant.blocks import Blocks, Layout
 from jquant.calibration import Evidence, Weight, capture, find_weights
 from jquant.inference import apply
 from jquant.io import load, save
+from jquant.lazy import Lazy, realize
 from jquant.qtensor import QTensor, dequantize, tree_map_weights
 from jquant.quantize import quantize, quantize_weight
 from jquant.report import Report
@@ -19,6 +20,7 @@ __all__ = [
     "Blocks",
     "Evidence",
     "Layout",
+    "Lazy",
     "Plan",
     "QTensor",
     "Report",
@@ -38,6 +40,7 @@ __all__ = [
     "presets",
     "quantize",
     "quantize_weight",
+    "realize",
     "rounding",
     "save",
     "tree_map_weights",
