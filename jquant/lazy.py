@@ -174,10 +174,7 @@ def read(leaf: Any, index: Index = ...) -> Any:
     if index is Ellipsis and isinstance(leaf, jax.Array):
         return leaf
     window, kept = _window(tuple(leaf.shape), index)
-    if isinstance(leaf, jax.Array):
-        sizes = [w.stop - w.start for w in window]
-        return jax.lax.dynamic_slice(leaf, [w.start for w in window], sizes)[kept]
-    value = np.asarray(leaf)[window][kept]
+    value = (leaf if isinstance(leaf, jax.Array) else np.asarray(leaf))[window][kept]
     return np.array(value) if isinstance(leaf, np.memmap) else value
 
 

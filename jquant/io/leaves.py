@@ -1,5 +1,8 @@
 """One array of a checkpoint: how it is written, what is claimed of it, and how it is read back.
 
+An array is in memory only while it is written or read, so a tree of `Lazy` leaves passes through
+one at a time.
+
 Three encodings. *Raw*: the array's bytes under a dtype that safetensors has. *Stream*: integers of
 1 to 8 bits, less `low`, as a dense bit stream. *Opaque*: the bytes of a dtype safetensors has not.
 The last two are U8 tensors whose real dtype and shape stand in the node. A node is the JSON that
@@ -10,9 +13,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import BufferedReader
+from types import EllipsisType
 from typing import Any, BinaryIO
 
 import jax
@@ -22,6 +27,7 @@ import numpy as np
 from jquant.errors import CheckpointError
 from jquant.io.bitstream import pack_bits, stream_bytes, unpack_bits
 from jquant.io.container import DTYPES, Entry, naturals
+from jquant.lazy import Lazy, Window, read, span
 
 # Every dtype JAX can make arrays of, by name: versions differ. The excluded ones it only names.
 JAX_DTYPES: Mapping[str, np.dtype] = {
@@ -35,12 +41,23 @@ JAX_DTYPES: Mapping[str, np.dtype] = {
 _SAFETENSORS_NAME = {dtype: name for name, (dtype, _) in DTYPES.items()}
 
 
+_CHUNK = 1 << 20  # bytes at a time, where a checksum is all that is wanted of them
+
+Leaf = np.ndarray | jax.Array | Lazy
+
+
 @dataclass(frozen=True)
 class Tensor:
-    """An array on its way into a file. `node` is its JSON; writing adds the checksum to it."""
+    """An array on its way into a file. `node` is its JSON; writing adds the checksum to it.
 
-    array: np.ndarray | jax.Array
+    A tensor of codes has the range they must keep to, which shows when it is written, and what to
+    say if they do not.
+    """
+
+    array: Leaf
     node: dict[str, Any]
+    codes: tuple[int, int] | None = None
+    refusal: str = ""
 
     @property
     def size(self) -> int:
@@ -60,9 +77,15 @@ class Tensor:
         return (self.size,) if "dtype" in self.node else tuple(self.array.shape)
 
     def write(self, file: BinaryIO) -> None:
-        """Append the tensor's bytes to `file`, and its CRC-32 to the node."""
-        array = np.asarray(self.array)
+        """Append the tensor's bytes to `file`, and its CRC-32 to the node.
+
+        Raises:
+            ValueError: codes are outside their range.
+        """
+        array = _host(self.array)
         if "bits" in self.node:
+            if self.codes is not None and not within(array, self.codes):
+                raise ValueError(self.refusal)
             data = pack_bits(_unsigned(array, self.node["low"]), self.node["bits"])
         else:
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -70,8 +93,23 @@ class Tensor:
         file.write(data.data)
 
 
-def describe(array: np.ndarray | jax.Array, name: str, codes: tuple[int, int] | None) -> Tensor:
+def _host(leaf: Leaf) -> np.ndarray:
+    """The leaf in NumPy's hands, for a moment.
+
+    A JAX array keeps what `np.asarray` made of it, a byte for each of its 4-bit codes, until it
+    dies; the copy dies here.
+    """
+    value = read(leaf)
+    return np.asarray(value.copy() if isinstance(value, jax.Array) else value)
+
+
+def describe(
+    array: Leaf, name: str, codes: tuple[int, int] | None = None, refusal: str = ""
+) -> Tensor:
     """The tensor for an array. Integers within the range `codes` become a stream of its width.
+
+    With `refusal`, the message of a `ValueError`, they are taken to be within it until they are
+    written; without, they are looked at now.
 
     Raises:
         ValueError: JAX has no such dtype.
@@ -82,18 +120,17 @@ def describe(array: np.ndarray | jax.Array, name: str, codes: tuple[int, int] | 
     node: dict[str, Any] = {"array": name, "crc32": "00000000"}
     stream = None
     if dtype.name.startswith(("int", "uint")):
-        if codes is not None and within(array, codes):
+        if codes is not None and (refusal or within(_host(array), codes)):
             stream = {"bits": _width(codes), "low": codes[0]}
         elif jnp.iinfo(dtype).bits < 8:
             stream = {"bits": jnp.iinfo(dtype).bits, "low": int(jnp.iinfo(dtype).min)}
     if stream is not None or dtype.name not in _SAFETENSORS_NAME:
         node |= {"dtype": dtype.name, "shape": list(array.shape), **(stream or {})}
-    return Tensor(array, node)
+    return Tensor(array, node, codes if refusal else None, refusal)
 
 
-def within(array: np.ndarray | jax.Array, codes: tuple[int, int]) -> bool:
-    """Whether all integers of `array` lie in the range, both ends included."""
-    values = np.asarray(array)
+def within(values: np.ndarray, codes: tuple[int, int]) -> bool:
+    """Whether all integers lie in the range, both ends included."""
     if values.dtype.itemsize == 1:  # also the sub-byte types, which NumPy compares slowly
         values = values.astype(np.uint8 if values.dtype.name.startswith("u") else np.int8)
     return not values.size or bool(codes[0] <= values.min() and values.max() <= codes[1])
@@ -131,13 +168,20 @@ def claim(node: Mapping[str, Any], entry: Entry) -> jax.ShapeDtypeStruct:
 
 
 class Reader:
-    """Reads arrays from an open file, one at a time, checking each.
+    """Reads arrays from a file, one at a time, checking each.
 
-    `top` gives, for tensors that are streams of codes, the largest code less the smallest.
+    `open` gives the file, open, for one read. `top` gives, for tensors that are streams of codes,
+    the largest code less the smallest.
     """
 
-    def __init__(self, file: BufferedReader, entries: Mapping[str, Entry], top: Mapping[str, int]):
-        self.file, self.entries, self.top = file, entries, top
+    def __init__(
+        self,
+        open: Callable[[], AbstractContextManager[BufferedReader]],
+        entries: Mapping[str, Entry],
+        top: Mapping[str, int],
+    ):
+        self.open, self.entries, self.top = open, entries, top
+        self._verified: set[str] = set()
 
     def __call__(self, node: Mapping[str, Any]) -> jax.Array | np.ndarray:
         """The array of a node that `claim` has accepted.
@@ -145,31 +189,91 @@ class Reader:
         Raises:
             CheckpointError: the bytes are not those that were written, or codes are off the grid.
         """
+        array = self.window(node, ...)
+        # In its 32-bit mode, JAX would cut 64-bit arrays.
+        kept = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+        return jnp.asarray(array) if kept else array
+
+    def lazy(self, node: Mapping[str, Any], identity: str) -> Lazy:
+        """The array of such a node, to be read when it is indexed; then it raises the same.
+
+        The checksum covers all of a tensor, so the first window of it runs through all its bytes.
+        """
+        name, promised = node["array"], claim(node, self.entries[node["array"]])
+
+        def read(window: Window) -> np.ndarray:
+            return self.window(node, window)
+
+        identity = f"{identity}, tensor {name!r} with CRC-32 {node['crc32']}"
+        return Lazy(promised.shape, np.dtype(promised.dtype), read, identity)
+
+    def window(self, node: Mapping[str, Any], window: Window | EllipsisType) -> np.ndarray:
+        """A window of the array, from the bytes that hold it and as few others as can be."""
         name = node["array"]
         entry, promised = self.entries[name], claim(node, self.entries[name])
-        data = np.empty(entry.end - entry.begin, np.uint8)
-        self.file.seek(entry.begin)
-        if self.file.readinto(data.data) != data.size:
-            raise CheckpointError(f"tensor {name!r}: the file ended while it was read")
-        if f"{zlib.crc32(data.data):08x}" != node["crc32"]:
-            raise CheckpointError(f"tensor {name!r} is corrupt: its checksum does not match")
+        whole = tuple(slice(0, size) for size in promised.shape)
+        first, block, inner = span(promised.shape, whole if window is ... else window)
+        count = math.prod(block)
+        bits = node.get("bits", 8 * promised.dtype.itemsize)
+        spare = first % 8 if "bits" in node else 0  # of a stream, each eighth code begins a byte
+        begin = entry.begin + (first - spare) * bits // 8
+        size = stream_bytes(spare + count, bits)
+        with self.open() as file:
+            if size == entry.end - entry.begin:
+                data = _bytes(file, name, begin, size)
+                _check_sum(node, zlib.crc32(data.data))
+            else:
+                self._verify(file, node, entry)
+                data = _bytes(file, name, begin, size)
+            array = self._decode(node, promised, data, spare, count)
+        return array.reshape(block)[inner]
+
+    def _verify(self, file: BufferedReader, node: Mapping[str, Any], entry: Entry) -> None:
+        """Run through a tensor's bytes, the first time a part of it is read."""
+        name = node["array"]
+        if name in self._verified:
+            return
+        crc = 0
+        for begin in range(entry.begin, entry.end, _CHUNK):
+            crc = zlib.crc32(_bytes(file, name, begin, min(_CHUNK, entry.end - begin)).data, crc)
+        _check_sum(node, crc)
+        self._verified.add(name)
+
+    def _decode(
+        self,
+        node: Mapping[str, Any],
+        promised: jax.ShapeDtypeStruct,
+        data: np.ndarray,
+        spare: int,
+        count: int,
+    ) -> np.ndarray:
+        """The `count` elements in these bytes; `spare` codes stand before them."""
+        name = node["array"]
         if "bits" in node:
-            data = unpack_bits(data, node["bits"], math.prod(promised.shape))
+            data = unpack_bits(data, node["bits"], spare + count)[spare:]
             low, bits = node["low"], node["bits"]
             top = min(self.top.get(name, 255), int(jnp.iinfo(promised.dtype).max) - low)
             if top < (1 << bits) - 1 and data.size and int(data.max()) > top:
                 raise CheckpointError(
                     f"tensor {name!r}: code {low + int(data.max())} is off its grid"
                 )
-            array = _signed(data, low, promised.dtype)
-        else:
-            if promised.dtype == np.bool_ and data.size and int(data.max()) > 1:
-                raise CheckpointError(f"tensor {name!r}: a bool that is neither 0 nor 1")
-            array = data.view(promised.dtype)
-        array = array.reshape(promised.shape)
-        # In its 32-bit mode, JAX would cut 64-bit arrays.
-        kept = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
-        return jnp.asarray(array) if kept else array
+            return _signed(data, low, promised.dtype)
+        if promised.dtype == np.bool_ and data.size and int(data.max()) > 1:
+            raise CheckpointError(f"tensor {name!r}: a bool that is neither 0 nor 1")
+        return data.view(promised.dtype)
+
+
+def _bytes(file: BufferedReader, name: str, begin: int, size: int) -> np.ndarray:
+    data = np.empty(size, np.uint8)
+    file.seek(begin)
+    if file.readinto(data.data) != size:
+        raise CheckpointError(f"tensor {name!r}: the file ended while it was read")
+    return data
+
+
+def _check_sum(node: Mapping[str, Any], crc: int) -> None:
+    if f"{crc:08x}" != node["crc32"]:
+        raise CheckpointError(f"tensor {node['array']!r} is corrupt: its checksum does not match")
 
 
 def _width(codes: tuple[int, int]) -> int:

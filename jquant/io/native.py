@@ -24,14 +24,16 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from typing import Any, BinaryIO
 
 import jax
 
 from jquant.errors import CheckpointError
 from jquant.io.container import parse_json, read_container, render_header, replace_file
+from jquant.io.files import FileState, naming
 from jquant.io.leaves import Reader
 from jquant.io.tree import Decoder, Encoder
 from jquant.qtensor import QTensor
@@ -66,12 +68,14 @@ def save(
     """Write a pytree of `QTensor`s and arrays to one file; `load` gives back every bit of it.
 
     The file appears whole or not at all: it is written under another name in the same folder,
-    flushed, and renamed over `path`.
+    flushed, and renamed over `path`. One leaf at a time is taken into memory and checked, so leaves
+    that are `Lazy` or memory maps may be more than memory holds. (Lazy integers among a weight's
+    parameters are read twice: their values decide how they are stored.)
 
     Args:
         path: the file; a file that is there is replaced, its folder must exist.
         qparams: dicts (str or int keys), lists, tuples and None, holding `QTensor`s and arrays of
-            any JAX dtype.
+            any JAX dtype, `Lazy` or not.
         metadata: strings to keep beside it; `read_header` returns them.
 
     Raises:
@@ -98,20 +102,30 @@ def save(
         file.write(_header(tree, user, sizes))
 
 
-def load(path: str | os.PathLike[str]) -> Any:
+def load(path: str | os.PathLike[str], *, lazy: bool = False) -> Any:
     """Read back what `save` wrote: the same tree, codes, parameters, layouts and dtypes.
 
     Arrays come as JAX arrays; 64-bit ones as NumPy arrays where JAX is not in its 64-bit mode,
     because it would cut them.
+
+    Args:
+        path: the file.
+        lazy: return a `Lazy` for every array, also inside each `QTensor`. The header is verified
+            now, an array's bytes when it is read: `CheckpointError` if they are corrupt, or if the
+            file has changed since.
 
     Raises:
         CheckpointError: the file is truncated, corrupt, hostile or of a newer version. Nothing of
             it is returned.
         FileNotFoundError: there is no such file.
     """
-    with open(path, "rb") as file, _naming(path):
+    with open(path, "rb") as file, naming(path):
         decoder, root, _ = _open(file)
-        return decoder.read(root, Reader(file, decoder.entries, decoder.top))
+        if not lazy:
+            return decoder.read(root, _reader(file, decoder))
+        state = FileState.of(path, file)
+        reader = Reader(state.open, decoder.entries, decoder.top)
+        return decoder.read(root, lambda node: reader.lazy(node, state.identity))
 
 
 def load_matching(path: str | os.PathLike[str], pattern: str) -> dict[str, Any]:
@@ -123,9 +137,9 @@ def load_matching(path: str | os.PathLike[str], pattern: str) -> dict[str, Any]:
         CheckpointError: as `load`.
         ValueError: `pattern` matches no path.
     """
-    with open(path, "rb") as file, _naming(path):
+    with open(path, "rb") as file, naming(path):
         decoder, root, _ = _open(file)
-        reader = Reader(file, decoder.entries, decoder.top)
+        reader = _reader(file, decoder)
         paths = decoder.leaves(root)
         found = {p: decoder.read(n, reader) for p, n in paths.items() if re.fullmatch(pattern, p)}
     if not found:
@@ -139,7 +153,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises:
         CheckpointError: the header is corrupt, or the file has not the size it claims.
     """
-    with open(path, "rb") as file, _naming(path):
+    with open(path, "rb") as file, naming(path):
         decoder, root, metadata = _open(file)
         leaves = {p: _stored(decoder, node) for p, node in decoder.leaves(root).items()}
         user = {k[5:]: v for k, v in metadata.items() if k.startswith("user.")}
@@ -184,18 +198,14 @@ def _open(file: BinaryIO) -> tuple[Decoder, Any, dict[str, str]]:
     return decoder, body.get("tree"), metadata
 
 
+def _reader(file: BufferedReader, decoder: Decoder) -> Reader:
+    """What reads the arrays of a file that stays open."""
+    return Reader(lambda: contextlib.nullcontext(file), decoder.entries, decoder.top)
+
+
 def _stored(decoder: Decoder, node: Any) -> Stored:
     leaf = decoder.abstract(node)
     size = decoder.size(node)
     if isinstance(leaf, QTensor):
         return Stored(leaf.shape, jax.numpy.dtype(leaf.dtype).name, size, leaf.grid, leaf.blocks)
     return Stored(leaf.shape, leaf.dtype.name, size)
-
-
-@contextlib.contextmanager
-def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Errors about a file begin with its name."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{os.fspath(path)}: {error}") from error

@@ -3,7 +3,7 @@
 Trees are made of dicts, lists, tuples, None, arrays, and the dataclasses of `qtensor.py`; nothing
 else is written, so nothing else can be read. Reading runs twice over the same nodes with another
 function at the leaves: first with abstract arrays, which verifies the whole file without reading
-or allocating, then with the arrays themselves.
+or allocating, then with the arrays themselves, or with what will read them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import numpy as np
 from jquant import qtensor
 from jquant.errors import CheckpointError
 from jquant.io.container import Entry
-from jquant.io.leaves import Reader, Tensor, claim, describe, within
+from jquant.io.leaves import Tensor, claim, describe
 from jquant.io.schemes import from_json, to_json
+from jquant.lazy import Lazy
 
 _MAX_DEPTH = 64
 _SEQUENCES = {"list": list, "tuple": tuple}
+_ARRAYS = (jax.Array, np.ndarray, Lazy)
 
 # The dataclasses with arrays inside that a file may name.
 NODES: Mapping[str, type] = {
@@ -72,15 +74,12 @@ class Encoder:
             return {type(value).__name__: [self.node(v, (*path, str(i)), grid) for i, v in items]}
         if NODES.get(type(value).__name__) is type(value):
             return self._dataclass(value, path)
-        if isinstance(value, (jax.Array, np.ndarray)):
+        if isinstance(value, _ARRAYS):
             return self._array(value, path, getattr(grid, "codes", None))
         raise ValueError(f"{_at(path)}: {type(value).__name__} cannot be stored. {_advice(value)}")
 
     def _dataclass(self, value: Any, path: tuple[str, ...]) -> Any:
         arrays, static = _fields(type(value))
-        if isinstance(value, qtensor.QTensor) and not within(value.codes, value.grid.codes):
-            low, high = value.grid.codes
-            raise ValueError(f"{_at(path)}: codes outside {low}..{high}, the range of {value.grid}")
         choices = tuple(getattr(value, name) for name in static)
         try:
             if choices not in self._index:
@@ -88,17 +87,29 @@ class Encoder:
                 self._index[choices] = len(self.statics) - 1
         except ValueError as error:
             raise ValueError(f"{_at(path)}: {error}") from None
-        grid = getattr(value, "grid", None)
-        fields = {n: self.node(getattr(value, n), (*path, n), grid) for n in arrays}
+        fields = {n: self._field(value, n, path) for n in arrays}
         return {"class": type(value).__name__, "static": self._index[choices], "fields": fields}
 
-    def _array(self, value: Any, path: tuple[str, ...], codes: tuple[int, int] | None) -> Any:
+    def _field(self, value: Any, name: str, path: tuple[str, ...]) -> Any:
+        field, grid = getattr(value, name), getattr(value, "grid", None)
+        if name != "codes" or not isinstance(value, qtensor.QTensor):
+            return self.node(field, (*path, name), grid)
+        if not isinstance(field, _ARRAYS) or not jnp.issubdtype(field.dtype, jnp.integer):
+            kind = getattr(field, "dtype", type(field).__name__)
+            raise ValueError(f"{_at(path)}: codes must be an array of integers, got {kind}")
+        low, high = value.grid.codes
+        refusal = f"{_at(path)}: codes outside {low}..{high}, the range of {value.grid}"
+        return self._array(field, (*path, name), (low, high), refusal)
+
+    def _array(
+        self, value: Any, path: tuple[str, ...], codes: tuple[int, int] | None, refusal: str = ""
+    ) -> Any:
         if isinstance(value, jax.Array) and not value.is_fully_addressable:
             raise ValueError(f"{_at(path)}: an array spread over processes; gather it first")
         name = unique("/".join(path) or "array", self._names)
         self._names.add(name)
         try:
-            self.tensors[name] = describe(value, name, codes)
+            self.tensors[name] = describe(value, name, codes, refusal)
         except ValueError as error:
             raise ValueError(f"{_at(path)}: {error}. {_advice(value)}") from None
         return self.tensors[name].node
@@ -141,8 +152,8 @@ class Decoder:
         """The tree below a node that `check` accepted, with `ShapeDtypeStruct` leaves."""
         return self._build(node, lambda n: claim(n, self.entries[n["array"]]))
 
-    def read(self, node: Any, reader: Reader) -> Any:
-        """The tree below a node that `check` accepted."""
+    def read(self, node: Any, reader: Callable[[Any], Any]) -> Any:
+        """The tree below a node that `check` accepted, with what `reader` makes of each array."""
         return self._build(node, reader)
 
     def size(self, node: Any) -> int:

@@ -4,7 +4,8 @@ One table says what each of our leaves is called in the two formats; one functio
 both. It compares the whole list of names and shapes with what the configuration calls for *before*
 it reads a value: a tensor that is missing, misshapen or left over is named and nothing is loaded.
 Kernels are stored `[out, in]` in both formats and become `[in, out]`; with scanned layers each leaf
-is filled layer by layer into its `[L, ...]` stack, so no second copy of the network exists.
+is an `[L, ...]` stack of them. All of this is written as `Lazy` leaves: what happens to a tensor
+happens when it is read, and loading a network is reading every leaf, one after the other.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jquant.errors import CheckpointError, near
+from jquant.lazy import Lazy, stack
 from jquant.models.config import DecoderConfig
 
 Format = Literal["gguf", "hf"]
@@ -88,21 +89,25 @@ def assemble(
     config: DecoderConfig,
     form: Format,
     shapes: Mapping[str, tuple[int, ...]],
-    read: Callable[[str], np.ndarray],
+    tensor: Callable[[str], Lazy],
     *,
     origin: str,
     scan_layers: bool = False,
     param_dtype: str = "float32",
 ) -> dict[str, Any]:
-    """The parameters of `Decoder(config, scan_layers)`, read tensor by tensor.
+    """The parameters of `Decoder(config, scan_layers)`, every leaf `Lazy`.
+
+    A window of a stack reads only its layers' tensors. Reading a leaf raises `CheckpointError` if
+    a tensor holds NaN or infinity.
 
     Args:
         shapes: name to shape of every tensor the checkpoint holds.
-        read: gives one tensor as float32, as stored (`[out, in]`), rows in rotary half-split order.
+        tensor: gives one tensor as float32, as stored (`[out, in]`), rows in rotary half-split
+            order.
         origin: what to call the checkpoint in errors.
 
     Raises:
-        CheckpointError: a tensor is missing, misshapen, left over, or holds NaN or infinity.
+        CheckpointError: a tensor is missing, misshapen or left over.
     """
     left = dict(shapes)
     wanted: list[Source] = []
@@ -124,23 +129,30 @@ def assemble(
             f"{origin}: {len(left)} tensors that this decoder has no place for, such as "
             f"{min(left)!r}; the model is of another architecture than its configuration says"
         )
-    stacks: dict[str, np.ndarray] = {}
-    leaves: dict[str, jax.Array] = {}
+    leaves: dict[str, list[Lazy]] = {}
+    dtype = jax.dtypes.canonicalize_dtype(param_dtype)
     for source in wanted:
-        value = read(source.name)
+        leaf = _finite(tensor(source.name), f"{origin}: tensor {source.name!r}")
+        leaf = leaf.T if source.leaf.endswith("/kernel") else leaf
+        path = source.leaf
+        if not scan_layers:
+            path = path.replace("layers/", f"layers/{source.layer}/", 1)
+        leaves.setdefault(path, []).append(leaf.astype(dtype))
+    return _nested({
+        path: stack(parts) if scan_layers and path.startswith("layers/") else parts[0]
+        for path, parts in leaves.items()
+    })  # fmt: skip
+
+
+def _finite(leaf: Lazy, what: str) -> Lazy:
+    """The leaf, refused when it is read if a value is none."""
+
+    def check(value: np.ndarray) -> np.ndarray:
         if not np.isfinite(value).all():
-            raise CheckpointError(f"{origin}: tensor {source.name!r} holds NaN or infinity")
-        value = value.T if source.leaf.endswith("/kernel") else value
-        if source.layer is None or not scan_layers:
-            path = source.leaf.replace("layers/", f"layers/{source.layer}/", 1)
-            leaves[path] = jnp.asarray(value, param_dtype)
-            continue
-        if source.layer == 0:
-            stacks[source.leaf] = np.empty((config.layers, *value.shape), jnp.dtype(param_dtype))
-        stacks[source.leaf][source.layer] = value
-        if source.layer == config.layers - 1:
-            leaves[source.leaf] = jnp.asarray(stacks.pop(source.leaf))
-    return _nested(leaves)
+            raise CheckpointError(f"{what} holds NaN or infinity")
+        return value
+
+    return leaf.map(check, leaf.dtype, "finite")
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:

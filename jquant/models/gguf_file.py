@@ -5,7 +5,7 @@
 Every number in that header is a claim about a file whose size is known. Each count is compared with
 the bytes that are left before anything of that size is made, so a truncated, bit-flipped or hostile
 file costs a bounded scan and ends in one `CheckpointError`, never in a huge allocation. Tensors
-stay views into a read-only memory map; `GGUFFile.read` turns one of them into float32.
+stay in the file; `GGUFFile.tensor` gives one as a `Lazy`, which is float32 once it is read.
 
 (The `gguf` package's own reader believes counts and offsets, and builds several arrays for each
 token of a vocabulary; only its dequantization tables are used here.)
@@ -27,6 +27,8 @@ from gguf.quants import dequantize
 from jaxtyping import Float
 
 from jquant.errors import CheckpointError
+from jquant.io.files import FileState
+from jquant.lazy import Lazy, Window, span
 
 VERSIONS = (2, 3)
 # No vocabulary, merge list or network comes near these; a larger count is an attack or damage.
@@ -54,32 +56,47 @@ class TensorInfo:
 class GGUFFile:
     """A validated GGUF file: `metadata` (arrays as lists or NumPy arrays) and `tensors` by name."""
 
-    path: Path
+    state: FileState
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
-    data: np.ndarray
 
-    def read(self, name: str) -> Float[np.ndarray, " ..."]:
-        """The tensor `name` as float32, dequantized where it is quantized.
+    def tensor(self, name: str) -> Lazy:
+        """The tensor `name` as float32, dequantized when it is read; a window reads whole rows.
 
-        Raises:
-            CheckpointError: the tensor's type is not one that holds weights.
+        Reading it raises:
+            CheckpointError: the tensor's type is not one that holds weights, or the file has
+                changed.
         """
         info = self.tensors[name]
-        raw = self.data[info.start : info.start + info.nbytes]
-        if info.kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-            dtype = "<f4" if info.kind == GGMLQuantizationType.F32 else "<f2"
-            return raw.view(dtype).astype(np.float32).reshape(info.shape)
-        # Blocks run along the innermost axis; `dequantize` keeps all axes before it.
-        rows = raw.reshape(*info.shape[:-1], -1)
-        try:
-            with np.errstate(all="ignore"):  # damaged scales overflow; whoever reads checks values
-                return dequantize(rows, info.kind).reshape(info.shape)
-        except NotImplementedError as error:
-            raise CheckpointError(
-                f"{self.path.name}: tensor {name!r} has type {info.kind.name}, which the gguf "
-                "package cannot dequantize; convert the file to F16, Q8_0, Q4_0, Q4_K or the like"
-            ) from error
+
+        def read(window: Window) -> np.ndarray:
+            return self._rows(info, window[:-1])[..., window[-1]]
+
+        return Lazy(
+            info.shape, np.dtype(np.float32), read, f"{self.state.identity}, tensor {name!r}"
+        )
+
+    def _rows(self, info: TensorInfo, window: Window) -> Float[np.ndarray, " ..."]:
+        """A window along all axes but the innermost, along which blocks run."""
+        row = info.nbytes // math.prod(info.shape[:-1])
+        first, block, inner = span((*info.shape[:-1], row), (*window, slice(0, row)))
+        with self.state.open() as file:
+            raw = np.empty(block, np.uint8)
+            file.seek(info.start + first)
+            if file.readinto(raw.data) != raw.size:
+                raise CheckpointError(f"tensor {info.name!r}: the file ended while it was read")
+            raw = np.ascontiguousarray(raw[inner])
+            if info.kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+                dtype = "<f4" if info.kind == GGMLQuantizationType.F32 else "<f2"
+                return raw.view(dtype).astype(np.float32)
+            try:
+                with np.errstate(all="ignore"):  # damaged scales overflow; the reader checks values
+                    return dequantize(raw, info.kind)
+            except NotImplementedError as error:
+                raise CheckpointError(
+                    f"tensor {info.name!r} has type {info.kind.name}, which the gguf package "
+                    "cannot dequantize; convert the file to F16, Q8_0, Q4_0, Q4_K or the like"
+                ) from error
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
@@ -94,6 +111,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
         size = file.seek(0, 2)
         if size < 24:
             raise CheckpointError(f"{path.name}: {size} bytes; a GGUF header alone has 24")
+        state = FileState.of(path, file)
         data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     cursor = _Cursor(data, path.name)
     if bytes(data[:4]) != b"GGUF":
@@ -114,7 +132,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
         metadata[key] = cursor.value(cursor.scalar("<I", f"the type of {key!r}"), key)
     infos = [cursor.tensor() for _ in range(tensor_count)]
     tensors = _placed(infos, metadata, cursor)
-    return GGUFFile(path, metadata, tensors, data)
+    return GGUFFile(state, metadata, tensors)
 
 
 def _placed(

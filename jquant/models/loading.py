@@ -2,13 +2,14 @@
 
 A GGUF file, a Hugging Face directory of safetensors (one file or shards with an index), or a hub
 id, which is downloaded to such a directory first. Each ends in the same three things. Nothing here
-unpickles, and nothing is returned unless all of it was there and fitted.
+unpickles, and nothing is returned unless all of it was there and fitted. Parameters are put
+together as `Lazy` leaves; to load is to read them all, unless the caller would rather do that.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from jquant.errors import CheckpointError
+from jquant.io.files import FileState
+from jquant.lazy import Lazy, Window, realize
 from jquant.models.assembly import assemble
 from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf, from_hf
 from jquant.models.decoder import Decoder
@@ -37,6 +40,7 @@ def load(
     dtype: str = "float32",
     param_dtype: str = "float32",
     tokenizer: str | Path | None = None,
+    lazy: bool = False,
 ) -> tuple[Decoder, dict[str, Any], Any]:
     """`(fn, params, tokenizer)` with `fn(params, tokens[B, T]) -> logits[B, T, V]` (float32).
 
@@ -47,6 +51,9 @@ def load(
         dtype: compute dtype, "float32" or "bfloat16" (matmul inputs; results stay float32).
         param_dtype: dtype the parameters are kept in.
         tokenizer: take the tokenizer from this Hugging Face directory or hub id instead.
+        lazy: leave the parameters in their files: each leaf is a `Lazy`, and of a stack `[L, ...]`
+            the window `[l]` reads one layer's tensor. Names and shapes are verified now, bytes when
+            they are read; the files must stay as they are until then.
 
     Returns:
         The decoder, its parameters as a nested dict, and a `transformers` tokenizer; None in its
@@ -54,17 +61,20 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, incomplete or of an unsupported kind.
+            Reading a lazy leaf raises it if the values are damaged, or the file has changed.
 
     Example: `fn, params, tokenizer = load("model.gguf", dtype="bfloat16")`
     """
     path = Path(source)
     if is_quantized(path):
-        return load_quantized(path, tokenizer)
-    if path.is_dir():
-        return _load_directory(path, scan_layers, dtype, param_dtype, tokenizer)
+        return load_quantized(path, tokenizer, lazy=lazy)
     if path.is_file():
-        return _load_gguf(path, scan_layers, dtype, param_dtype, tokenizer)
-    return _load_directory(_download(str(source)), scan_layers, dtype, param_dtype, tokenizer)
+        found = _load_gguf(path, scan_layers, dtype, param_dtype, tokenizer)
+    else:
+        folder = path if path.is_dir() else _download(str(source))
+        found = _load_directory(folder, scan_layers, dtype, param_dtype, tokenizer)
+    fn, params, tokens = found
+    return fn, params if lazy else realize(params), tokens
 
 
 def _load_gguf(
@@ -79,7 +89,7 @@ def _load_gguf(
         if (shape := shapes.pop(_ROPE_FACTORS, None)) is not None:
             if len(shape) != 1 or shape[0] > MAX_HEAD_DIM:
                 raise CheckpointError(f"tensor {_ROPE_FACTORS!r} has shape {shape}")
-            factors = file.read(_ROPE_FACTORS)
+            factors = file.tensor(_ROPE_FACTORS)[...]
         config = from_gguf(file.metadata, shapes, factors)
         found = (
             tokenizer_from_gguf(file.metadata)
@@ -89,9 +99,9 @@ def _load_gguf(
     except CheckpointError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
     fn = Decoder(config, scan_layers, dtype)
-    read = _unpermuted(file, config) if _is_permuted(file) else file.read
+    tensor = _unpermuted(file, config) if _is_permuted(file) else file.tensor
     params = assemble(
-        config, "gguf", shapes, read,
+        config, "gguf", shapes, tensor,
         origin=path.name, scan_layers=scan_layers, param_dtype=param_dtype,
     )  # fmt: skip
     return fn, params, found
@@ -101,23 +111,27 @@ def _is_permuted(file: GGUFFile) -> bool:
     return file.metadata["general.architecture"] == "llama"
 
 
-def _unpermuted(file: GGUFFile, config: DecoderConfig) -> Any:
-    """Read tensors with llama.cpp's reordering of the rows of q and k undone.
+def _unpermuted(file: GGUFFile, config: DecoderConfig) -> Callable[[str], Lazy]:
+    """The tensors of a file with llama.cpp's reordering of the rows of q and k undone.
 
     For this architecture llama.cpp rotates neighbouring channels (2i, 2i+1) where the decoder
     rotates halves (i, i + d/2), and its converter sorts the rows of each head to match.
     """
 
-    def read(name: str) -> np.ndarray:
-        value = file.read(name)
+    def tensor(name: str) -> Lazy:
+        stored = file.tensor(name)
         stem = name.rsplit(".", 2)[1]
         if stem not in ("attn_q", "attn_k"):
-            return value
+            return stored
         heads = config.heads if stem == "attn_q" else config.kv_heads
-        pairs = value.reshape(heads, config.head_dim // 2, 2, *value.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(value.shape)
 
-    return read
+        def read(window: Window) -> np.ndarray:
+            pairs = stored[...].reshape(heads, config.head_dim // 2, 2, *stored.shape[1:])
+            return pairs.swapaxes(1, 2).reshape(stored.shape)[window]
+
+        return Lazy(stored.shape, stored.dtype, read, f"{stored.identity}, rows in rotary halves")
+
+    return tensor
 
 
 def _load_directory(
@@ -129,12 +143,14 @@ def _load_directory(
         files = _tensor_files(path)
     except CheckpointError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
+    states: dict[str, FileState] = {}
     handles: dict[str, Any] = {}
     held: dict[str, set[str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, file in files.items():
         if file not in handles:
             handles[file] = _open(path / file)
+            states[file] = FileState.of(path / file)
             held[file] = set(handles[file].keys())
         if name not in held[file]:
             raise CheckpointError(f"{file}: tensor {name!r} is missing; the index says it is there")
@@ -143,15 +159,25 @@ def _load_directory(
         if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
             del shapes[name]
 
-    def read(name: str) -> np.ndarray:
-        return np.asarray(handles[files[name]].get_tensor(name), np.float32)
+    def tensor(name: str) -> Lazy:
+        return _tensor(states[files[name]], name, shapes[name])
 
     params = assemble(
-        config, "hf", shapes, read,
+        config, "hf", shapes, tensor,
         origin=path.name, scan_layers=scan_layers, param_dtype=param_dtype,
     )  # fmt: skip
     found = tokenizer_from_hf(path if tokenizer is None else tokenizer)
     return fn, params, found
+
+
+def _tensor(state: FileState, name: str, shape: tuple[int, ...]) -> Lazy:
+    """A tensor of a safetensors file, as float32."""
+
+    def read(window: Window) -> np.ndarray:
+        with state.open():  # only to see that it is still the same file
+            return np.asarray(_open(Path(state.path)).get_slice(name)[window], np.float32)
+
+    return Lazy(shape, np.dtype(np.float32), read, f"{state.identity}, tensor {name!r}")
 
 
 def _tensor_files(path: Path) -> dict[str, str]:

@@ -56,19 +56,19 @@ def save_quantized(folder: str | Path, fn: Decoder, qparams: Any, tokenizer: Any
 
 
 def load_quantized(
-    folder: str | Path, tokenizer: str | Path | None = None
+    folder: str | Path, tokenizer: str | Path | None = None, *, lazy: bool = False
 ) -> tuple[Decoder, Any, Any]:
     """`(fn, qparams, tokenizer)` as `save_quantized` got them.
 
     Run it by `jquant.apply(fn)(qparams, tokens)`. `tokenizer` names another folder or hub id to
-    take the tokenizer from.
+    take the tokenizer from. With `lazy`, arrays stay in the file, see `jquant.load`.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or its parameters are not those of its decoder.
     """
     path = Path(folder) / CHECKPOINT
     fn, expected = _decoder(path)
-    qparams = load_checkpoint(path)
+    qparams = load_checkpoint(path, lazy=lazy)
     found = _shapes(qparams)
     if found != expected:
         unlike = sorted(p for p in expected | found if expected.get(p) != found.get(p))

@@ -1,0 +1,93 @@
+"""Checkpoints that Orbax wrote, as trees of `Lazy` leaves.
+
+Orbax says what a checkpoint holds; TensorStore, in whose formats Orbax keeps arrays, reads windows
+of them. A window costs the chunks that it touches. Orbax makes each array one chunk unless told
+otherwise (`ocp.SaveArgs(chunk_byte_size=...)`), or one for each device it was spread over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jquant.errors import CheckpointError
+from jquant.io.files import FileState
+from jquant.lazy import Lazy, Window
+
+
+def lazy_orbax(path: str | os.PathLike[str]) -> Any:
+    """The tree of a checkpoint written by Orbax, with a `Lazy` in place of every array and number.
+
+    Args:
+        path: the folder that `StandardCheckpointer.save` or `PyTreeCheckpointer.save` was given; of
+            a `CheckpointManager`, the item's folder (`<step>/default`).
+
+    Returns:
+        the tree as Orbax describes it: dicts with string keys, and lists, for tuples as well.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it holds something else than arrays and
+            numbers. Reading a leaf raises it if data are missing or damaged, or the checkpoint has
+            been replaced.
+
+    Example: `params = jq.io.lazy_orbax("run/300/default")`
+    """
+    import orbax.checkpoint as ocp
+
+    folder = Path(path).absolute()
+    if not (folder / "_METADATA").is_file():
+        inner = [f.parent.name for f in folder.glob("*/_METADATA")]
+        advice = f"; pass one of its items: {', '.join(sorted(inner))}" if inner else ""
+        raise CheckpointError(f"{folder}: no Orbax checkpoint of a tree{advice}")
+    state = FileState.of(folder / "_METADATA")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            found: Any = checkpointer.metadata(folder).item_metadata
+        options = json.loads((folder / "_METADATA").read_text("utf-8"))
+        complete = bool(options.get("store_array_data_equal_to_fill_value"))
+        tree, driver = found.tree, "zarr3" if found.use_zarr3 else "zarr"
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: malformed Orbax metadata: {error!s:.200}") from error
+
+    def leaf(keys: Any, said: Any) -> Lazy:
+        if getattr(said, "shape", None) is None or getattr(said, "dtype", None) is None:
+            at = jax.tree_util.keystr(keys, simple=True, separator="/")
+            raise CheckpointError(f"{folder}: {at!r} is no array: {type(said).__name__}")
+        # Where zeros are stored too, what is missing is lost; elsewhere it is zeros.
+        spec = {
+            "driver": driver,
+            "kvstore": _store(folder, said.name),
+            "fill_missing_data_reads": not complete,
+        }
+        return _leaf(state, said.name, tuple(said.shape), np.dtype(said.dtype), spec)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _store(folder: Path, name: str) -> dict[str, Any]:
+    """Where TensorStore finds an array: inside one database of all, or in a folder of its own."""
+    if (folder / "manifest.ocdbt").is_file():
+        base = {"driver": "file", "path": f"{folder}/"}
+        return {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+    return {"driver": "file", "path": f"{folder / name}/"}
+
+
+def _leaf(
+    state: FileState, name: str, shape: tuple[int, ...], dtype: np.dtype, spec: dict[str, Any]
+) -> Lazy:
+    def read(window: Window) -> np.ndarray:
+        import tensorstore
+
+        with state.open():  # it names the checkpoint's time of writing
+            try:
+                store = tensorstore.open(spec, open=True, read=True).result()
+                return np.asarray(store[window].read().result())
+            except (KeyError, OSError, RuntimeError, ValueError) as error:
+                raise CheckpointError(f"array {name!r} cannot be read: {error!s:.300}") from error
+
+    return Lazy(shape, dtype, read, f"{state.identity}, array {name!r}")
