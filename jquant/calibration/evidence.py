@@ -20,19 +20,23 @@ from jaxtyping import Array, Float
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Evidence:
-    """Sums over the tokens a weight has seen. Whoever makes one by hand may leave out the last two.
+    """Sums over the tokens a weight has seen. Whoever makes one by hand may leave out all but two.
 
     Attributes:
         second_moment: sum of `x xᵀ`, `[*batch, in, in]`.
         count: number of tokens, `[*batch]`, float32 (exact up to 16.7 million).
         total: sum of `x`, `[*batch, in]`, or None.
         abs_max: largest `|x|` per input channel, `[*batch, in]`, or None.
+        drift: sum of `(x_full - x) xᵀ`, `[*batch, in, in]`, where `x_full` is what the unquantized
+            network would see in place of `x`; not symmetric. None where there is no such pair, as
+            in a pass of one network. `second_moment + drift` is the sum of `x_full xᵀ`.
     """
 
     second_moment: Float[Array, "*batch in in"]
     count: Float[Array, "*batch"]
     total: Float[Array, "*batch in"] | None = None
     abs_max: Float[Array, "*batch in"] | None = None
+    drift: Float[Array, "*batch in in"] | None = None
 
     @property
     def mean(self) -> Float[Array, "*batch in"]:
@@ -48,29 +52,57 @@ class Evidence:
             self.count + other.count,
             _both(jnp.add, self.total, other.total),
             _both(jnp.maximum, self.abs_max, other.abs_max),
+            _both(jnp.add, self.drift, other.drift),
         )
 
     @staticmethod
     def of(
-        x: Float[Array, "*batch tokens in"], count: Float[Array, "*batch"] | None = None
+        x: Float[Array, "*batch tokens in"],
+        count: Float[Array, "*batch"] | None = None,
+        *,
+        full: Float[Array, "*batch tokens in"] | None = None,
     ) -> Evidence:
         """The evidence of rows of inputs; `count` where not every row is a token.
 
         bfloat16 and float16 rows are multiplied as they are, with float32 sums; float32 rows in
-        full float32 precision on every backend.
+        full float32 precision on every backend. `full` holds the rows of the unquantized network,
+        token by token those of `x`, and adds the drift.
+
+        Raises:
+            ValueError: `full` is not of the shape of `x`.
 
         Example:
-            >>> Evidence.of(jnp.array([[1.0, 2.0], [3.0, 4.0]])).second_moment.tolist()
+            >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+            >>> Evidence.of(x).second_moment.tolist()
             [[10.0, 14.0], [14.0, 20.0]]
+            >>> Evidence.of(x, full=x.at[0, 0].set(2.0)).drift.tolist()
+            [[1.0, 2.0], [0.0, 0.0]]
         """
         if count is None:
             count = jnp.full(x.shape[:-2], x.shape[-2], jnp.float32)
         magnitude = jnp.max(jnp.abs(x), axis=-2, initial=0).astype(jnp.float32)
-        return Evidence(_gram(x), count, jnp.sum(x, axis=-2, dtype=jnp.float32), magnitude)
+        total = jnp.sum(x, axis=-2, dtype=jnp.float32)
+        drift = None if full is None else _drift(x, full)
+        return Evidence(_gram(x), count, total, magnitude, drift)
 
 
 def _both(join: Callable[..., Array], one: Array | None, two: Array | None) -> Array | None:
     return None if one is None or two is None else join(one, two)
+
+
+def _drift(
+    x: Float[Array, "*batch tokens in"], full: Float[Array, "*batch tokens in"]
+) -> Float[Array, "*batch in in"]:
+    """`Σ (full - x) xᵀ`, of float32 differences and in full float32 precision.
+
+    The difference of two sums, `Σ full xᵀ - Σ x xᵀ`, would do without widening bfloat16 rows, but
+    it leaves the rounding of sums of squares in what may be a thousandth of them, and is not zero
+    for equal rows. Differences of rows lose nothing: those of neighbours are exact.
+    """
+    if full.shape != x.shape:
+        raise ValueError(f"full must have the shape of x, {x.shape}, got {full.shape}")
+    x, full = x.astype(jnp.float32), full.astype(jnp.float32)
+    return jnp.matmul(jnp.swapaxes(full - x, -1, -2), x, precision=lax.Precision.HIGHEST)
 
 
 def _gram(x: Float[Array, "*batch tokens in"]) -> Float[Array, "*batch in in"]:

@@ -131,4 +131,5 @@ def _place(
         spread(evidence.count),
         spread(evidence.total, columns),
         spread(evidence.abs_max, columns),
+        None if evidence.drift is None else spread(evidence.drift, columns, columns),
     )

@@ -2,7 +2,8 @@
 
 A rounding is a frozen dataclass registered static. It is called with a weight in the canonical view
 `[*batch, out, in]`, and says by `needs` what it must be told beyond the weight: `"moment"` (the
-second moment of its inputs) or `"key"` (randomness).
+second moment of its inputs), `"drift"` (how far those inputs are from the unquantized network's) or
+`"key"` (randomness).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Rounding(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """A subset of `{"moment", "key"}`."""
+        """A subset of `{"moment", "drift", "key"}`."""
         ...
 
     def __call__(
