@@ -11,10 +11,12 @@ from jquant.calibration import Evidence, Weight, capture, find_weights
 from jquant.inference import apply
 from jquant.io import load, save
 from jquant.lazy import Lazy, realize
+from jquant.progress import Progress
 from jquant.qtensor import QTensor, dequantize, tree_map_weights
-from jquant.quantize import quantize, quantize_weight
+from jquant.quantize import quantize
 from jquant.report import Report
 from jquant.scheme import Plan, Scheme, keep
+from jquant.solve import quantize_weight
 
 __all__ = [
     "Blocks",
@@ -22,6 +24,7 @@ __all__ = [
     "Layout",
     "Lazy",
     "Plan",
+    "Progress",
     "QTensor",
     "Report",
     "Scheme",

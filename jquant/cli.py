@@ -25,6 +25,7 @@ from rich.table import Table
 
 from jquant import models
 from jquant.calibration import find_weights
+from jquant.calibration.stages import Granularity
 from jquant.console import Narrator, megabytes
 from jquant.demo import run_demo
 from jquant.evaluate import compare, perplexity
@@ -32,7 +33,7 @@ from jquant.io import read_header
 from jquant.models.quantized import CHECKPOINT
 from jquant.presets import named, presets
 from jquant.quantize import quantize
-from jquant.recipes import plan_of, read_rules
+from jquant.recipes import in_batches, plan_of, read_rules
 
 
 def _version() -> str:
@@ -101,12 +102,15 @@ def quantize_model(
     length: Length = 512,
     text: Text = None,
     force: Annotated[bool, Parameter(negative="")] = False,
+    granularity: Granularity = "weight",
+    work_dir: Path | None = None,
     report: Annotated[bool, Parameter(negative="")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a model and write it to a folder.
+    """Quantize a model, layer by layer, and write it to a folder.
 
-    Embeddings and the output head are kept as they are, unless a --rule says otherwise.
+    Weights are read when their turn comes, so a model may be larger than memory. Embeddings and
+    the output head are kept as they are, unless a --rule says otherwise.
 
         jquant quantize model.gguf -o model-w4
         jquant quantize org/model -o w3 --recipe int3-gptq --group 128 --text my.txt
@@ -123,6 +127,11 @@ def quantize_model(
         matches decides, before the recipe. May be given several times.
     force
         Replace what is in the folder.
+    granularity
+        Which weights are calibrated together, after all before them are quantized: those of a
+        level (q, k, v; gate, up), of a block, or all.
+    work_dir
+        A folder for finished stages: the same command with the same folder resumes a stopped one.
     report
         Show a line for every weight.
     """
@@ -132,21 +141,17 @@ def quantize_model(
     if not force and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there already; give another name, or --force to replace it")
     narrator.say(f"loading {source}")
-    fn, params, tokenizer = models.load(source)
+    fn, params, tokenizer = models.load(source, lazy=True)
     windows, _ = _windows(tokenizer, length, text)
     windows = _some(windows, samples)
     weights = find_weights(fn, params, jax.ShapeDtypeStruct((1, length), np.int32))
     chosen = plan_of(weights, default, rules)
     needed = any(scheme.rounding.needs for scheme in chosen.values())
-    stages = {"capture": ("reading the inputs of every weight", len(windows))} if needed else {}
-    stages["weights"] = ("rounding", len(chosen))
-
-    def progress(what: str, done: int, total: int) -> None:
-        update("capture" if what == "capture" else "weights", done)
-
-    with narrator.stages(stages) as update:
-        batches = [window[None] for window in windows] if needed else None
-        qparams, found = quantize(fn, params, chosen, batches, progress=progress)
+    batches = in_batches(windows) if needed else None
+    with narrator.job("quantizing") as move:
+        qparams, found = quantize(
+            fn, params, chosen, batches, granularity=granularity, work_dir=work_dir, progress=move
+        )
     checkpoint = models.save_quantized(output, fn, qparams, tokenizer)
     (output / "report.json").write_text(json.dumps(found.to_json(), indent=1, default=str), "utf-8")
     before = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -354,8 +359,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.CycloptsError as error:
         return _complain(error, 2)
-    except KeyboardInterrupt:
-        print("\njquant: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("\njquant: stopped", *getattr(stop, "__notes__", ()), sep="\n", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `jquant inspect … | head`: the reader has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,6 +8,7 @@ stage of work is a bar that moves; elsewhere (a log, CI) it is a line when it be
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,12 +16,16 @@ from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
+    ProgressColumn,
     SpinnerColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bar
+
+from jquant.progress import Progress
 
 EVERY = 10.0  # seconds between the lines of a stage where there is no terminal
 _LOG_WIDTH = 110  # columns of tables where there is no terminal to ask
@@ -57,41 +62,42 @@ class Narrator:
         if self.quiet:
             yield lambda done: None
         elif self.err.is_terminal:
-            with self._bar() as progress:
+            with self._bar(MofNCompleteColumn()) as progress:
                 task = progress.add_task(title, total=total)
                 yield lambda done: progress.update(task, completed=done)
         else:
             self.say(f"{title} ...")
-            lines = _Lines(self, title, total)
-            yield lines.update
+            lines = _Lines(self, title)
+            yield lambda done: lines.update(done / total, f"{done}/{total}")
             self.say(f"{title}: done in {_duration(time.monotonic() - lines.start)}")
 
     @contextlib.contextmanager
-    def stages(self, titles: dict[str, tuple[str, int]]) -> Iterator[Callable[[str, int], None]]:
-        """Stages that follow one another: `update(name, done)` moves the one of that name.
+    def job(self, title: str) -> Iterator[Callable[[Progress], None]]:
+        """A job in stages: one bar over all, with what is being done, and the error so far."""
+        if self.quiet:
+            yield lambda progress: None
+        elif self.err.is_terminal:
+            with self._bar(TaskProgressColumn()) as bar:
+                task = bar.add_task(title, total=1.0)
 
-        `titles` maps a name to its title and its number of steps. The first stage begins with the
-        block, each other one with its first step, which ends the one before.
-        """
-        now = next(iter(titles))
-        with contextlib.ExitStack() as current:
-            move = current.enter_context(self.stage(*titles[now]))
+                def move(progress: Progress) -> None:
+                    bar.update(
+                        task, completed=progress.fraction, description=f"{title}: {_told(progress)}"
+                    )
 
-            def update(name: str, done: int) -> None:
-                nonlocal now, move
-                if name != now:
-                    current.close()
-                    now, move = name, current.enter_context(self.stage(*titles[name]))
-                move(done)
+                yield move
+        else:
+            self.say(f"{title} ...")
+            lines = _Lines(self, title)
+            yield lambda progress: lines.update(progress.fraction, _told(progress))
+            self.say(f"{title}: done in {_duration(time.monotonic() - lines.start)}")
 
-            yield update
-
-    def _bar(self) -> Progress:
-        return Progress(
+    def _bar(self, *columns: ProgressColumn) -> Bar:
+        return Bar(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            *columns,
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -103,17 +109,24 @@ class Narrator:
 class _Lines:
     """The lines of a stage where there is no terminal."""
 
-    def __init__(self, narrator: Narrator, title: str, total: int) -> None:
-        self.narrator, self.title, self.total = narrator, title, total
+    def __init__(self, narrator: Narrator, title: str) -> None:
+        self.narrator, self.title = narrator, title
         self.start = self.said = time.monotonic()
 
-    def update(self, done: int) -> None:
+    def update(self, fraction: float, where: str) -> None:
         now = time.monotonic()
-        if now - self.said < EVERY or not 0 < done < self.total:
+        if now - self.said < EVERY or not 0 < fraction < 1:
             return
         self.said = now
-        left = (now - self.start) / done * (self.total - done)
-        self.narrator.say(f"{self.title}: {done}/{self.total}, about {_duration(left)} left")
+        left = (now - self.start) / fraction * (1 - fraction)
+        self.narrator.say(f"{self.title}: {where}, about {_duration(left)} left")
+
+
+def _told(progress: Progress) -> str:
+    """Where a job is: `stage 3/120, rounding layers/0/mlp/down/kernel, error 0.43 of nearest`."""
+    error = "" if math.isnan(progress.ratio) else f", error {progress.ratio:.2f} of nearest"
+    where = f"stage {progress.stage + 1}/{progress.stages}"
+    return f"{where}, {progress.doing} {progress.name}{error}"
 
 
 def _console(*, stderr: bool) -> Console:

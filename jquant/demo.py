@@ -24,7 +24,7 @@ from jquant.models import generate, load, load_quantized, save_quantized, smollm
 from jquant.models.quantized import CHECKPOINT
 from jquant.presets import int4_gptq, int4_nearest
 from jquant.quantize import quantize
-from jquant.recipes import plan_of
+from jquant.recipes import in_batches, plan_of
 from jquant.scheme import Plan
 
 PROMPT = "Explain in two sentences why the sky is blue."
@@ -104,19 +104,11 @@ def run_demo(
 def _quantize(
     narrator: Narrator, name: str, fn: Any, params: Any, chosen: Plan, calibration: np.ndarray
 ) -> Any:
-    """Quantize by a plan, with a bar for the calibration if there is one, and one for the rest."""
+    """Quantize by a plan, with a bar."""
     needed = any(scheme.rounding.needs for scheme in chosen.values())
-    stages = {"capture": (f"   {name}: reading the inputs of every matrix", len(calibration))}
-    stages = stages if needed else {}
-    stages["weights"] = (f"   {name}: rounding matrices", len(chosen))
-    with narrator.stages(stages) as update:
-        batches = [window[None] for window in calibration] if needed else None
-        qparams, report = quantize(
-            fn, params, chosen, batches,
-            progress=lambda what, done, total: update(
-                "capture" if what == "capture" else "weights", done
-            ),
-        )  # fmt: skip
+    batches = in_batches(calibration) if needed else None
+    with narrator.job(f"   {name}") as move:
+        qparams, report = quantize(fn, params, chosen, batches, progress=move)
     for path in report.fallbacks:
         narrator.say(f"   nearest rounding stands in at {path}")
     return qparams

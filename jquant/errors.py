@@ -31,6 +31,10 @@ class CheckpointError(ValueError):
     """A file is truncated, corrupt, hostile, or of another version; nothing of it was used."""
 
 
+class WorkDirError(ValueError):
+    """A work directory cannot be written to, or holds the stages of another job."""
+
+
 def near(name: str, names: Iterable[str], count: int = 3) -> str:
     """`did you mean …` for an error message: the `count` names nearest to `name`."""
     found = difflib.get_close_matches(name, list(names), n=count, cutoff=0.0)

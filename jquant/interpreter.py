@@ -13,7 +13,7 @@ they are. For the others the client's `rule` is asked first; where it declines, 
 A rule may `emit` values under a key `(name, ...)`. They leave the function beside its results:
 added up with the client's `merge` over loops and branches, and stacked along a new leading axis by
 a scan that slices a special value of that name. Only public JAX is used; what differs between JAX
-versions is in `_scan_parts`.
+versions is in `scan_parts`.
 """
 
 from __future__ import annotations
@@ -89,18 +89,7 @@ class Walker:
         outer = self.site
         for at, eqn in enumerate(jaxpr.eqns):
             self.site = (*outer, at)
-            values = [_read(env, atom) for atom in eqn.invars]
-            if any(map(self.client.special, values)):
-                results = self.client.rule(eqn, values, self)
-                if results is None:
-                    results = self.descend(eqn, values)
-            elif eqn.primitive.name in VIEWS and len(values) == 1:
-                results = self.share(
-                    (eqn.primitive.name, repr(sorted(eqn.params.items()))), values[0],
-                    lambda eqn=eqn, values=values: bind(eqn, values),
-                )  # fmt: skip
-            else:
-                results = bind(eqn, values)
+            results = self.evaluate(eqn, [_read(env, atom) for atom in eqn.invars])
             env.update(zip(eqn.outvars, results, strict=True))
             for var in _variables(eqn.invars):
                 if last[var] == at and var not in kept:
@@ -108,35 +97,49 @@ class Walker:
         self.site = outer
         return [_read(env, atom) for atom in jaxpr.outvars]
 
+    def evaluate(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
+        """The results of one equation; operands and results may be special."""
+        if any(map(self.client.special, values)):
+            results = self.client.rule(eqn, values, self)
+            return self.descend(eqn, values) if results is None else results
+        if eqn.primitive.name in VIEWS and len(values) == 1:
+            what = eqn.primitive.name, repr(sorted(eqn.params.items()))
+            return self.share(what, values[0], lambda: bind(eqn, values))
+        return bind(eqn, values)
+
     def descend(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
         """Evaluate a call, loop or branch with special operands by walking its body."""
-        name, params = eqn.primitive.name, eqn.params
+        name = eqn.primitive.name
         if name in _DESCENTS:
             return _DESCENTS[name](self, eqn, values)
-        for call in ("jaxpr", "call_jaxpr"):
-            if name in _CALLS and call in params:
-                return self.run(_close(params[call]), values)
+        body = callee(eqn) if name in _CALLS else None
+        if body is not None:
+            return self.run(body, values)
         return bind(eqn, self._plain(values, eqn))
 
-    def _nested(self, closed: core.ClosedJaxpr, values: list[Any]) -> tuple[list[Any], Emissions]:
-        """Evaluate the body of a loop or branch; its emissions are returned, not filed."""
-        outer, shared = self.emitted, self._shared
-        self.emitted, self._shared = {}, {}
+    def _nested(
+        self, closed: core.ClosedJaxpr, values: list[Any], body: int = 0
+    ) -> tuple[list[Any], Emissions]:
+        """Evaluate a loop's or branch's body number `body`; return its emissions, file none."""
+        outer, shared, site = self.emitted, self._shared, self.site
+        self.emitted, self._shared, self.site = {}, {}, (*site, body)
         try:
             results = self.run(closed, values)
             return results, self.emitted
         finally:
-            self.emitted, self._shared = outer, shared
+            self.emitted, self._shared, self.site = outer, shared, site
 
     def _plain(self, values: Sequence[Any], eqn: core.JaxprEqn) -> list[Any]:
         return [self.client.drop(v, eqn) if self.client.special(v) else v for v in values]
 
-    def _emission_shapes(self, closed: core.ClosedJaxpr, values: list[Any]) -> Emissions:
+    def _emission_shapes(
+        self, closed: core.ClosedJaxpr, values: list[Any], body: int = 0
+    ) -> Emissions:
         """Shapes of what a body would emit; nothing is computed."""
         shapes: list[Emissions] = []
 
         def probe(values: list[Any]) -> Any:
-            _, emitted = self._nested(closed, values)
+            _, emitted = self._nested(closed, values, body)
             shapes.append(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), emitted))
             return 0
 
@@ -145,7 +148,7 @@ class Walker:
 
     def _remat(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
         def body(values: list[Any]) -> tuple[list[Any], list[Any]]:
-            results, emitted = self._nested(_close(eqn.params["jaxpr"]), values)
+            results, emitted = self._nested(close(eqn.params["jaxpr"]), values)
             keys.append(list(emitted))
             return results, list(emitted.values())
 
@@ -157,8 +160,8 @@ class Walker:
         return results
 
     def _scan(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
-        params, closed = eqn.params, _close(eqn.params["jaxpr"])
-        num_consts, num_carry = _scan_parts(params)
+        params, closed = eqn.params, close(eqn.params["jaxpr"])
+        num_consts, num_carry = scan_parts(params)
         consts, init = values[:num_consts], values[num_consts : num_consts + num_carry]
         xs = values[num_consts + num_carry :]
         init, rest = self._invariants(eqn, closed, init, num_consts)
@@ -215,7 +218,7 @@ class Walker:
 
     def _while(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
         params = eqn.params
-        cond, body = _close(params["cond_jaxpr"]), _close(params["body_jaxpr"])
+        cond, body = close(params["cond_jaxpr"]), close(params["body_jaxpr"])
         split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
         cond_consts, body_consts = values[: split[0]], values[split[0] : split[1]]
         init, rest = self._invariants(eqn, body, values[split[1] :], len(body_consts))
@@ -223,7 +226,7 @@ class Walker:
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), list(shapes.values()))
 
         def test(state: tuple[list[Any], list[Any]]) -> Any:
-            (result,), emitted = self._nested(cond, [*cond_consts, *rest(state[0])])
+            (result,), emitted = self._nested(cond, [*cond_consts, *rest(state[0])], 1)
             assert not emitted, "a loop's condition used a weight"
             return result
 
@@ -239,21 +242,23 @@ class Walker:
 
     def _cond(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
         index, *operands = values
-        branches = [_close(branch) for branch in eqn.params["branches"]]
+        branches = [close(branch) for branch in eqn.params["branches"]]
         shapes: Emissions = {}
-        for branch in branches:
-            shapes.update(self._emission_shapes(branch, operands))
+        for k, branch in enumerate(branches):
+            shapes.update(self._emission_shapes(branch, operands, k))
 
-        def take(branch: core.ClosedJaxpr) -> Callable[[list[Any]], Any]:
+        def take(k: int, branch: core.ClosedJaxpr) -> Callable[[list[Any]], Any]:
             def run(operands: list[Any]) -> Any:
-                results, emitted = self._nested(branch, operands)
+                results, emitted = self._nested(branch, operands, k)
                 empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
                 return self._plain(results, eqn), [emitted.get(k, empty[k]) for k in shapes]
 
             return run
 
         # A boolean predicate reaches the primitive as int32, so `switch` serves both forms.
-        results, emitted = lax.switch(index, [take(branch) for branch in branches], operands)
+        results, emitted = lax.switch(
+            index, [take(k, branch) for k, branch in enumerate(branches)], operands
+        )
         for key, value in zip(shapes, emitted, strict=True):
             self.emit(key, value)
         return results
@@ -262,9 +267,9 @@ class Walker:
 _CALLS = frozenset(
     {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"}
 )
+_REMATS = frozenset({"remat2", "checkpoint"})
 _DESCENTS: dict[str, Callable[[Walker, core.JaxprEqn, list[Any]], Sequence[Any]]] = {
-    "remat2": Walker._remat,
-    "checkpoint": Walker._remat,
+    **dict.fromkeys(_REMATS, Walker._remat),
     "scan": Walker._scan,
     "while": Walker._while,
     "cond": Walker._cond,
@@ -278,18 +283,27 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
+def callee(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """What a call (`jit`, `remat`, a custom derivative) calls; None for any other equation."""
+    if eqn.primitive.name in _CALLS | _REMATS:
+        for name in ("jaxpr", "call_jaxpr"):
+            if name in eqn.params:
+                return close(eqn.params[name])
+    return None
+
+
 def trace(fn: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, Any]:
     """The closed jaxpr of `fn` at these (maybe abstract) arguments, and its output's structure."""
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
     return closed, jax.tree.structure(shape)
 
 
-def _close(jaxpr: Any) -> core.ClosedJaxpr:
+def close(jaxpr: Any) -> core.ClosedJaxpr:
     """A closed jaxpr; `remat` holds an open one without constants."""
     return jaxpr if hasattr(jaxpr, "consts") else core.ClosedJaxpr(jaxpr, ())
 
 
-def _scan_parts(params: dict[str, Any]) -> tuple[int, int]:
+def scan_parts(params: dict[str, Any]) -> tuple[int, int]:
     """How many constants and how many carried values a scan has (JAX 0.12 keeps trees of them)."""
     if "ft_in" in params:
         consts, carry, _ = params["ft_in"].unpack()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.table import Table
 
@@ -26,7 +26,8 @@ class WeightReport:
         damping: relative damping used, the largest over batch axes; None where there is none.
         dead: inputs that were always zero, summed over batch axes.
         fallback: whether nearest rounding stands in for a failed factorisation (anywhere).
-        seconds: wall-clock time, compilation included.
+        seconds: wall-clock time of the rounding, compilation included.
+        note: what is to be known about its calibration, or nothing.
     """
 
     path: str
@@ -40,6 +41,7 @@ class WeightReport:
     dead: int
     fallback: bool
     seconds: float
+    note: str = ""
 
     @property
     def ratio(self) -> float:
@@ -56,12 +58,19 @@ class WeightReport:
 class Report(Mapping[str, WeightReport]):
     """Path → `WeightReport` for every quantized weight, and the paths that were kept.
 
-    `kept` are weights the plan left alone; `peak_bytes` is the largest resident size of the process
-    that was seen (0 where the system does not tell), `evidence_bytes` what the evidence took.
+    Attributes:
+        kept: weights the plan left alone.
+        stages: the weights that were calibrated together, in order; layers of a stack as `path[3]`.
+        seconds: what reading inputs, rounding, and advancing took, by that name.
+        evidence_bytes: the most that evidence took at a time.
+        peak_bytes: the largest resident size of the process so far; 0 where the system does not
+            tell.
     """
 
     weights: Mapping[str, WeightReport]
     kept: tuple[str, ...] = ()
+    stages: tuple[tuple[str, ...], ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
     evidence_bytes: int = 0
     peak_bytes: int = 0
 
@@ -113,6 +122,7 @@ class Report(Mapping[str, WeightReport]):
         for path, row in self.items():
             notes = ["nearest stands in"] if row.fallback else []
             notes += [f"{row.dead} dead inputs"] if row.dead else []
+            notes += [row.note] if row.note else []
             table.add_row(
                 path,
                 "×".join(map(str, row.shape)),
@@ -130,7 +140,7 @@ class Report(Mapping[str, WeightReport]):
         return (
             f"{len(self)} weights, {self.bits_per_weight:.3f} bits per weight, error "
             f"{self.ratio:.3f} of nearest (geometric mean), {len(self.kept)} kept, "
-            f"{sum(row.seconds for row in self.values()):.1f} s"
+            f"{sum(self.seconds.values()):.1f} s"
         )
 
     def to_json(self) -> dict[str, object]:
@@ -142,6 +152,8 @@ class Report(Mapping[str, WeightReport]):
         return {
             "weights": rows,
             "kept": list(self.kept),
+            "stages": [list(stage) for stage in self.stages],
+            "seconds": dict(self.seconds),
             "bits_per_weight": self.bits_per_weight,
             "evidence_bytes": self.evidence_bytes,
             "peak_bytes": self.peak_bytes,

@@ -219,3 +219,13 @@ def test_batches_of_other_shapes_are_added_up() -> None:
         warnings.simplefilter("error")
         found = jq.capture(fn, jnp.ones((4, 2)), [x[:3], x[3:]])[""]
     np.testing.assert_allclose(found.second_moment, _gram(x), rtol=1e-5)
+
+
+def test_each_branch_has_its_own_uses() -> None:
+    """Two branches alike: neither use takes the other's place."""
+    params = {"yes": jnp.ones((4, 3)), "no": jnp.ones((4, 3))}
+
+    def fn(p, x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ p["yes"], lambda x: x @ p["no"], x)
+
+    assert set(jq.find_weights(fn, params, jnp.ones((2, 4)))) == {"yes", "no"}

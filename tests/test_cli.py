@@ -71,7 +71,8 @@ def quantized(model: Path) -> Path:
 # The whole way
 
 
-def test_quantize_says_what_it_did(model: Path, tmp_path: Path, capsys) -> None:
+def test_quantize_says_what_it_did(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("jquant.console.EVERY", 0.0)
     status = run(
         "quantize", model, "--output", tmp_path / "out", "--report",
         "--rule", ".*mlp/down/kernel=int8-nearest", "--rule", ".*attention/v.*=int4-gptq:8",
@@ -79,7 +80,8 @@ def test_quantize_says_what_it_did(model: Path, tmp_path: Path, capsys) -> None:
     )  # fmt: skip
     out, err = capsys.readouterr()
     assert status == 0
-    assert "reading the inputs of every weight: done" in err and "rounding: done" in err
+    assert "quantizing: stage 1/8, reading layers/0/attention" in err
+    assert "of nearest, about" in err and "quantizing: done" in err
     assert "13 weights" in out and "layers/1/attention/q/kernel" in out
     leaves = jq.io.read_header(tmp_path / "out" / "jquant.safetensors").leaves
     assert leaves["layers/0/mlp/down/kernel"].grid.bits == 8
@@ -266,13 +268,17 @@ def test_the_installed_command_is_the_module(quantized: Path) -> None:
 
 def test_plain_lines_where_there_is_no_terminal(capsys, monkeypatch) -> None:
     monkeypatch.setattr("jquant.console.EVERY", 0.0)
-    with Narrator().stages({"a": ("one", 2), "b": ("two", 3)}) as update:
-        for name, total in (("a", 2), ("b", 3)):
-            for done in range(1, total + 1):
-                update(name, done)
+    with Narrator().stage("one", 2) as update:
+        update(1)
+        update(2)
+    with Narrator().job("two") as move:
+        move(jq.Progress(0, 2, "w", "rounding", 1, 2))
+        move(jq.Progress(1, 2, "v", "advancing", 1, 2, ratio=0.25))
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in lines] == [
-        "one ...", "one", "one", "two ...", "two", "two", "two"
+    assert [line.split(":")[0] for line in lines] == ["one ...", "one", "one"] + [
+        "two ...", "two", "two", "two"
     ]  # fmt: skip
     assert "1/2, about" in lines[1] and "done in" in lines[2]
+    assert "stage 1/2, rounding w, about" in lines[4]
+    assert "stage 2/2, advancing v, error 0.25 of nearest, about" in lines[5]
     assert megabytes(2.5e6) == "2.5 MB"

@@ -20,9 +20,11 @@ RANKS = (
     ("calibration",),
     ("rounding", "compensation"),
     ("scheme",),
-    ("report",),
-    ("quantize",),
+    ("report", "progress", "solve", "checks"),
     ("allocation", "presets", "activations", "emulation", "inference", "io"),
+    ("work",),
+    ("job",),
+    ("quantize",),
     ("evaluate", "recipes"),
     ("models",),
     ("console",),
@@ -34,7 +36,7 @@ RANKS = (
 # Installed only with an extra, so imported only inside the functions that need them.
 OPTIONAL = {
     "beartype", "chex", "equinox", "haiku", "hypothesis", "matplotlib", "orbax", "pandas", "pytest",
-    "torch",
+    "tensorstore", "torch",
 }  # fmt: skip
 
 # Running what a file says, or reading arrays that may hold objects.

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.reading import Reading, assemble
@@ -68,7 +68,7 @@ def capture(
             total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         try:
             total, flags = step(total, params, inputs)
-        except _Differs as error:
+        except UsesDiffer as error:
             raise EvidenceError(
                 f"batch {done - 1}: the function uses its weights differently than on batch 0; "
                 "pass batches that take the same path through it, or capture them apart and merge"
@@ -80,10 +80,10 @@ def capture(
     if total is None:
         raise EvidenceError("capture got no batches; pass at least one array or tuple of inputs")
     _check_finite(total, finite)
-    return _file(total)
+    return file(total)
 
 
-class _Differs(Exception):
+class UsesDiffer(Exception):
     """Two batches show different weights or readings."""
 
 
@@ -110,18 +110,26 @@ def _step(fn: Callable[..., Any], paths: frozenset[str] | None) -> Callable[...,
         return paths is None or path in paths
 
     def step(total: Sightings | None, params: PyTree, inputs: tuple[Any, ...]) -> Any:
-        new = observe(fn, wanted, params, inputs)
-        if total is not None:
-            if (total.keys, len(total.values)) != (new.keys, len(new.values)):
-                raise _Differs
-            values = [old.merge(more) for old, more in zip(total.values, new.values, strict=True)]
-            new = replace(new, values=values)
-        # An input channel that is not finite shows in its own sum of squares.
-        power = [jnp.diagonal(value.second_moment, axis1=-2, axis2=-1) for value in new.values]
-        sums = [jnp.all(jnp.isfinite(channel)) for channel in power]
-        return new, jnp.stack(sums) if sums else jnp.ones(0, bool)
+        return accumulate(total, observe(fn, wanted, params, inputs))
 
     return jax.jit(step, donate_argnums=0)
+
+
+def accumulate(total: Sightings | None, new: Sightings) -> tuple[Sightings, Bool[Array, " values"]]:
+    """Both together, and for each value of `new` whether it is finite.
+
+    Raises:
+        UsesDiffer: they are not sightings of the same uses.
+    """
+    # An input channel that is not finite shows in its own sum of squares.
+    power = [jnp.diagonal(value.second_moment, axis1=-2, axis2=-1) for value in new.values]
+    finite = [jnp.all(jnp.isfinite(channel)) for channel in power]
+    if total is not None:
+        if (total.keys, len(total.values)) != (new.keys, len(new.values)):
+            raise UsesDiffer
+        values = [old.merge(more) for old, more in zip(total.values, new.values, strict=True)]
+        new = replace(new, values=values)
+    return new, jnp.stack(finite) if finite else jnp.ones(0, bool)
 
 
 def _check_finite(total: Sightings, finite: list[jax.Array]) -> None:
@@ -135,7 +143,7 @@ def _check_finite(total: Sightings, finite: list[jax.Array]) -> None:
             )
 
 
-def _file(total: Sightings) -> dict[str, Evidence]:
+def file(total: Sightings) -> dict[str, Evidence]:
     """The evidence of whole weights, by path; weights with a common input keep sharing arrays."""
     found: dict[str, list[tuple[Reading, Evidence]]] = {}
     for path, reading, position in total.keys:

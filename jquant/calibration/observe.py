@@ -37,9 +37,19 @@ _MIXERS = frozenset(
 
 
 class Observer:
-    """Client of `interpreter.Walker`; see the module docstring."""
+    """Client of `interpreter.Walker`; see the module docstring.
 
-    def __init__(self) -> None:
+    To see two networks at once (one with quantized weights, one without), an observer that walks
+    the first is given the `rows` that another has kept of the second, walked in the same order.
+
+    Args:
+        keep: keep the rows of inputs in `rows`, by site.
+        full: the rows another observer has kept.
+    """
+
+    def __init__(self, *, keep: bool = False, full: Mapping[Any, jax.Array] | None = None) -> None:
+        self.keep, self.full = keep, full
+        self.rows: dict[Any, jax.Array] = {}
         self.uses: dict[tuple[Any, ...], tuple[str, Reading]] = {}  # by site: each use once
         self.mixed: dict[str, str] = {}  # path -> the operation that took it in as a plain array
 
@@ -155,6 +165,17 @@ class Observer:
             ]
         return results
 
+    def _evidence(
+        self, walker: Walker, what: Any, rows: jax.Array, count: jax.Array | None = None
+    ) -> Evidence:
+        """The evidence of these rows, and of their drift where the other network's are known."""
+        if len(walker.site) > 1:  # inside a loop, whose values stay in it
+            return Evidence.of(rows, count)
+        if self.keep:
+            self.rows[walker.site, what] = rows
+        full = None if self.full is None else self.full[walker.site, what]
+        return Evidence.of(rows, count, full=full)
+
     def _emit(
         self,
         walker: Walker,
@@ -181,7 +202,7 @@ class Observer:
             count = None
             if batch:  # experts: slots that hold no token are zero rows
                 count = jnp.sum(jnp.any(rows != 0, -1), -1, dtype=jnp.float32)
-            return Evidence.of(_floats(rows), count)
+            return self._evidence(walker, what, _floats(rows), count)
 
         what = "dot", sizes, tuple(turn), len(batch), len(inner)
         walker.emit((path, reading), walker.share(what, x, compute))
@@ -219,7 +240,7 @@ class Observer:
             sizes = [part.length for part in inner]
             rows = rows.reshape(-1, groups, *sizes).transpose(1, 0, *(2 + k for k in order(inner)))
             rows = rows.reshape(groups, rows.shape[1], -1)
-            return Evidence.of(_floats(rows if groups > 1 else rows[0]))
+            return self._evidence(walker, what, _floats(rows if groups > 1 else rows[0]))
 
         what = "conv", str(params), weight.array.shape, tuple(inner)
         walker.emit((weight.origin.path, reading), walker.share(what, x, compute))

@@ -131,6 +131,14 @@ def observe(
     observer = Observer()
     walker = Walker(observer)
     walker.run(closed, [*args, *jax.tree.leaves(inputs)])
+    shapes = [(path_of(keys), tuple(leaf.shape)) for keys, leaf in leaves]
+    return sightings(walker, observer, shapes)
+
+
+def sightings(
+    walker: Walker, observer: Observer, shapes: Sequence[tuple[str, tuple[int, ...]]]
+) -> Sightings:
+    """What a walker has emitted and its observer has seen; `shapes` of all leaves by path."""
     values: list[Evidence] = []
     where: dict[int, int] = {}
     for evidence in walker.emitted.values():
@@ -138,9 +146,8 @@ def observe(
             where[id(evidence)] = len(values)
             values.append(evidence)
     filed = tuple((path, reading, where[id(e)]) for (path, reading), e in walker.emitted.items())
-    shapes = tuple((path_of(keys), tuple(leaf.shape)) for keys, leaf in leaves)
     uses, mixed = tuple(observer.uses.values()), tuple(observer.mixed.items())
-    return Sightings(values, filed, uses, mixed, shapes)
+    return Sightings(values, filed, uses, mixed, tuple(shapes))
 
 
 def find_weights(

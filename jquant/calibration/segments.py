@@ -1,0 +1,101 @@
+"""Running segments: one compiled program for all that are equal, whatever block they are of.
+
+Two segments are one program when their steps are the same computations on operands of the same
+shapes, wired in the same way: the key numbers values as they come, so names, paths and the depth of
+a layer are not in it. Parameters, constants and indices of layers are operands. Programs are kept
+over calls, so quantizing a second network of the same blocks compiles nothing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool
+
+from jquant.calibration.canonical import equation_key, literal_key
+from jquant.calibration.capture import accumulate
+from jquant.calibration.flat import Atom
+from jquant.calibration.observe import Observer
+from jquant.calibration.origin import Origin, Tagged
+from jquant.calibration.stages import Segment, evaluate, read
+from jquant.calibration.weights import Sightings, sightings
+from jquant.interpreter import Walker, bind
+
+_PROGRAMS: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+_MOST = 512  # programs kept; the oldest go first
+
+
+def segment_key(segment: Segment, shapes: Mapping[int, jax.ShapeDtypeStruct]) -> Hashable:
+    """What two equal segments have in common."""
+    numbers = {n: k for k, n in enumerate(segment.sources)}
+
+    def name(atoms: Sequence[Atom]) -> tuple[Hashable, ...]:
+        return tuple(
+            numbers.setdefault(a, len(numbers)) if isinstance(a, int) else literal_key(a.val)
+            for a in atoms
+        )
+
+    head = tuple((shapes[n].shape, str(shapes[n].dtype)) for n in segment.sources)
+    body = tuple((equation_key(s.eqn), name(s.ins), name(s.outs)) for s in segment.steps)
+    return head, body, name(segment.outputs), name(segment.watched)
+
+
+def advance(segment: Segment, key: Hashable) -> Callable[[list[Array]], list[Array]]:
+    """The compiled program: values of the sources to values of the outputs."""
+    steps, sources, outputs = segment.steps, segment.sources, segment.outputs
+
+    def run(operands: list[Array]) -> list[Array]:
+        values = dict(zip(sources, operands, strict=True))
+        for step in steps:
+            results = bind(step.eqn, [read(values, atom) for atom in step.ins])
+            values.update(zip(step.outs, results, strict=True))
+        return [values[n] for n in outputs]
+
+    return _program(("advance", key), lambda: jax.jit(run))
+
+
+Gather = Callable[..., tuple[Sightings, Bool[Array, " values"]]]
+
+
+def gather(segment: Segment, key: Hashable) -> Gather:
+    """The compiled program: sums so far and values of the sources to sums, and which are finite.
+
+    The weights are called by their place among the sources, `"0"`, `"1"`, …. Where the sources'
+    values in the full-precision network are given too, the evidence holds the drift between them.
+    """
+
+    def run(total: Sightings | None, operands: list[Array], full: list[Array] | None) -> Any:
+        rows = None
+        if full is not None:
+            observer = Observer(keep=True)
+            _watch(observer, segment, full)
+            rows = observer.rows
+        observer = Observer(full=rows)
+        walker = _watch(observer, segment, operands)
+        shapes = [(str(k), tuple(x.shape)) for k, x in enumerate(operands)]
+        return accumulate(total, sightings(walker, observer, shapes))
+
+    return _program(("gather", key), lambda: jax.jit(run, donate_argnums=0))
+
+
+def _watch(observer: Observer, segment: Segment, operands: list[Array]) -> Walker:
+    watched = set(segment.watched)
+    values: dict[int, Any] = {
+        n: Tagged(x, Origin.of(str(k), x.shape)) if n in watched else x
+        for k, (n, x) in enumerate(zip(segment.sources, operands, strict=True))
+    }
+    walker = Walker(observer)
+    evaluate(walker, segment.steps, values)
+    return walker
+
+
+def _program(key: Hashable, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    if key not in _PROGRAMS:
+        _PROGRAMS[key] = make()
+        while len(_PROGRAMS) > _MOST:
+            _PROGRAMS.popitem(last=False)
+    _PROGRAMS.move_to_end(key)
+    return _PROGRAMS[key]

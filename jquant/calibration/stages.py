@@ -1,0 +1,289 @@
+"""Cutting a function at its weights: which weights are calibrated together, and what runs between.
+
+Every use of a planned weight is one *level* above the highest use that its input depends on: in a
+transformer block q, k and v are one level, then the attention's output, then gate and up, then
+down. A *stage* is a range of levels. Its weights are calibrated on inputs that the quantized
+weights of all earlier stages have produced; then they are quantized, and the stage is run on with
+them. Two things run per stage and batch, each every equation at most once:
+
+* `gather`, from the values alive before the stage to the evidence of its weights;
+* `advance`, from there to the values alive after it, with the stage's weights quantized.
+
+With one level per stage nothing is run twice: a whole network costs one forward and its moments.
+Values that take no more than arithmetic on the inputs (masks, positions) are not kept alive, but
+made again where they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+
+from jquant.calibration.flat import Atom, Flat, Piece, Step
+from jquant.calibration.observe import Observer
+from jquant.calibration.origin import Origin, Tagged
+from jquant.interpreter import Walker
+
+Granularity = Literal["weight", "block", "all"]
+
+# Too much work to be done again, or not to be done again: kept alive instead.
+_HEAVY = frozenset(
+    "dot_general conv_general_dilated ragged_dot ragged_dot_general gather scatter scatter-add "
+    "sort fft cholesky triangular_solve scan while cond".split()
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Weights that are calibrated together, and the range of levels from first use to last."""
+
+    pieces: tuple[Piece, ...]
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        names = [str(piece) for piece in self.pieces]
+        return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps that run as one program: from `sources` to `outputs`, watching some of the sources."""
+
+    steps: tuple[Step, ...]
+    sources: tuple[int, ...]
+    outputs: tuple[int, ...]
+    watched: tuple[int, ...] = ()  # weights whose inputs are evidence
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A flat function, its stages, and the segments that run them.
+
+    `prologue` comes before all stages; `gathers[k]` and `advances[k]` belong to stage k, and
+    `alive[k]` are the values kept until stage k is done that later ones need (0: the prologue).
+    """
+
+    flat: Flat
+    stages: tuple[Stage, ...]
+    prologue: Segment
+    gathers: tuple[Segment, ...]
+    advances: tuple[Segment, ...]
+    alive: tuple[frozenset[int], ...]
+    nested: Mapping[Piece, str] = field(default_factory=dict)  # piece → the loop its use is in
+
+
+def cut_at_weights(flat: Flat, planned: Callable[[str], bool], granularity: Granularity) -> Cut:
+    """Cut a flat function at the uses of the planned weights."""
+    uses, nested = _uses(flat, planned)
+    levels = _levels(flat.steps, uses)
+    spans = _spans(flat.steps, uses, levels)
+    stages = tuple(
+        Stage(
+            tuple(flat.pieces[n] for n, span in spans.items() if low <= span[0] <= high), low, high
+        )
+        for low, high in _ranges([*spans.values(), *_blocks(flat, spans, granularity)])
+    )
+    return _Cutter(flat, stages, uses, levels).cut(nested)
+
+
+Uses = dict[int, tuple[int, ...]]  # step → the weights it uses
+
+
+def _uses(flat: Flat, planned: Callable[[str], bool]) -> tuple[Uses, dict[Piece, str]]:
+    """Which steps use which weights, found by running all of them abstractly.
+
+    An embedding lookup has no evidence. It counts for weights that are looked up only.
+    """
+    wanted = {n: piece for n, piece in flat.pieces.items() if planned(piece.path)}
+    observer = Observer()
+    numbers = {str(piece): number for number, piece in wanted.items()}
+
+    def probe(values: dict[int, Any]) -> int:
+        tagged = {
+            n: Tagged(v, Origin.of(str(wanted[n]), v.shape)) if n in wanted and v.ndim > 1 else v
+            for n, v in values.items()
+        }
+        evaluate(Walker(observer), flat.steps, tagged)
+        return 0
+
+    sources = [*flat.pieces, *flat.inputs, *flat.consts]
+    jax.eval_shape(probe, {number: flat.shapes[number] for number in sources})
+    kinds: dict[int, set[str]] = {}
+    found: dict[int, dict[int, set[str]]] = {}
+    nested: dict[Piece, str] = {}
+    for (at, *rest), (path, reading) in observer.uses.items():
+        number = numbers[path]
+        kinds.setdefault(number, set()).add(reading.kind)
+        found.setdefault(at, {}).setdefault(number, set()).add(reading.kind)
+        if len(rest) > 1:  # deeper than the slot: inside the step's own loop or branch
+            nested[flat.pieces[number]] = flat.steps[at].eqn.primitive.name
+    uses = {
+        at: tuple(n for n, how in by.items() if how != {"lookup"} or kinds[n] == {"lookup"})
+        for at, by in found.items()
+    }
+    return {at: numbers for at, numbers in sorted(uses.items()) if numbers}, nested
+
+
+def evaluate(walker: Walker, steps: Sequence[Step], values: dict[int, Any]) -> dict[int, Any]:
+    """Run steps; `values` holds their sources, and then their results too."""
+    for at, step in enumerate(steps):
+        walker.site = (at,)
+        operands = [read(values, atom) for atom in step.ins]
+        values.update(zip(step.outs, walker.evaluate(step.eqn, operands), strict=True))
+    return values
+
+
+def read(values: Mapping[int, Any], atom: Atom) -> Any:
+    return values[atom] if isinstance(atom, int) else atom.val
+
+
+def _needed(steps: Sequence[Step], uses: Uses) -> set[int]:
+    """Positions of the steps that lead to a use of a weight, the uses themselves included."""
+    values: set[int] = set()
+    kept: set[int] = set()
+    for at in range(len(steps))[::-1]:
+        if at in uses or not values.isdisjoint(steps[at].outs):
+            kept.add(at)
+            values.update(steps[at].reads)
+    return kept
+
+
+def _light(flat: Flat, uses: Uses) -> set[int]:
+    """Values that are cheap to make again from parameters and inputs."""
+    light = {*flat.pieces, *flat.inputs, *flat.consts}
+    for at, step in enumerate(flat.steps):
+        cheap = step.eqn.primitive.name not in _HEAVY and not step.eqn.effects and at not in uses
+        if cheap and light.issuperset(step.reads):
+            light.update(step.outs)
+    return light
+
+
+def _levels(steps: Sequence[Step], uses: Uses) -> dict[int, int]:
+    """The level of every value a step makes; parameters and inputs have level 0."""
+    levels: dict[int, int] = {}
+    for at, step in enumerate(steps):
+        level = max((levels.get(n, 0) for n in step.reads), default=0) + (at in uses)
+        levels.update(dict.fromkeys(step.outs, level))
+    return levels
+
+
+Span = tuple[int, int]
+
+
+def _spans(steps: Sequence[Step], uses: Uses, levels: Mapping[int, int]) -> dict[int, Span]:
+    """For each weight the levels of its first and last use, in the order of the first."""
+    spans: dict[int, Span] = {}
+    for at, numbers in uses.items():
+        level = levels[steps[at].outs[0]]
+        for n in numbers:
+            low, high = spans.get(n, (level, level))
+            spans[n] = min(low, level), max(high, level)
+    return dict(sorted(spans.items(), key=lambda item: item[1][0]))
+
+
+def _blocks(flat: Flat, spans: Mapping[int, Span], granularity: Granularity) -> Iterable[Span]:
+    """The levels that the granularity wants together."""
+    blocks: dict[Any, list[Span]] = {}
+    for number, span in spans.items():
+        piece = flat.pieces[number]
+        block = {
+            "weight": number,
+            "block": flat.layers.get(piece, block_of(piece.path)),
+            "all": None,
+        }[granularity]
+        blocks.setdefault(block, []).append(span)
+    return [(min(lo for lo, _ in some), max(hi for _, hi in some)) for some in blocks.values()]
+
+
+def block_of(path: str) -> str:
+    """The block a weight belongs to: its path up to the first numbered key, else its parent.
+
+    Example:
+        >>> block_of("decoder/layers/3/mlp/up/kernel"), block_of("params/Block_0/Dense_1/kernel")
+        ('decoder/layers/3', 'params/Block_0')
+        >>> block_of("head/kernel")
+        'head'
+    """
+    keys = path.split("/")
+    for at, key in enumerate(keys[:-1]):
+        if any(character.isdigit() for character in key):
+            return "/".join(keys[: at + 1])
+    return "/".join(keys[:-1]) or path
+
+
+def _ranges(spans: Iterable[Span]) -> list[Span]:
+    """The finest ranges of levels that cut through none of the spans."""
+    ranges: list[Span] = []
+    for low, high in sorted(spans):
+        if ranges and low <= ranges[-1][1]:
+            ranges[-1] = ranges[-1][0], max(ranges[-1][1], high)
+        else:
+            ranges.append((low, high))
+    return ranges
+
+
+class _Cutter:
+    """Distributes a flat function's steps over the segments of its stages."""
+
+    def __init__(
+        self, flat: Flat, stages: tuple[Stage, ...], uses: Uses, levels: Mapping[int, int]
+    ):
+        self.flat, self.stages, self.uses = flat, stages, uses
+        self.light = _light(flat, uses)
+        stage_of = {0: 0}  # the prologue is number 0
+        for k, stage in enumerate(stages, start=1):
+            stage_of.update(dict.fromkeys(range(stage.first, stage.last + 1), k))
+        self.home = [stage_of.get(levels[step.outs[0]], len(stages)) for step in flat.steps]
+        self.made = {n: k for k, step in zip(self.home, flat.steps, strict=True) for n in step.outs}
+        self.until: dict[int, int] = {}  # the last stage that reads a value
+        for at in _needed(flat.steps, uses):
+            for n in flat.steps[at].reads:
+                self.until[n] = max(self.until.get(n, 0), self.home[at])
+
+    def cut(self, nested: Mapping[Piece, str]) -> Cut:
+        alive = tuple(
+            frozenset(
+                n for n, k in self.made.items()
+                if n not in self.light and k <= now < self.until.get(n, 0)
+            )
+            for now in range(len(self.stages) + 1)
+        )  # fmt: skip
+        advances = [
+            self._segment(k, outputs=[n for n in sorted(alive[k]) if self.made[n] == k])
+            for k in range(len(self.stages) + 1)
+        ]
+        gathers = []
+        for k in range(1, len(self.stages) + 1):
+            roots = {at for at in self.uses if self.home[at] == k}
+            watched = {n for at in roots for n in self.uses[at]}
+            gathers.append(self._segment(k, roots=roots, watched=sorted(watched)))
+        return Cut(
+            self.flat, self.stages, advances[0], tuple(gathers), tuple(advances[1:]), alive, nested
+        )
+
+    def _segment(
+        self,
+        stage: int,
+        *,
+        outputs: Sequence[int] = (),
+        roots: Iterable[int] = (),
+        watched: Sequence[int] = (),
+    ) -> Segment:
+        """The steps of a stage that lead to these values and steps, and what they start from."""
+        steps, roots = self.flat.steps, set(roots)
+        wanted, kept = set(outputs), []
+        for at in range(len(steps))[::-1]:
+            asked = not wanted.isdisjoint(steps[at].outs)
+            here = self.home[at] == stage or self.light.issuperset(steps[at].outs)
+            if at in roots or (asked and here):
+                kept.append(at)
+                wanted.update(steps[at].reads)
+        chosen = tuple(steps[at] for at in kept[::-1])
+        made = {n for step in chosen for n in step.outs}
+        reads = (n for step in chosen for n in step.reads if n not in made)
+        return Segment(chosen, tuple(dict.fromkeys(reads)), tuple(outputs), tuple(watched))

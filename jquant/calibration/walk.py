@@ -1,0 +1,297 @@
+"""A network walked stage by stage over calibration batches, with values kept between the stages.
+
+`Walk` cuts the function once per shape of batch, holds for every batch the values that are alive,
+and offers the two motions of a stage: `gather` its weights' evidence, `advance` past it with the
+weights as they are by then. It knows nothing about quantizing: whoever walks says what a piece of
+the parameters is worth at the moment (`current`). Memory is that of one stage's weights, their
+evidence, and the values alive per batch; nothing grows with depth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jquant.calibration import segments
+from jquant.calibration.canonical import const_key, equation_key, literal_key, text
+from jquant.calibration.capture import UsesDiffer, file
+from jquant.calibration.evidence import Evidence
+from jquant.calibration.flat import Piece, flatten
+from jquant.calibration.segments import segment_key
+from jquant.calibration.stages import Cut, Granularity, Segment, Stage, cut_at_weights
+from jquant.errors import EvidenceError
+
+Current = Callable[[Piece], Array]  # the array that a piece of the parameters is at the moment
+Told = Callable[[int], None]  # called with the number of batches done
+
+
+@dataclass
+class Store:
+    """Values alive, per batch: on the device while they fit `budget` bytes, then on the host."""
+
+    budget: int | None
+    values: list[dict[int, Any]]
+    held: int = 0
+
+    def put(self, batch: int, number: int, value: Array) -> None:
+        if self.budget is not None and self.held + value.nbytes > self.budget:
+            self.values[batch][number] = np.asarray(value)
+        else:
+            self.values[batch][number] = value
+            self.held += value.nbytes
+
+    def keep(self, batch: int, alive: Iterable[int]) -> None:
+        """Forget all but these."""
+        for number in set(self.values[batch]) - set(alive):
+            value = self.values[batch].pop(number)
+            if isinstance(value, jax.Array):
+                self.held -= value.nbytes
+
+
+@dataclass
+class Walk:
+    """A walk over the stages of a function; see `start`.
+
+    Attributes:
+        batches: the leaves of every batch's inputs.
+        cuts: the cut function for every batch; batches of one shape share it.
+        quantized, full: the values alive in the network with quantized weights, and in the one
+            without if it is walked beside.
+    """
+
+    batches: list[list[Any]]
+    cuts: list[Cut]
+    quantized: Store
+    full: Store | None
+    _keys: dict[int, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def start(
+        fn: Callable[..., Any],
+        leaves: Sequence[tuple[str, Any]],
+        structure: Any,
+        planned: Mapping[str, Collection[int]],
+        batches: Iterable[Any],
+        granularity: Granularity,
+        *,
+        budget: int | None = None,
+        twin: bool = False,
+    ) -> Walk:
+        """Cut `fn` and check that all batches go through it in the same way; nothing is run.
+
+        Args:
+            fn: any JAX function `fn(params, *inputs)`.
+            leaves: its parameters, `(path, leaf)`; a leaf needs a shape and a dtype only.
+            structure: the tree they are the leaves of.
+            planned: the weights to be quantized: path → axes along which layers are stacked.
+            batches: each one array, or a tuple of inputs.
+            granularity: what a stage is.
+            budget: bytes of values kept on the device between stages; None: no limit.
+            twin: also walk the network with the weights it came with.
+
+        Raises:
+            EvidenceError: no batches, or batches that differ in more than their length.
+        """
+        shapes = [(path, jax.ShapeDtypeStruct(x.shape, x.dtype)) for path, x in leaves]
+        flats: dict[Any, Cut] = {}
+        cuts: list[Cut] = []
+        inputs: list[list[Any]] = []
+        for number, batch in enumerate(batches):
+            given = batch if isinstance(batch, tuple) else (batch,)
+            kind = jax.tree.structure(given), _kinds(given)
+            if kind not in flats:
+                try:
+                    flats[kind] = _cut(fn, shapes, structure, given, planned, granularity)
+                except (TypeError, ValueError) as error:
+                    if not cuts or isinstance(error, EvidenceError):
+                        raise
+                    raise EvidenceError(
+                        f"batch {number} has {_told(given)}, where batch 0 has "
+                        f"{_told(inputs[0])}, and the function does not take it: "
+                        f"{str(error).splitlines()[0]:.200}"
+                    ) from error
+                if cuts and flats[kind].stages != cuts[0].stages:
+                    raise EvidenceError(
+                        f"batch {number} ({_told(given)}) takes another path through the function "
+                        f"than batch 0 ({_told(inputs[0])}): its weights are used in another order;"
+                        " pass batches that differ in their length only"
+                    )
+            cuts.append(flats[kind])
+            inputs.append(jax.tree.leaves(given))
+        if not cuts:
+            raise EvidenceError("got no batches; pass at least one array or tuple of inputs")
+
+        def store() -> Store:
+            return Store(budget, [{} for _ in cuts])
+
+        return Walk(inputs, cuts, store(), store() if twin else None)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.cuts[0].stages
+
+    @property
+    def batch_count(self) -> int:
+        return len(self.batches)
+
+    @property
+    def nested(self) -> Mapping[Piece, str]:
+        """Weights that are used inside a loop or branch, and which it is."""
+        return self.cuts[0].nested
+
+    def describe(self) -> Iterator[str]:
+        """What the function computes, for a fingerprint."""
+        for cut in {id(cut): cut for cut in self.cuts}.values():
+            flat = cut.flat
+            for step in flat.steps:
+                ins = [a if isinstance(a, int) else literal_key(a.val) for a in step.ins]
+                yield text((equation_key(step.eqn), tuple(ins), step.outs))
+            for const in flat.consts.values():
+                yield text(const_key(const))
+
+    def data(self) -> Iterator[Any]:
+        """All arrays of all batches."""
+        for leaves in self.batches:
+            yield from leaves
+
+    def gather(
+        self, stage: int, current: Current, original: Current, told: Told | None = None
+    ) -> dict[Piece, Evidence]:
+        """The evidence of a stage's weights, by piece, over all batches.
+
+        Raises:
+            EvidenceError: an input is NaN or infinite; names weight, batch and stage.
+        """
+        total, flags, names = None, [], {}
+        arrays: dict[Piece, Array] = {}
+        for batch, cut in enumerate(self.cuts):
+            segment = cut.gathers[stage]
+            run = segments.gather(segment, self._key(cut, segment))
+            operands = self._operands(batch, segment, self.quantized, arrays, current)
+            full = None
+            if self.full is not None:  # weights of this stage are still what they were
+                full = self._operands(batch, segment, self.full, arrays, original)
+            if total is None:
+                shapes = jax.eval_shape(run, None, operands, full)[0]
+                total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+                names = {
+                    str(k): cut.flat.pieces[n]
+                    for k, n in enumerate(segment.sources)
+                    if n in segment.watched
+                }
+            try:
+                total, finite = run(total, operands, full)
+            except UsesDiffer as error:
+                raise EvidenceError(
+                    f"batch {batch} takes another path through the function than batch 0; pass "
+                    "batches that differ in their length only"
+                ) from error
+            flags.append(finite)
+            if told is not None:
+                jax.block_until_ready(finite)
+                told(batch + 1)
+        assert total is not None
+        table = np.asarray(jnp.stack(flags))  # [batches, values]
+        for name, _, position in total.keys:
+            if not table[:, position].all():
+                first = int(np.argmin(table[:, position]))
+                raise EvidenceError(
+                    f"the input of weight {str(names[name])!r} is NaN or infinite, first in batch "
+                    f"{first}, at stage {stage + 1} of {len(self.stages)}, the first that saw it; "
+                    "check that batch, or run the function in a wider dtype"
+                )
+        return {names[name]: found for name, found in file(total).items()}
+
+    def advance(
+        self, stage: int | None, current: Current, original: Current, told: Told | None = None
+    ) -> None:
+        """Run a stage (None: what comes before all stages) with the weights as they are now."""
+        for store, value in ((self.quantized, current), (self.full, original)):
+            if store is None:
+                continue
+            arrays: dict[Piece, Array] = {}
+            for batch, cut in enumerate(self.cuts):
+                segment = cut.prologue if stage is None else cut.advances[stage]
+                results: list[Array] = []
+                if segment.outputs:
+                    run = segments.advance(segment, self._key(cut, segment))
+                    results = run(self._operands(batch, segment, store, arrays, value))
+                store.keep(batch, cut.alive[0 if stage is None else stage + 1])
+                for number, result in zip(segment.outputs, results, strict=True):
+                    store.put(batch, number, result)
+                if told is not None and store is self.quantized:
+                    jax.block_until_ready(results)
+                    told(batch + 1)
+
+    def _key(self, cut: Cut, segment: Segment) -> Any:
+        if id(segment) not in self._keys:  # segments live as long as their cut, and that as self
+            self._keys[id(segment)] = segment_key(segment, cut.flat.shapes)
+        return self._keys[id(segment)]
+
+    def _operands(
+        self,
+        batch: int,
+        segment: Segment,
+        store: Store,
+        arrays: dict[Piece, Array],
+        value: Current,
+    ) -> list[Any]:
+        flat = self.cuts[batch].flat
+        inputs = dict(zip(flat.inputs, self.batches[batch], strict=True))
+        alive = store.values[batch]
+
+        def operand(number: int) -> Any:
+            piece = flat.pieces.get(number)
+            if piece is not None:
+                if piece not in arrays:
+                    arrays[piece] = value(piece)
+                return arrays[piece]
+            return next(held[number] for held in (alive, inputs, flat.consts) if number in held)
+
+        return [operand(number) for number in segment.sources]
+
+
+def _cut(
+    fn: Callable[..., Any],
+    leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]],
+    structure: Any,
+    inputs: tuple[Any, ...],
+    planned: Mapping[str, Collection[int]],
+    granularity: Granularity,
+) -> Cut:
+    """Flatten and cut; a stack is taken as a whole unless every layer is used, and by itself."""
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.result_type(x)), inputs)
+    shapes, stacks = dict(leaves), dict(planned)
+    while True:
+        flat = flatten(fn, leaves, structure, abstract, stacks)
+        found = cut_at_weights(flat, planned.__contains__, granularity)
+        layers: dict[str, list[tuple[tuple[int, int], ...]]] = {}
+        for stage in found.stages:
+            for piece in stage.pieces:
+                layers.setdefault(piece.path, []).append(piece.where)
+        whole = {path for path, where in layers.items() if not _covers(shapes[path].shape, where)}
+        if not whole:
+            return found
+        stacks = {path: axes for path, axes in stacks.items() if path not in whole}
+
+
+def _covers(shape: Sequence[int], layers: Sequence[tuple[tuple[int, int], ...]]) -> bool:
+    """Whether these layers are all there are, along the same axes."""
+    axes = tuple(axis for axis, _ in layers[0])
+    same = all(tuple(axis for axis, _ in where) == axes for where in layers)
+    return same and len(layers) == math.prod(shape[axis] for axis in axes)
+
+
+def _kinds(inputs: Any) -> tuple[Any, ...]:
+    return tuple((np.shape(x), str(jnp.result_type(x))) for x in jax.tree.leaves(inputs))
+
+
+def _told(inputs: Any) -> str:
+    return ", ".join(f"{dtype}{list(shape)}" for shape, dtype in _kinds(inputs))

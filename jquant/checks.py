@@ -1,0 +1,143 @@
+"""What is refused before any work: a plan, a weight or evidence that cannot give what is asked.
+
+Every message names the path, what was got, and what to pass instead.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from jquant.calibration.evidence import Evidence
+from jquant.errors import EvidenceError, PlanError, WeightError, near
+from jquant.qtensor import QTensor
+from jquant.scheme import Plan, Scheme
+
+
+def check_weights(plan: Mapping[str, Scheme], arrays: Mapping[str, Any]) -> None:
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"expected what jq.plan returns, got {type(plan).__name__}; call jq.plan first"
+        )
+    flags: dict[str, Array] = {}
+    for path in plan:
+        leaf = arrays.get(path)
+        if leaf is None:
+            raise PlanError(
+                f"plan names {path!r}, which params do not have; near: {near(path, arrays)}"
+            )
+        if tuple(leaf.shape) != plan.weights[path].shape:
+            raise PlanError(
+                f"plan was made for {path!r} of shape {plan.weights[path].shape}, got "
+                f"{tuple(leaf.shape)}; make the plan from find_weights on these params"
+            )
+        if isinstance(leaf, QTensor) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise WeightError(f"weight {path!r} must be a float array, got {leaf.dtype}; keep it")
+        if leaf.ndim < 2:
+            raise WeightError(f"weight {path!r} has {leaf.ndim} axes, needs at least 2; keep it")
+        if isinstance(leaf, jax.Array):  # what lies in a file is checked when it is read
+            flags[path] = _finite(leaf)
+    for path, flag in flags.items():
+        _refuse_unless(path, flag)
+
+
+def check_finite(path: str, array: Array) -> None:
+    """Refuse a weight that was read from a file just now."""
+    _refuse_unless(path, _finite(array))
+
+
+def _refuse_unless(path: str, finite: Array) -> None:
+    if not finite:
+        raise WeightError(
+            f"weight {path!r} holds NaN or infinite values; repair it, or keep it (jq.keep)"
+        )
+
+
+@jax.jit
+def _finite(leaf: Array) -> Array:
+    return jnp.all(jnp.isfinite(leaf))
+
+
+def check_needs(
+    plan: Plan,
+    evidence: Mapping[str, Evidence],
+    key: PRNGKeyArray | None,
+    *,
+    batches: bool,
+    staged: bool,
+) -> None:
+    """Refuse a plan whose roundings need what is not there."""
+    for path, scheme in plan.items():
+        needs, name = scheme.rounding.needs, type(scheme.rounding).__name__
+        if "key" in needs and key is None:
+            raise PlanError(f"weight {path!r}: {name} is random; pass key=jax.random.key(seed)")
+        if "moment" in needs and path not in evidence:
+            if not plan.weights[path].has_inputs:
+                raise EvidenceError(
+                    f"weight {path!r} is only looked up, so it has no second moment, which {name} "
+                    "needs; use rounding.Nearest() or keep it"
+                )
+            if not batches:
+                raise EvidenceError(
+                    f"weight {path!r}: {name} needs the second moment of its inputs; pass "
+                    "calibration batches, or evidence={path: Evidence(...)}"
+                )
+        drift = path in evidence and evidence[path].drift is not None
+        if "drift" in needs and not drift and not (staged and path not in evidence):
+            raise EvidenceError(
+                f"weight {path!r}: {name}'s correction needs the drift of its inputs, which is "
+                "known where weights are quantized stage by stage: pass granularity='weight' or "
+                "'block' and no evidence for it, or Evidence(..., drift=)"
+            )
+
+
+def check_evidence(plan: Plan, evidence: Mapping[str, Evidence]) -> None:
+    for path, scheme in plan.items():
+        if path not in evidence:
+            continue
+        found, weight = evidence[path], plan.weights[path]
+        moment = found.second_moment
+        shape = jax.eval_shape(
+            weight.layout.canonical, jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+        ).shape
+        if moment.shape != (*shape[:-2], shape[-1], shape[-1]):
+            raise EvidenceError(
+                f"weight {path!r}: second moment must be {(*shape[:-2], shape[-1], shape[-1])}, "
+                f"got {moment.shape}"
+            )
+        fine, skew = (np.asarray(a) for a in _sound(moment))
+        if not fine:
+            raise EvidenceError(f"weight {path!r}: its second moment holds NaN or infinite values")
+        if skew > 1e-3:
+            raise EvidenceError(
+                f"weight {path!r}: its second moment is not symmetric (off by {skew:.1e} of its "
+                "largest entry); pass the sum of x xᵀ over tokens"
+            )
+        check_tokens(path, scheme, found)
+
+
+def check_tokens(name: str, scheme: Scheme, evidence: Evidence) -> None:
+    """Refuse a second moment of no tokens, warn of one of too few."""
+    if "moment" not in scheme.rounding.needs:
+        return
+    tokens, width = np.asarray(evidence.count), evidence.second_moment.shape[-1]
+    if tokens.max() <= 0:
+        raise EvidenceError(f"weight {name!r} has seen no tokens; pass batches that reach it")
+    if tokens.min() < width:
+        warnings.warn(
+            f"weight {name!r}: {int(tokens.min())} tokens for {width} input channels; "
+            "its second moment is rank deficient, more tokens would help",
+            stacklevel=4,
+        )
+
+
+@jax.jit
+def _sound(moment: Array) -> tuple[Array, Array]:
+    skew = jnp.max(jnp.abs(moment - jnp.swapaxes(moment, -1, -2)))
+    return jnp.all(jnp.isfinite(moment)), skew / jnp.maximum(jnp.max(jnp.abs(moment)), 1e-30)
