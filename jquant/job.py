@@ -114,6 +114,7 @@ class Job:
             own = jax.random.fold_in(self.key, zlib.crc32(str(piece).encode()))
         w = self.original(piece)
         q, info = quantize_weight(w, scheme, layout, evidence=evidence, key=own)
+        jax.block_until_ready(info)
         outcome = Outcome.of(info, evidence, time.perf_counter() - start)
         if outcome.failed and not scheme.fallback:
             raise EvidenceError(
@@ -135,6 +136,7 @@ class Job:
         start = time.perf_counter()
         told = None if stage is None else self.tell("advancing")
         self.walk.advance(stage, self.current, self.original, told)
+        jax.block_until_ready(self.walk.alive)
         self.seconds["advancing"] += time.perf_counter() - start
 
     def original(self, piece: Piece) -> Array:

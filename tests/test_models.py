@@ -27,6 +27,7 @@ from jquant.errors import CheckpointError
 from jquant.grids import Uniform
 from jquant.inference import apply
 from jquant.models.assembly import sources
+from jquant.models.attention import attend
 from jquant.models.config import from_hf
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 40)).astype(np.int32)
@@ -354,3 +355,19 @@ def test_sources_that_do_not_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     torch_model().save_pretrained(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: str(tmp_path))
     assert models.load("someone/something")[0].config.width == 64
+
+
+def test_attention_in_blocks_is_attention(monkeypatch) -> None:
+    """Eleven queries in blocks of four, the last one short, against the formula."""
+    monkeypatch.setattr("jquant.models.attention._BLOCK", 4)
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, 11, 6, 5))
+    k, v = (jax.random.normal(key, (2, 11, 3, 5)) for key in keys[1:])
+    mask = np.tril(np.ones((11, 11), bool))
+    scores = np.einsum("bthd,bshd->bhts", q, np.repeat(k, 2, axis=2), dtype=np.float64) / 5**0.5
+    scores = np.where(mask, np.exp(scores), 0.0)
+    chosen = scores / scores.sum(-1, keepdims=True)
+    want = np.einsum("bhts,bshd->bthd", chosen, np.repeat(v, 2, axis=2))
+    for causal in (True, False):
+        got = attend(q, k, v, jnp.asarray(mask), causal=causal)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

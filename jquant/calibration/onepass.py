@@ -45,6 +45,11 @@ class OnePass:
         return len(self.batches) if hasattr(self.batches, "__len__") else 0  # type: ignore[arg-type]
 
     @property
+    def alive(self) -> tuple[()]:
+        """Nothing is kept between stages."""
+        return ()
+
+    @property
     def nested(self) -> dict[Piece, str]:
         """Nothing to tell of single weights: all of them are calibrated in one pass."""
         return {}

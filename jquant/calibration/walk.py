@@ -142,6 +142,11 @@ class Walk:
         return len(self.batches)
 
     @property
+    def alive(self) -> list[dict[int, Any]]:
+        """The values kept for later stages, per batch."""
+        return self.quantized.values
+
+    @property
     def nested(self) -> Mapping[Piece, str]:
         """Weights that are used inside a loop or branch, and which it is."""
         return self.cuts[0].nested

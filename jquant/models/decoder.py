@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jquant.models.attention import attend
 from jquant.models.config import DecoderConfig
 
 Params = Mapping[str, Any]
@@ -83,11 +84,7 @@ class Attention(nnx.Module):
             k = jax.lax.dynamic_update_slice(past["key"], k, start)
             v = jax.lax.dynamic_update_slice(past["value"], v, start)
             past = {"key": k, "value": v}
-        q = q.reshape(rows, steps, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
-        scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask, scores * c.head_dim**-0.5, -jnp.inf)
-        chosen = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        mixed = jnp.einsum("bkgts,bskd->btkgd", chosen, v, preferred_element_type=jnp.float32)
+        mixed = attend(q, k, v, mask, causal=past is None)
         return self.out(mixed.reshape(rows, steps, -1).astype(self.dtype)), past
 
 
