@@ -8,6 +8,7 @@ from jquant import errors, evaluate, grids, models, presets, rounding
 from jquant.allocation import plan
 from jquant.blocks import Blocks, Layout
 from jquant.calibration import Evidence, Weight, capture, find_weights
+from jquant.estimate import Estimate, estimate
 from jquant.inference import apply
 from jquant.io import load, save
 from jquant.lazy import Lazy, realize
@@ -20,6 +21,7 @@ from jquant.solve import quantize_weight
 
 __all__ = [
     "Blocks",
+    "Estimate",
     "Evidence",
     "Layout",
     "Lazy",
@@ -33,6 +35,7 @@ __all__ = [
     "capture",
     "dequantize",
     "errors",
+    "estimate",
     "evaluate",
     "find_weights",
     "grids",

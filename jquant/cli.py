@@ -28,6 +28,7 @@ from jquant.calibration import find_weights
 from jquant.calibration.stages import Granularity
 from jquant.console import Narrator, megabytes
 from jquant.demo import run_demo
+from jquant.estimate import estimate
 from jquant.evaluate import compare, perplexity
 from jquant.io import read_header
 from jquant.models.quantized import CHECKPOINT
@@ -102,6 +103,7 @@ def quantize_model(
     length: Length = 512,
     text: Text = None,
     force: Annotated[bool, Parameter(negative="")] = False,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
     granularity: Granularity = "weight",
     work_dir: Path | None = None,
     report: Annotated[bool, Parameter(negative="")] = False,
@@ -127,6 +129,8 @@ def quantize_model(
         matches decides, before the recipe. May be given several times.
     force
         Replace what is in the folder.
+    dry_run
+        Quantize nothing; show the stages, and what memory, disk and time they will take.
     granularity
         Which weights are calibrated together, after all before them are quantized: those of a
         level (q, k, v; gate, up), of a block, or all.
@@ -148,6 +152,11 @@ def quantize_model(
     chosen = plan_of(weights, default, rules)
     needed = any(scheme.rounding.needs for scheme in chosen.values())
     batches = in_batches(windows) if needed else None
+    if dry_run:
+        narrator.say("compiling and timing every program of the job")
+        found = estimate(fn, params, chosen, batches, granularity=granularity)
+        narrator.show(found.table())
+        return
     with narrator.job("quantizing") as move:
         qparams, found = quantize(
             fn, params, chosen, batches, granularity=granularity, work_dir=work_dir, progress=move

@@ -49,11 +49,11 @@ def sqnr_db(
     return 10.0 * jnp.log10(power / mse(signal, approximation))
 
 
-def bits_per_weight(codes: Array, params: Any, bits: int) -> float:
+def bits_per_weight(codes: Any, params: Any, bits: int) -> float:
     """Stored bits per weight: codes at `bits`, and every parameter.
 
     Integer parameters (zero points) are stored at `bits` as codes are; float ones at the width of
-    their dtype. Works on arrays and on `ShapeDtypeStruct`s.
+    their dtype. Works on all that has a shape and a dtype.
 
     Example:
         >>> params = {"scale": jnp.ones((4, 1), jnp.float16), "zero": jnp.zeros((4, 1), jnp.uint4)}

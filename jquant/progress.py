@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-Doing = Literal["reading", "rounding", "advancing"]
+from jquant.calibration.segments import Doing
 
 _SHARE = {
     "reading": (0.0, 0.4),

@@ -6,7 +6,6 @@ All that can be checked is checked before any work. Then the function is taken s
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -27,7 +26,7 @@ from jquant.lazy import Lazy, realize
 from jquant.progress import Told
 from jquant.report import Report
 from jquant.scheme import Plan
-from jquant.work import digest, leaf_digest, open_work_dir
+from jquant.work import digest, leaf_digest, open_work_dir, version_of
 
 
 def quantize(
@@ -86,6 +85,40 @@ def quantize(
         >>> report.stages
         (('up',), ('down',))
     """
+    if work_dir is not None and batches is not None:
+        batches = list(batches)  # what is in them is part of the fingerprint
+    walk, arrays = prepare(
+        fn, params, plan, batches,
+        evidence=evidence, key=key, granularity=granularity, budget=budget,
+    )  # fmt: skip
+    given = dict(evidence or {})
+    work = None
+    if work_dir is not None:
+        said = _fingerprint(walk, plan, arrays, given, key, granularity)
+        work = open_work_dir(work_dir, said)
+    job = Job(plan, arrays, given, key, walk, work, progress)
+    job.run()
+    lazy = any(isinstance(leaf, Lazy) for leaf in arrays.values())
+    quantized = {path: job.whole(path) for path in plan}
+    result = [quantized.get(path, leaf) for path, leaf in arrays.items()]
+    tree = jax.tree.unflatten(jax.tree.structure(params), result)
+    return tree if lazy else realize(tree), job.report(quantized)
+
+
+def prepare(
+    fn: Callable[..., Any],
+    params: PyTree,
+    plan: Plan,
+    batches: Iterable[Any] | None,
+    *,
+    evidence: Mapping[str, Evidence] | None,
+    key: PRNGKeyArray | None,
+    granularity: Granularity,
+    budget: int | None,
+) -> tuple[Walk | OnePass, dict[str, Any]]:
+    """All that `quantize` does before any work: the checks, the stages, the leaves by path."""
+    if granularity not in ("weight", "block", "all"):
+        raise PlanError(f"granularity must be 'weight', 'block' or 'all', got {granularity!r}")
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     arrays = {path_of(keys): leaf for keys, leaf in leaves}
     given = dict(evidence or {})
@@ -93,8 +126,6 @@ def quantize(
     staged = batches is not None and granularity != "all"
     check_needs(plan, given, key, batches=batches is not None, staged=staged)
     check_evidence(plan, given)
-    if granularity not in ("weight", "block", "all"):
-        raise PlanError(f"granularity must be 'weight', 'block' or 'all', got {granularity!r}")
     wanted = [path for path in plan if plan.weights[path].has_inputs and path not in given]
     walk: Walk | OnePass
     if batches is None or not wanted:
@@ -107,17 +138,7 @@ def quantize(
             budget=budget, twin=any("drift" in scheme.rounding.needs for scheme in plan.values()),
         )  # fmt: skip
         _check_reached(plan, walk)
-    work = None
-    if work_dir is not None:
-        said = _fingerprint(walk, plan, arrays, given, key, granularity)
-        work = open_work_dir(work_dir, said)
-    job = Job(plan, arrays, given, key, walk, work, progress)
-    job.run()
-    lazy = any(isinstance(leaf, Lazy) for leaf in arrays.values())
-    quantized = {path: job.whole(path) for path in plan}
-    result = [quantized.get(path_of(keys), leaf) for keys, leaf in leaves]
-    tree = jax.tree.unflatten(structure, result)
-    return tree if lazy else realize(tree), job.report(quantized)
+    return walk, arrays
 
 
 def _stacks(plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -156,15 +177,20 @@ def _fingerprint(
     return {
         "granularity": granularity,
         "JAX": jax.__version__,
-        "jaxlib": importlib.metadata.version("jaxlib"),
+        "jaxlib": version_of("jaxlib"),
+        "jquant": version_of("jquant-jax"),
         "device": f"{device.platform} {device.device_kind}",
         "the function": digest(walk.describe()),
-        "the plan": digest(f"{path} {scheme!r}" for path, scheme in plan.items()),
+        "the plan": digest(
+            f"{path} {scheme!r} {plan.weights[path].layout!r}" for path, scheme in plan.items()
+        ),
         "the parameters": digest(
             item for path, leaf in arrays.items() for item in (path, *leaf_digest(leaf))
         ),
         "the data": digest(
-            item for leaf in [*walk.data(), *known] for item in leaf_digest(np.asarray(leaf))
+            item
+            for leaf in [*walk.data(), *known]
+            for item in leaf_digest(leaf if isinstance(leaf, jax.Array) else np.asarray(leaf))
         ),
         "the key": "none" if key is None else digest(leaf_digest(key)),
     }

@@ -282,3 +282,28 @@ def test_plain_lines_where_there_is_no_terminal(capsys, monkeypatch) -> None:
     assert "stage 1/2, rounding w, about" in lines[4]
     assert "stage 2/2, advancing v, error 0.25 of nearest, about" in lines[5]
     assert megabytes(2.5e6) == "2.5 MB"
+
+
+def test_dry_run_says_what_a_job_takes_and_writes_nothing(
+    model: Path, tmp_path: Path, capsys
+) -> None:
+    output = tmp_path / "out"
+    assert run("quantize", model, "--output", output, "--dry-run", *options(model)) == 0
+    out = capsys.readouterr().out
+    assert "8, 14 weights" in out and "peak memory" in out and "time" in out
+    assert not output.exists()
+
+
+def test_a_work_directory_resumes(model: Path, tmp_path: Path, capsys) -> None:
+    work = tmp_path / "work"
+    command = ["quantize", model, "--work-dir", work, *options(model)]
+    assert run(*command, "-o", tmp_path / "a") == 0
+    records = sorted(path.name for path in work.glob("stage-*"))
+    assert len(records) == 8
+    (work / records[-1]).unlink()
+    assert run(*command, "-o", tmp_path / "b") == 0
+    a, b = ((tmp_path / name / "jquant.safetensors").read_bytes() for name in "ab")
+    assert a == b
+    capsys.readouterr()
+    assert run(*command, "--recipe", "int3-gptq", "-o", tmp_path / "c") == 1
+    assert "the plan changed" in capsys.readouterr().err

@@ -25,7 +25,7 @@ RANKS = (
     ("work",),
     ("job",),
     ("quantize",),
-    ("evaluate", "recipes"),
+    ("evaluate", "recipes", "estimate"),
     ("models",),
     ("console",),
     ("demo",),

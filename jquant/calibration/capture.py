@@ -58,7 +58,7 @@ def capture(
         >>> evidence["w"].second_moment.tolist(), float(evidence["w"].count)
         ([[2.0, 0.0], [0.0, 2.0]], 4.0)
     """
-    step = _step(fn, None if paths is None else frozenset(paths))
+    step = capture_step(fn, None if paths is None else frozenset(paths))
     total: Sightings | None = None
     finite: list[jax.Array] = []
     for done, batch in enumerate(batches, start=1):
@@ -103,7 +103,7 @@ def _cached(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_cached
-def _step(fn: Callable[..., Any], paths: frozenset[str] | None) -> Callable[..., Any]:
+def capture_step(fn: Callable[..., Any], paths: frozenset[str] | None) -> Callable[..., Any]:
     """The compiled program: sums so far, and a batch, to sums and whether they are finite."""
 
     def wanted(path: str) -> bool:

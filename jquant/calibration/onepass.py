@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jquant.calibration.canonical import jaxpr_key, text
-from jquant.calibration.capture import capture
+from jquant.calibration.capture import capture, capture_step
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.flat import Piece
+from jquant.calibration.segments import Task
 from jquant.calibration.stages import Stage
 from jquant.interpreter import trace
 from jquant.lazy import abstract, realize
@@ -65,6 +68,28 @@ class OnePass:
         """All arrays of all batches."""
         for batch in self.batches:
             yield from jax.tree.leaves(batch)
+
+    def tasks(self) -> Iterator[Task]:
+        """The program that reads the evidence, for every shape of batch."""
+        if not self.wanted:
+            return
+        step, shapes = capture_step(self.fn, frozenset(self.wanted)), abstract(self.params)
+        kinds = Counter(
+            (
+                jax.tree.structure(b),
+                tuple((x.shape, jnp.result_type(x)) for x in jax.tree.leaves(b)),
+            )
+            for b in (batch if isinstance(batch, tuple) else (batch,) for batch in self.batches)
+        )
+        for (structure, leaves), times in kinds.items():
+            inputs = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+            total = jax.eval_shape(step, None, shapes, inputs)[0]
+            yield Task("reading", 0, step, (total, shapes, inputs), times)
+
+    def alive_bytes(self, stage: int) -> int:
+        """Nothing is kept between stages."""
+        del stage
+        return 0
 
     def gather(
         self, stage: int, current: Any, original: Any, told: Callable[[int], None] | None = None

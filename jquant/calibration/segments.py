@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, Bool
@@ -23,6 +23,19 @@ from jquant.calibration.origin import Origin, Tagged
 from jquant.calibration.stages import Segment, evaluate, read
 from jquant.calibration.weights import Sightings, sightings
 from jquant.interpreter import Walker, bind
+
+Doing = Literal["reading", "rounding", "advancing"]
+
+
+class Task(NamedTuple):
+    """A compiled program that a job runs, for whoever wants to know what it takes."""
+
+    doing: Doing
+    stage: int
+    run: Callable[..., Any]
+    operands: tuple[Any, ...]  # shapes
+    times: int
+
 
 _PROGRAMS: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
 _MOST = 512  # programs kept; the oldest go first

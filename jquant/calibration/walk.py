@@ -10,6 +10,7 @@ evidence, and the values alive per batch; nothing grows with depth.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from jquant.calibration.canonical import const_key, equation_key, literal_key, t
 from jquant.calibration.capture import UsesDiffer, file
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.flat import Piece, flatten
-from jquant.calibration.segments import segment_key
+from jquant.calibration.segments import Task, segment_key
 from jquant.calibration.stages import Cut, Granularity, Segment, Stage, cut_at_weights
 from jquant.errors import EvidenceError
 
@@ -109,7 +110,7 @@ class Walk:
             if kind not in flats:
                 try:
                     flats[kind] = _cut(fn, shapes, structure, given, planned, granularity)
-                except (TypeError, ValueError) as error:
+                except Exception as error:  # whatever the function says: Flax has its own errors
                     if not cuts or isinstance(error, EvidenceError):
                         raise
                     raise EvidenceError(
@@ -158,13 +159,41 @@ class Walk:
             for step in flat.steps:
                 ins = [a if isinstance(a, int) else literal_key(a.val) for a in step.ins]
                 yield text((equation_key(step.eqn), tuple(ins), step.outs))
-            for const in flat.consts.values():
-                yield text(const_key(const))
+            for number, const in flat.consts.items():
+                yield text((number, const_key(const)))
+            for number, piece in flat.pieces.items():  # which layer, where an index is not a step
+                yield text((number, piece))
 
     def data(self) -> Iterator[Any]:
         """All arrays of all batches."""
         for leaves in self.batches:
             yield from leaves
+
+    def tasks(self) -> Iterator[Task]:
+        """Every program of the walk with the shapes it runs on."""
+        kinds = {id(one): one for one in self.cuts}
+        times = Counter(map(id, self.cuts))
+        beside = 1 if self.full is None else 2
+        for kind, one in kinds.items():
+            for stage, segment in enumerate(one.gathers):
+                run = segments.gather(segment, self._key(one, segment))
+                operands = [one.flat.shapes[n] for n in segment.sources]
+                full = None if self.full is None else operands
+                total = jax.eval_shape(run, None, operands, full)[0]
+                yield Task("reading", stage, run, (total, operands, full), times[kind])
+            for stage, segment in enumerate((one.prologue, *one.advances)):
+                if segment.outputs:
+                    run = segments.advance(segment, self._key(one, segment))
+                    operands = [one.flat.shapes[n] for n in segment.sources]
+                    # What comes before all stages is told as part of the first.
+                    yield Task(
+                        "advancing", max(stage - 1, 0), run, (operands,), times[kind] * beside
+                    )
+
+    def alive_bytes(self, stage: int) -> int:
+        """Bytes that are kept of all batches while a stage is read and rounded."""
+        held = sum(_bytes(one.flat.shapes[n]) for one in self.cuts for n in one.alive[stage])
+        return held * (1 if self.full is None else 2)
 
     def gather(
         self, stage: int, current: Current, original: Current, told: Told | None = None
@@ -292,6 +321,10 @@ def _covers(shape: Sequence[int], layers: Sequence[tuple[tuple[int, int], ...]])
     axes = tuple(axis for axis, _ in layers[0])
     same = all(tuple(axis for axis, _ in where) == axes for where in layers)
     return same and len(layers) == math.prod(shape[axis] for axis in axes)
+
+
+def _bytes(shape: jax.ShapeDtypeStruct) -> int:
+    return math.prod(shape.shape) * shape.dtype.itemsize
 
 
 def _kinds(inputs: Any) -> tuple[Any, ...]:
