@@ -65,7 +65,8 @@ class Job:
         try:
             self.advance(None)
             for self.at in range(len(stages)):
-                found = None if self.work is None else self.work.finished(self.at)
+                names = [str(piece) for piece in stages[self.at].pieces]
+                found = None if self.work is None else self.work.finished(self.at, names)
                 if found is None:
                     found = self.solve(self.at)
                     if self.work is not None:
@@ -185,7 +186,7 @@ class Job:
             rows[path] = _row(path, scheme, quantized[path], outcome, note)
         kept = tuple(path for path in self.plan.weights if path not in self.plan)
         names = tuple(tuple(map(str, stage.pieces)) for stage in stages)
-        return Report(rows, kept, names, self.seconds, self.evidence_bytes, _peak_bytes())
+        return Report(rows, kept, names, self.seconds, self.evidence_bytes, peak_bytes())
 
 
 def _row(path: str, scheme: Scheme, q: QTensor, outcome: Outcome, note: str) -> WeightReport:
@@ -235,7 +236,7 @@ def _joined(*leaves: Any, axis: int) -> Any:
     return Lazy(shape, first.dtype, window, said)
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """The largest resident size of this process so far; kilobytes on Linux, bytes on macOS."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -9,12 +9,14 @@ same bits, and costs no more than a forward.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ from jquant.solve import Outcome
 
 _JOB, _STAGE = "job.json", "stage-{:05d}.safetensors"
 _VERSION = 1
+# What a process that is killed while it writes leaves behind; see `replace_file`.
+_LEFTOVER = re.compile(r"\.(job\.json|stage-\d+\.safetensors)\.[0-9a-f]+\.tmp")
 
 Record = dict[str, tuple[QTensor, Outcome]]  # by the name of the weight, or of the layer of it
 
@@ -41,20 +45,26 @@ class WorkDir:
 
     path: Path
 
-    def finished(self, stage: int) -> Record | None:
+    def finished(self, stage: int, names: Collection[str]) -> Record | None:
         """The record of a stage, its arrays to be read when they are needed; None if not there.
 
+        Args:
+            stage: its number, from 0.
+            names: of its weights.
+
         Raises:
-            CheckpointError: the record is damaged.
+            CheckpointError: the record is damaged; an array's damage shows when it is read.
         """
         file = self.path / _STAGE.format(stage)
         if not file.exists():
             return None
-        said = read_header(file).metadata.get("outcomes", "{}")
-        weights = load(file, lazy=True)
-        outcomes = {name: Outcome(**values) for name, values in json.loads(said).items()}
-        if outcomes.keys() != weights.keys():
-            raise CheckpointError(f"{file}: not the record of a stage; delete it to do it again")
+        with _saying_what_to_do():
+            said = read_header(file).metadata.get("outcomes", "{}")
+            weights = load(file, lazy=True)
+            outcomes = {name: Outcome(**values) for name, values in json.loads(said).items()}
+            if not outcomes.keys() == set(weights) == set(names):
+                raise CheckpointError(f"{file}: not the record of stage {stage + 1}")
+        weights = jax.tree.map(_guarded, weights)
         return {name: (weights[name], outcomes[name]) for name in weights}
 
     def finish(self, stage: int, record: Record) -> Record:
@@ -74,7 +84,7 @@ class WorkDir:
                 f"({error.strerror or error}); all stages before it are kept: make room, and "
                 "start the same job again with this work_dir"
             ) from error
-        found = self.finished(stage)
+        found = self.finished(stage, record)
         assert found is not None
         return found
 
@@ -89,17 +99,17 @@ def open_work_dir(path: str | os.PathLike[str], fingerprint: Mapping[str, str]) 
     job = folder / _JOB
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        leftovers = [name for name in os.listdir(folder) if _LEFTOVER.fullmatch(name)]
         if job.exists():
-            _compare(folder, json.loads(job.read_text("utf-8")), fingerprint)
-            with replace_file(folder / "writable"):  # found out now, not after the first stage
-                pass
-            (folder / "writable").unlink()
-            return WorkDir(folder)
-        if any(folder.iterdir()):
+            _compare(folder, job, fingerprint)
+        elif len(os.listdir(folder)) > len(leftovers):
             raise WorkDirError(
                 f"{folder} holds files but no {_JOB}, so it is not a work directory; pass an empty "
                 "or a new folder"
             )
+        for name in leftovers:
+            (folder / name).unlink(missing_ok=True)
+        # Written again in any case: that it can be is found out now, not after the first stage.
         with replace_file(job) as file:
             said = {"version": _VERSION, "fingerprint": dict(fingerprint)}
             file.write(json.dumps(said, indent=1).encode())
@@ -108,17 +118,21 @@ def open_work_dir(path: str | os.PathLike[str], fingerprint: Mapping[str, str]) 
             f"{folder} cannot be used as a work directory ({error.strerror or error}); pass a "
             "folder that can be written to"
         ) from error
-    except json.JSONDecodeError as error:
-        raise WorkDirError(f"{job} is damaged ({error}); pass a new work_dir") from error
     return WorkDir(folder)
 
 
-def _compare(folder: Path, said: Any, fingerprint: Mapping[str, str]) -> None:
-    if not isinstance(said, dict) or said.get("version") != _VERSION:
+def _compare(folder: Path, job: Path, fingerprint: Mapping[str, str]) -> None:
+    try:
+        said = json.loads(job.read_bytes())
+        version, old = said["version"], dict(said["fingerprint"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise WorkDirError(
+            f"{job} is damaged ({error}); pass a new work_dir, or delete this one"
+        ) from error
+    if version != _VERSION:
         raise WorkDirError(
             f"{folder} was written by another version of jquant; pass a new work_dir"
         )
-    old = said["fingerprint"]
     changed = [name for name in fingerprint if old.get(name) != fingerprint[name]]
     if changed:
         told = [
@@ -133,8 +147,36 @@ def _compare(folder: Path, said: Any, fingerprint: Mapping[str, str]) -> None:
         )
 
 
+@contextlib.contextmanager
+def _saying_what_to_do() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; delete that file, and the same job with this work_dir does its stage again"
+        ) from error
+
+
+def _guarded(leaf: Lazy) -> Lazy:
+    """The leaf of a record; if it turns out to be damaged, it says what to do."""
+
+    def read(window: Any) -> np.ndarray:
+        with _saying_what_to_do():
+            return leaf.read(window)
+
+    return dataclasses.replace(leaf, read=read)
+
+
 def _is_digest(value: str) -> bool:
     return re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def version_of(package: str) -> str:
+    """The installed version of a package, for a fingerprint."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a folder of sources
+        return "unknown: not installed"
 
 
 def digest(items: Iterable[str | bytes]) -> str:
@@ -152,9 +194,14 @@ def leaf_digest(leaf: Any) -> Iterable[str | bytes]:
     yield f"{leaf.shape} {leaf.dtype}"
     if isinstance(leaf, Lazy):
         yield leaf.identity
-    elif isinstance(leaf, np.memmap):
-        stat = os.stat(str(leaf.filename))
-        yield f"{leaf.filename} {stat.st_size} {stat.st_mtime_ns} {leaf.offset}"
+    elif isinstance(leaf, np.memmap) and leaf.filename is not None:
+        whole: Any = leaf  # `leaf` may be a part of it, at the same offset
+        while isinstance(whole.base, np.ndarray):
+            whole = whole.base
+        begin = leaf.ctypes.data - whole.ctypes.data
+        stat = os.stat(leaf.filename)
+        yield f"{leaf.filename} {stat.st_size} {stat.st_mtime_ns}"
+        yield f"{leaf.offset} {begin} {leaf.strides}"
     elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         yield np.asarray(jax.random.key_data(leaf)).tobytes()
     else:

@@ -67,6 +67,8 @@ def _value(value: Any) -> Hashable:
         return _params({str(key): item for key, item in value.items()})
     if isinstance(value, tuple | list):
         return type(value).__name__, tuple(map(_value, value))
+    if isinstance(value, frozenset | set):  # whose order is another one in every process
+        return type(value).__name__, tuple(sorted((_value(item) for item in value), key=repr))
     try:
         hash(value)
     except TypeError:
