@@ -137,6 +137,14 @@ def check_tokens(name: str, scheme: Scheme, evidence: Evidence) -> None:
         )
 
 
+def not_used(name: str) -> str:
+    """What to say of a weight that no batch has shown a use of."""
+    return (
+        f"weight {name!r} is not used by the function on these batches; make the plan from "
+        "find_weights on inputs like them, or keep it"
+    )
+
+
 @jax.jit
 def _sound(moment: Array) -> tuple[Array, Array]:
     skew = jnp.max(jnp.abs(moment - jnp.swapaxes(moment, -1, -2)))

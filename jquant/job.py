@@ -25,7 +25,7 @@ from jquant.calibration.evidence import Evidence
 from jquant.calibration.flat import Piece
 from jquant.calibration.onepass import OnePass
 from jquant.calibration.walk import Walk
-from jquant.checks import check_finite, check_tokens
+from jquant.checks import check_finite, check_tokens, not_used
 from jquant.distortion import bits_per_weight
 from jquant.errors import EvidenceError
 from jquant.lazy import Lazy, read, realize
@@ -110,6 +110,8 @@ class Job:
             evidence = jax.tree.map(partial(jnp.expand_dims, axis=place), evidence)
         if evidence is not None:
             check_tokens(str(piece), scheme, evidence)
+        elif "moment" in scheme.rounding.needs:
+            raise EvidenceError(not_used(str(piece)))
         own = None
         if "key" in scheme.rounding.needs and self.key is not None:
             own = jax.random.fold_in(self.key, zlib.crc32(str(piece).encode()))

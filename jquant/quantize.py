@@ -19,7 +19,7 @@ from jquant.calibration.onepass import OnePass
 from jquant.calibration.stages import Granularity
 from jquant.calibration.walk import Walk
 from jquant.calibration.weights import path_of
-from jquant.checks import check_evidence, check_needs, check_weights
+from jquant.checks import check_evidence, check_needs, check_weights, not_used
 from jquant.errors import EvidenceError, PlanError
 from jquant.job import Job
 from jquant.lazy import Lazy, realize
@@ -157,10 +157,7 @@ def _check_reached(plan: Plan, walk: Walk) -> None:
     reached = {piece.path for stage in walk.stages for piece in stage.pieces}
     for path in plan:
         if path not in reached:
-            raise EvidenceError(
-                f"weight {path!r} is not used by the function on these batches; make the plan from "
-                "find_weights on inputs like them, or keep it"
-            )
+            raise EvidenceError(not_used(path))
 
 
 def _fingerprint(
