@@ -5,7 +5,7 @@
 
 Calibration: the first 64 windows of 512 tokens; evaluation: the first 16 held-out windows. The grid
 is A1 (asymmetric, range extended to zero, integer zero point) with float32 scales, as in the other
-tools' runs on the same tokens, which are listed in `OTHERS`. One pass: all second moments are read
+tools' runs on the same tokens, listed in `others.py`. One pass: all second moments are read
 from the full model. `searched range` is GPTQ's own option: per group the range that minimises
 `Σ H_jj |error|^2.4`, where the others take minimum and maximum. Writes `results/quality.json`.
 """
@@ -20,20 +20,13 @@ from typing import Any
 
 import jquant as jq
 from benchmarks.harness import RESULTS, write
+from benchmarks.others import OTHERS
 from jquant.grids import MSE, MinMax, Uniform
 from jquant.models import smollm2
 from jquant.rounding import GPTQ, Nearest
 
 SETTINGS: dict[str, tuple[int, int | None]] = {
     "W4 g64": (4, 64), "W3 g64": (3, 64), "W3 channel": (3, None), "W2 g64": (2, 64),
-}  # fmt: skip
-# Measured elsewhere with these tokens, this model and this grid, and quoted, not run here.
-OTHERS = {
-    "W4 g64": {"nearest": 0.2962, "HQQ": 0.191, "GPTQ block by block": 0.105},
-    "W3 g64": {"nearest": 1.1800, "HQQ": 1.985, "GPTQ natural order": 0.664,
-               "GPTQ block by block": 0.429, "llm-compressor 0.14": 0.435, "GPTQModel 7.2": 0.450},
-    "W3 channel": {"nearest": 3.245, "HQQ": 7.00, "GPTQ block by block": 0.970},
-    "W2 g64": {"nearest": 10.0, "HQQ": 10.7, "GPTQ block by block": 3.85},
 }  # fmt: skip
 METHODS: dict[str, tuple[MinMax | MSE, Nearest | GPTQ]] = {
     "Nearest": (MinMax(), Nearest()),

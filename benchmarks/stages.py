@@ -1,6 +1,6 @@
 """One pass against stages: SmolLM2-135M, KL on held-out text, time and memory, by granularity.
 
-    python -m benchmarks.stages                                  # all that is not there yet, ~1 hour
+    python -m benchmarks.stages                                  # what is not there yet, ~1 hour
     python -m benchmarks.stages --only "W3 g64" --method weight  # some, whether there or not
 
 Model, tokens, grid and evaluation are those of `quality`, whose one-pass figures stand beside.

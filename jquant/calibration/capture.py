@@ -21,6 +21,7 @@ from jquant.calibration.evidence import Evidence
 from jquant.calibration.reading import Reading, assemble
 from jquant.calibration.weights import Sightings, observe
 from jquant.errors import EvidenceError
+from jquant.lazy import realize
 
 
 def capture(
@@ -35,7 +36,7 @@ def capture(
 
     Args:
         fn: any JAX function `fn(params, *inputs)`.
-        params: its parameters.
+        params: its parameters; lazy ones are read, all of them.
         batches: an iterable; each batch is one array, or a tuple of `fn`'s inputs. Batches of one
             shape share a compiled program.
         paths: the weights to watch; all of them when None.
@@ -59,6 +60,7 @@ def capture(
         ([[2.0, 0.0], [0.0, 2.0]], 4.0)
     """
     step = capture_step(fn, None if paths is None else frozenset(paths))
+    params = realize(params)
     total: Sightings | None = None
     finite: list[jax.Array] = []
     for done, batch in enumerate(batches, start=1):

@@ -17,7 +17,7 @@ from jquant.calibration.flat import Piece
 from jquant.calibration.segments import Task
 from jquant.calibration.stages import Stage
 from jquant.interpreter import trace
-from jquant.lazy import abstract, realize
+from jquant.lazy import abstract
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ class OnePass:
         del stage, current, original
         if not self.wanted:
             return {}
-        found = capture(
-            self.fn, realize(self.params), self.batches, paths=self.wanted, progress=told
-        )
+        found = capture(self.fn, self.params, self.batches, paths=self.wanted, progress=told)
         return {Piece(path): evidence for path, evidence in found.items()}
 
     def advance(self, stage: int | None, current: Any, original: Any, told: Any = None) -> None:

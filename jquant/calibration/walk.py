@@ -116,7 +116,7 @@ class Walk:
                     raise EvidenceError(
                         f"batch {number} has {_told(given)}, where batch 0 has "
                         f"{_told(inputs[0])}, and the function does not take it: "
-                        f"{str(error).splitlines()[0]:.200}"
+                        f"{(str(error).splitlines() or [type(error).__name__])[0]:.200}"
                     ) from error
                 if cuts and flats[kind].stages != cuts[0].stages:
                     raise EvidenceError(
