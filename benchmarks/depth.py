@@ -1,6 +1,6 @@
 """Peak memory against depth: GPTQ on decoders whose weights are several times the memory allowed.
 
-    python -m benchmarks.depth                          # all depths, under the limit; ~12 minutes
+    python -m benchmarks.depth                          # all depths, under the limit; ~20 minutes
     python -m benchmarks.depth --layers 2 --layers 4 --width 512 --hidden 1408 --limit 0    # a look
 
 For every depth a decoder of random float32 weights is written to `.cache/depth`, tensor by tensor,
