@@ -125,19 +125,20 @@ def capture(result: dict[str, Any]) -> str:
 
 
 def stages(result: dict[str, Any]) -> str:
-    methods = ["all", "block", "weight", "weight + GPTAQ", "weight + QEP", "weight, searched range"]
+    methods = ["all", "block", "weight", "weight + GPTAQ", "weight + QEP"]
+    methods += ["weight, searched range", "weight + QEP, searched range"]
     head = ["", *methods, "best elsewhere"]
+    one_pass = json.loads((RESULTS / "quality.json").read_text())["rows"]
     rows = []
     for name, row in result["rows"].items():
-        one_pass = {"all": {"kl": row["one_pass"]}} if "one_pass" in row else {}
-        found = {**one_pass, **{k: v for k, v in row.items() if isinstance(v, dict)}}
+        found = {"all": one_pass[name]["GPTQ"], **row}
         cells = [f"{found[m]['kl']:.4f}" if m in found else "–" for m in methods]
         rows.append([name, *cells, str(min(OTHERS[name].values()))])
     return (
         "**Stages.** The same model, tokens and grids, every weight calibrated on what the "
         "quantized weights before it produce: KL by granularity (*all*: one pass, as above), with "
-        "corrections for inputs that have drifted, and with searched ranges, which is what the "
-        "presets do. The default is *weight*.\n\n" + table(head, rows) + f"\n{ran(result)}.\n"
+        "corrections for inputs that have drifted, and with searched ranges, which the presets "
+        "use. The default is *weight*.\n\n" + table(head, rows) + f"\n{ran(result)}.\n"
     )
 
 
@@ -145,16 +146,19 @@ def total_time(result: dict[str, Any]) -> str:
     rows = []
     for name, row in result["rows"].items():
         if "failed" in row:
-            rows.append([name, "failed", "", row["failed"]])
+            if row["failed"] != "not run":
+                rows.append([name, "failed", "", row["failed"]])
             continue
         kl = f"{row['quality']['kl']:.3f}" if "quality" in row else ""
         rows.append([name, f"{row['median_s']:.0f} s", f"{row['peak_bytes'] / 1e9:.1f} GB", kl])
     settings = result["settings"]
+    rounds = max(len(row["rounds"]) for row in result["rows"].values())
     return (
         f"**Time.** The whole of quantizing it, W{settings['bits']} g{settings['group']}, "
-        f"{settings['windows']} windows, float32, alternating in one run, each in its own process; "
-        "loading excluded, compiling included. *forwards*: two plain forwards over the same "
-        f"tokens; KL on {settings['evaluation_windows']} held-out windows.\n\n"
+        f"{settings['windows']} windows, float32, two threads, each in a process of its own, "
+        f"median of {rounds} in one run; loading excluded, compiling included. *forwards*: two "
+        "plain forwards over the same tokens; *reference*: the published loop, block by block, in "
+        f"PyTorch; KL on {settings['evaluation_windows']} held-out windows.\n\n"
         + table(["", "time", "peak memory", "KL"], rows)
         + f"\n{ran(result)}.\n"
     )

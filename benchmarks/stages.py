@@ -32,6 +32,7 @@ METHODS: dict[str, tuple[Any, MinMax | MSE, GPTQ]] = {
     "weight + QEP": ("weight", MinMax(), GPTQ(correction="qep")),
     "weight + GPTAQ": ("weight", MinMax(), GPTQ(correction="gptaq")),
     "weight, searched range": ("weight", MSE(), GPTQ()),
+    "weight + QEP, searched range": ("weight", MSE(), GPTQ(correction="qep")),
     "all, searched range": ("all", MSE(), GPTQ()),
     "all": ("all", MinMax(), GPTQ()),
 }

@@ -229,3 +229,9 @@ def test_each_branch_has_its_own_uses() -> None:
         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ p["yes"], lambda x: x @ p["no"], x)
 
     assert set(jq.find_weights(fn, params, jnp.ones((2, 4)))) == {"yes", "no"}
+
+
+def test_a_later_batch_that_does_not_fit_is_named() -> None:
+    params = {"w": jnp.ones((4, 3))}
+    with pytest.raises(EvidenceError, match=r"batch 1 has float32\[2, 5\], where batch 0 has"):
+        jq.capture(lambda p, x: x @ p["w"], params, [jnp.ones((2, 4)), jnp.ones((2, 5))])

@@ -63,11 +63,13 @@ def capture(
     params = realize(params)
     total: Sightings | None = None
     finite: list[jax.Array] = []
+    first: tuple[Any, ...] | None = None
     for done, batch in enumerate(batches, start=1):
         inputs = batch if isinstance(batch, tuple) else (batch,)
         if total is None:
             shapes = jax.eval_shape(step, None, params, inputs)[0]
             total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        first = inputs if first is None else first
         try:
             total, flags = step(total, params, inputs)
         except UsesDiffer as error:
@@ -75,6 +77,10 @@ def capture(
                 f"batch {done - 1}: the function uses its weights differently than on batch 0; "
                 "pass batches that take the same path through it, or capture them apart and merge"
             ) from error
+        except Exception as error:  # whatever the function says: Flax has its own errors
+            if done == 1:
+                raise
+            raise not_taken(done - 1, inputs, first, error) from error
         finite.append(flags)
         if progress is not None:
             jax.block_until_ready(flags)  # or batches would be told of when they are only queued
@@ -83,6 +89,25 @@ def capture(
         raise EvidenceError("capture got no batches; pass at least one array or tuple of inputs")
     _check_finite(total, finite)
     return file(total)
+
+
+def not_taken(number: int, inputs: Any, first: Any, error: Exception) -> EvidenceError:
+    """The error for a batch that the function refuses, though it took the first one."""
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    return EvidenceError(
+        f"batch {number} has {in_words(inputs)}, where batch 0 has {in_words(first)}, and the "
+        f"function does not take it: {said:.200}"
+    )
+
+
+def kinds(inputs: Any) -> tuple[tuple[tuple[int, ...], str], ...]:
+    """Shape and dtype of every array."""
+    return tuple((np.shape(x), str(jnp.result_type(x))) for x in jax.tree.leaves(inputs))
+
+
+def in_words(inputs: Any) -> str:
+    """The same in words: `int32[4, 512]`."""
+    return ", ".join(f"{dtype}{list(shape)}" for shape, dtype in kinds(inputs))
 
 
 class UsesDiffer(Exception):

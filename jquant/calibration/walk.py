@@ -22,7 +22,7 @@ from jaxtyping import Array
 
 from jquant.calibration import segments
 from jquant.calibration.canonical import const_key, equation_key, literal_key, text
-from jquant.calibration.capture import UsesDiffer, file
+from jquant.calibration.capture import UsesDiffer, file, in_words, kinds, not_taken
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.flat import Piece, flatten
 from jquant.calibration.segments import Task, segment_key
@@ -106,23 +106,19 @@ class Walk:
         inputs: list[list[Any]] = []
         for number, batch in enumerate(batches):
             given = batch if isinstance(batch, tuple) else (batch,)
-            kind = jax.tree.structure(given), _kinds(given)
+            kind = jax.tree.structure(given), kinds(given)
             if kind not in flats:
                 try:
                     flats[kind] = _cut(fn, shapes, structure, given, planned, granularity)
                 except Exception as error:  # whatever the function says: Flax has its own errors
                     if not cuts or isinstance(error, EvidenceError):
                         raise
-                    raise EvidenceError(
-                        f"batch {number} has {_told(given)}, where batch 0 has "
-                        f"{_told(inputs[0])}, and the function does not take it: "
-                        f"{(str(error).splitlines() or [type(error).__name__])[0]:.200}"
-                    ) from error
+                    raise not_taken(number, given, inputs[0], error) from error
                 if cuts and flats[kind].stages != cuts[0].stages:
                     raise EvidenceError(
-                        f"batch {number} ({_told(given)}) takes another path through the function "
-                        f"than batch 0 ({_told(inputs[0])}): its weights are used in another order;"
-                        " pass batches that differ in their length only"
+                        f"batch {number} ({in_words(given)}) takes another path through the "
+                        f"function than batch 0 ({in_words(inputs[0])}): its weights are used in "
+                        "another order; pass batches that differ in their length only"
                     )
             cuts.append(flats[kind])
             inputs.append(jax.tree.leaves(given))
@@ -325,11 +321,3 @@ def _covers(shape: Sequence[int], layers: Sequence[tuple[tuple[int, int], ...]])
 
 def _bytes(shape: jax.ShapeDtypeStruct) -> int:
     return math.prod(shape.shape) * shape.dtype.itemsize
-
-
-def _kinds(inputs: Any) -> tuple[Any, ...]:
-    return tuple((np.shape(x), str(jnp.result_type(x))) for x in jax.tree.leaves(inputs))
-
-
-def _told(inputs: Any) -> str:
-    return ", ".join(f"{dtype}{list(shape)}" for shape, dtype in _kinds(inputs))
