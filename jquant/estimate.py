@@ -157,8 +157,11 @@ def estimate(
         sum(math.prod(_shape(p, plan)) * plan.weights[p.path].dtype.itemsize for p in stage.pieces)
         for stage in walk.stages
     ]
+    # Batches are dispatched ahead of their execution, so what a stage reads and what it leaves
+    # are there together.
     peaks = [
         walk.alive_bytes(at)
+        + walk.alive_bytes(at + 1)
         + held.get(at, 0)
         + 2 * weights[at]
         + max(extra.get((doing, at), 0) for doing in seconds)
