@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before JAX is imported anywhere. Nothing may reach for a model hub behind a test's back.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,6 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import jax
 import pytest
+
+from jquant.io.files import FileState
 
 # Most of the suite's time is compilation. Programs are kept between runs, and shared by workers.
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
@@ -56,3 +60,26 @@ def compiles():
             logger.removeHandler(handler)
 
     return record
+
+
+@pytest.fixture
+def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of every read from a file that was opened lazily."""
+    log: list[int] = []
+    original = FileState.open
+
+    class Spy:
+        def __init__(self, file: Any):
+            self.seek, self.readinto_ = file.seek, file.readinto
+
+        def readinto(self, buffer: Any) -> int:
+            log.append(self.readinto_(buffer))
+            return log[-1]
+
+    @contextlib.contextmanager
+    def opened(self: FileState) -> Iterator[Any]:
+        with original(self) as file:
+            yield Spy(file)
+
+    monkeypatch.setattr(FileState, "open", opened)
+    return log

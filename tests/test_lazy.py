@@ -1,10 +1,9 @@
 """Lazy leaves give what they stand for, read no more than they must, and are never kept."""
 
-import contextlib
 import gc
 import tracemalloc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import jquant as jq
 from jquant import io
 from jquant.errors import CheckpointError
 from jquant.grids import Uniform
-from jquant.io.files import FileState
 from jquant.io.leaves import JAX_DTYPES
 from jquant.lazy import Lazy, abstract, is_lazy, read, realize, span, stack
 
@@ -49,29 +47,6 @@ def same(a: Any, b: Any) -> None:
         assert x.dtype == y.dtype and x.shape == y.shape
         x, y = (np.ascontiguousarray(read(leaf)) for leaf in (x, y))
         assert x.tobytes() == y.tobytes()
-
-
-@pytest.fixture
-def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The bytes of every read from a file that was opened lazily."""
-    log: list[int] = []
-    original = FileState.open
-
-    class Spy:
-        def __init__(self, file: Any):
-            self.seek, self.readinto_ = file.seek, file.readinto
-
-        def readinto(self, buffer: Any) -> int:
-            log.append(self.readinto_(buffer))
-            return log[-1]
-
-    @contextlib.contextmanager
-    def opened(self: FileState) -> Iterator[Any]:
-        with original(self) as file:
-            yield Spy(file)
-
-    monkeypatch.setattr(FileState, "open", opened)
-    return log
 
 
 # The leaf itself

@@ -61,34 +61,74 @@ def capture(
     """
     step = capture_step(fn, None if paths is None else frozenset(paths))
     params = realize(params)
-    total: Sightings | None = None
-    finite: list[jax.Array] = []
-    first: tuple[Any, ...] | None = None
-    for done, batch in enumerate(batches, start=1):
+    tally, first = Tally(), None
+    for number, batch in enumerate(batches):
         inputs = batch if isinstance(batch, tuple) else (batch,)
-        if total is None:
-            shapes = jax.eval_shape(step, None, params, inputs)[0]
-            total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         first = inputs if first is None else first
         try:
-            total, flags = step(total, params, inputs)
+            tally.add(step, params, inputs)
+        except EvidenceError:
+            raise
+        except Exception as error:  # whatever the function says: Flax has its own errors
+            if number == 0:
+                raise
+            raise not_taken(number, inputs, first, error) from error
+        if progress is not None:
+            tally.wait()
+            progress(number + 1)
+    if first is None:
+        raise EvidenceError("capture got no batches; pass at least one array or tuple of inputs")
+    return tally.evidence()
+
+
+class Tally:
+    """Sightings added up over batches, and which batches were finite."""
+
+    def __init__(self) -> None:
+        self.total: Sightings | None = None
+        self.finite: list[Bool[Array, " values"]] = []
+
+    def add(self, run: Callable[..., Any], *operands: Any) -> None:
+        """Add a batch: `run(total, *operands)` gives the new total and which values are finite.
+
+        Raises:
+            EvidenceError: the batch shows other uses than the ones before.
+        """
+        if self.total is None:
+            shapes = jax.eval_shape(run, None, *operands)[0]
+            self.total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        try:
+            self.total, finite = run(self.total, *operands)
         except UsesDiffer as error:
             raise EvidenceError(
-                f"batch {done - 1}: the function uses its weights differently than on batch 0; "
-                "pass batches that take the same path through it, or capture them apart and merge"
+                f"batch {len(self.finite)} takes another path through the function than batch 0: "
+                "its weights are used differently; pass batches that take the same path, or "
+                "capture them apart and merge"
             ) from error
-        except Exception as error:  # whatever the function says: Flax has its own errors
-            if done == 1:
-                raise
-            raise not_taken(done - 1, inputs, first, error) from error
-        finite.append(flags)
-        if progress is not None:
-            jax.block_until_ready(flags)  # or batches would be told of when they are only queued
-            progress(done)
-    if total is None:
-        raise EvidenceError("capture got no batches; pass at least one array or tuple of inputs")
-    _check_finite(total, finite)
-    return file(total)
+        self.finite.append(finite)
+
+    def wait(self) -> None:
+        """Until the last batch is done, where it would otherwise be queued only."""
+        jax.block_until_ready(self.finite[-1])
+
+    def evidence(
+        self, name: Callable[[str], str] = lambda path: path, where: str = ""
+    ) -> dict[str, Evidence]:
+        """The evidence of whole weights by path; `name` and `where` serve the error's message.
+
+        Raises:
+            EvidenceError: an input was not finite; names weight, batch and `where`.
+        """
+        assert self.total is not None, "no batch was added"
+        table = np.asarray(jnp.stack(self.finite))  # [batches, values]
+        for path, _, position in self.total.keys:
+            if not table[:, position].all():
+                batch = int(np.argmin(table[:, position]))
+                raise EvidenceError(
+                    f"the input of weight {name(path)!r} is NaN or infinite, first in batch "
+                    f"{batch}{where}; check that batch, or run the function in a wider dtype"
+                )
+        return _file(self.total)
 
 
 def not_taken(number: int, inputs: Any, first: Any, error: Exception) -> EvidenceError:
@@ -159,18 +199,7 @@ def accumulate(total: Sightings | None, new: Sightings) -> tuple[Sightings, Bool
     return new, jnp.stack(finite) if finite else jnp.ones(0, bool)
 
 
-def _check_finite(total: Sightings, finite: list[jax.Array]) -> None:
-    table = np.asarray(jnp.stack(finite))  # [batches, values]
-    for path, _, position in total.keys:
-        if not table[:, position].all():
-            batch = int(np.argmin(table[:, position]))
-            raise EvidenceError(
-                f"the input of weight {path!r} is NaN or infinite, first in batch {batch}; "
-                "check that batch, or run the function in a wider dtype"
-            )
-
-
-def file(total: Sightings) -> dict[str, Evidence]:
+def _file(total: Sightings) -> dict[str, Evidence]:
     """The evidence of whole weights, by path; weights with a common input keep sharing arrays."""
     found: dict[str, list[tuple[Reading, Evidence]]] = {}
     for path, reading, position in total.keys:

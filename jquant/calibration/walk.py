@@ -22,7 +22,7 @@ from jaxtyping import Array
 
 from jquant.calibration import segments
 from jquant.calibration.canonical import const_key, equation_key, literal_key, text
-from jquant.calibration.capture import UsesDiffer, file, in_words, kinds, not_taken
+from jquant.calibration.capture import Tally, in_words, kinds, not_taken
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.flat import Piece, flatten
 from jquant.calibration.segments import Task, segment_key
@@ -199,7 +199,7 @@ class Walk:
         Raises:
             EvidenceError: an input is NaN or infinite; names weight, batch and stage.
         """
-        total, flags, names = None, [], {}
+        tally, names = Tally(), {}
         arrays: dict[Piece, Array] = {}
         for batch, cut in enumerate(self.cuts):
             segment = cut.gathers[stage]
@@ -208,36 +208,16 @@ class Walk:
             full = None
             if self.full is not None:  # weights of this stage are still what they were
                 full = self._operands(batch, segment, self.full, arrays, original)
-            if total is None:
-                shapes = jax.eval_shape(run, None, operands, full)[0]
-                total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-                names = {
-                    str(k): cut.flat.pieces[n]
-                    for k, n in enumerate(segment.sources)
-                    if n in segment.watched
-                }
-            try:
-                total, finite = run(total, operands, full)
-            except UsesDiffer as error:
-                raise EvidenceError(
-                    f"batch {batch} takes another path through the function than batch 0; pass "
-                    "batches that differ in their length only"
-                ) from error
-            flags.append(finite)
+            tally.add(run, operands, full)
+            names = {str(k): cut.flat.pieces.get(n) for k, n in enumerate(segment.sources)}
             if told is not None:
-                jax.block_until_ready(finite)
+                tally.wait()
                 told(batch + 1)
-        assert total is not None
-        table = np.asarray(jnp.stack(flags))  # [batches, values]
-        for name, _, position in total.keys:
-            if not table[:, position].all():
-                first = int(np.argmin(table[:, position]))
-                raise EvidenceError(
-                    f"the input of weight {str(names[name])!r} is NaN or infinite, first in batch "
-                    f"{first}, at stage {stage + 1} of {len(self.stages)}, the first that saw it; "
-                    "check that batch, or run the function in a wider dtype"
-                )
-        return {names[name]: found for name, found in file(total).items()}
+        found = tally.evidence(
+            lambda name: str(names[name]),
+            f", at stage {stage + 1} of {len(self.stages)}, the first that saw it",
+        )
+        return {names[name]: evidence for name, evidence in found.items()}
 
     def advance(
         self, stage: int | None, current: Current, original: Current, told: Told | None = None
