@@ -1,6 +1,7 @@
 """Grids: the points a weight may take. See `jquant.grids.base` for what one is."""
 
 from jquant.grids.base import Grid, Params, code_dtype, nearest
-from jquant.grids.uniform import MSE, MinMax, Uniform
+from jquant.grids.ranges import MSE, MinMax
+from jquant.grids.uniform import Uniform
 
 __all__ = ["MSE", "Grid", "MinMax", "Params", "Uniform", "code_dtype", "nearest"]

@@ -26,10 +26,10 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Integer
 
-from jquant.grids.base import Params, code_dtype, nearest
+from jquant.grids.base import Params, code_dtype
+from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax, best_of
 
 
 class Convention(NamedTuple):
@@ -54,37 +54,9 @@ CONVENTIONS: dict[str, Convention] = {
     "S3": Convention("even", 2, "none"),
 }
 
-# The least scale of each storable type: below, a scale would be flushed to zero. float16 keeps its
-# subnormals, which are ordinary numbers in the float32 arithmetic that uses them.
-LEAST_SCALE = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-24}
-
 # A step below 2^-16 of the group's largest weight (only A2 and A3, far from zero) would make zero
 # points that float32 cannot subtract exactly from a code.
 LEAST_STEP = 2.0**-16
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class MinMax:
-    """The range of a group is that of its weights: nothing is clipped that need not be."""
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class MSE:
-    """The range is the weights' own times the best of `steps` factors `1 - i / resolution`.
-
-    Best by the sum of `importance * |error| ** norm` under nearest rounding; the factor 1 wins
-    ties, so the result is never worse than `MinMax` in that measure. Defaults: GPTQ's own search.
-    """
-
-    steps: int = 80
-    resolution: int = 100
-    norm: float = 2.4
-
-    def __post_init__(self) -> None:
-        if not 0 < self.steps <= self.resolution or self.norm <= 0:
-            raise ValueError(f"MSE needs 0 < steps <= resolution and norm > 0, got {self}")
 
 
 @jax.tree_util.register_static
@@ -108,7 +80,7 @@ class Uniform:
         >>> params = grid.fit(jnp.array([[-1.0, 0.0, 0.4, 2.0]]))
         >>> float(params["scale"][0]), int(params["zero"][0])
         (1.0, 1)
-        >>> grid.decode(nearest(grid, jnp.array([[-1.0, 0.0, 0.4, 2.0]]), params), params).tolist()
+        >>> grid.decode(grid.nearest(jnp.array([[-1.0, 0.0, 0.4, 2.0]]), params), params).tolist()
         [[-1.0, 0.0, 0.0, 2.0]]
 
     References:
@@ -177,22 +149,7 @@ class Uniform:
         low, high = jnp.clip(low, -cap, cap), jnp.clip(high, -cap, cap)
         if isinstance(self.range, MinMax):
             return self._params(low, high)
-        search = self.range
-        weight = jnp.float32(1.0) if importance is None else importance.astype(jnp.float32)
-
-        def loss(factor: Float[Array, ""]) -> Float[Array, "*g"]:
-            params = self._params(low * factor, high * factor)
-            error = jnp.abs(w - self.decode(nearest(self, w, params), params))
-            return jnp.sum(weight * error**search.norm, axis=-1)
-
-        def better(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-            factor = 1.0 - i.astype(jnp.float32) / search.resolution
-            now = loss(factor)
-            return jnp.where(now < best[0], now, best[0]), jnp.where(now < best[0], factor, best[1])
-
-        one = jnp.ones_like(low)
-        _, factor = lax.fori_loop(1, search.steps, better, (loss(jnp.float32(1.0)), one))
-        return self._params(low * factor, high * factor)
+        return best_of(self.range, self, w, importance, lambda f: self._params(low * f, high * f))
 
     def _params(self, low: Float[Array, "*g"], high: Float[Array, "*g"]) -> Params:
         """Scale and zero point of a range, as the convention has them."""
