@@ -16,6 +16,7 @@ from jquant.progress import Progress
 from jquant.qtensor import QTensor, dequantize, tree_map_weights
 from jquant.quantize import quantize
 from jquant.report import Report
+from jquant.rounding import stochastic_round
 from jquant.scheme import Plan, Scheme, keep
 from jquant.solve import quantize_weight
 
@@ -49,5 +50,6 @@ __all__ = [
     "realize",
     "rounding",
     "save",
+    "stochastic_round",
     "tree_map_weights",
 ]

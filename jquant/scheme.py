@@ -26,8 +26,9 @@ class Scheme:
 
     Args:
         grid: the values a weight may take, e.g. `grids.Uniform(4)`.
-        blocks: groups that share grid parameters: None (the whole input axis, one group per output
-            channel), an int (groups along the input axis) or `Blocks(axis, size)`.
+        blocks: groups that share grid parameters: None (the group size the grid's format fixes, as
+            of MX and NV; else the whole input axis, one group per output channel), an int (groups
+            along the input axis) or `Blocks(axis, size)`.
         rounding: how codes are chosen, e.g. `rounding.GPTQ()`.
         fallback: whether nearest rounding may stand in where the rounding's factorisation fails at
             every damping; the report says where it did. Otherwise that is an error.
@@ -44,7 +45,9 @@ class Scheme:
     fallback: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.blocks, Blocks):
+        if self.blocks is None:
+            object.__setattr__(self, "blocks", Blocks("in", getattr(self.grid, "group", None)))
+        elif not isinstance(self.blocks, Blocks):
             object.__setattr__(self, "blocks", Blocks("in", self.blocks))
 
     @property

@@ -10,7 +10,7 @@ import numpy as np
 
 from jquant.blocks import Blocks
 from jquant.grids import MSE, Grid, Uniform
-from jquant.rounding import GPTQ, Nearest, Rounding
+from jquant.rounding import GPTQ, Nearest, Rounding, Stochastic
 
 UNIFORM: dict[str, Uniform] = {
     "A1-2": Uniform(2),
@@ -29,6 +29,7 @@ GRIDS: dict[str, Grid] = {**UNIFORM}
 
 ROUNDINGS: dict[str, Rounding] = {
     "nearest": Nearest(),
+    "stochastic": Stochastic(),
     "gptq": GPTQ(),
     "gptq-natural": GPTQ(order="natural"),
     "gptq-dynamic": GPTQ(order="natural", groups="dynamic"),

@@ -42,9 +42,9 @@ def test_codes_and_parameters_are_what_a_rounding_promises(rounding, grid, shape
 def test_a_second_call_with_equal_shapes_does_not_compile(rounding, compiles):
     rounding, grid, blocks = ROUNDINGS[rounding], Uniform(4), Blocks("in", 8)
     (w, moment), (other, more) = layer(12, 40), layer(12, 40, seed=1)
-    rounding(w, grid, blocks, evidence=moment)
+    rounding(w, grid, blocks, evidence=moment, key=jax.random.key(0))
     with compiles() as programs:
-        rounding(other, Uniform(4), Blocks("in", 8), evidence=more)
+        rounding(other, Uniform(4), Blocks("in", 8), evidence=more, key=jax.random.key(1))
     assert programs == []
 
 

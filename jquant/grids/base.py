@@ -6,7 +6,10 @@
 
 Every rounding only ever chooses between `lo` and `hi`, so any rounding runs on any grid. Arrays of
 weights are `[*g, b]` (groups, weights within a group); parameter leaves are `[*g]` or `[*g, k]`.
-A grid is a frozen dataclass registered static: hashable, comparable, printable, without arrays.
+Of a whole weight, `*g` is `[*batch, rows, n]`, and an axis of a leaf that stands for rows or n may
+have size one: one table for a row, `[rows, 1, k]`, one scale for the tensor, `[1, 1]`. A grid is a
+frozen dataclass registered static: hashable, comparable, printable, without arrays. Where a format
+fixes the size of a group, the grid says so in an attribute `group`.
 """
 
 from __future__ import annotations

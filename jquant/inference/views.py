@@ -101,8 +101,10 @@ def _gather(q: QTensor, rest: Sequence[Any], eqn: core.JaxprEqn) -> jax.Array | 
     whole = params["slice_sizes"] == (1, q.shape[-1])
     last = eqn.outvars[0].aval.ndim - 1  # type: ignore[attr-defined]
     two = all(leaf.ndim == 2 for leaf in q.params.values())
+    # Only a float parameter of its own can say that a row is out of range: NaN.
+    tells = any(len(x) > 1 and jnp.issubdtype(x.dtype, jnp.floating) for x in q.params.values())
     if (
-        not (plain and rows and whole and two and numbers.offset_dims == (last,))
+        not (plain and rows and whole and two and tells and numbers.offset_dims == (last,))
         or q.blocks.axis != "in"
     ):
         return None
@@ -113,7 +115,8 @@ def _gather(q: QTensor, rest: Sequence[Any], eqn: core.JaxprEqn) -> jax.Array | 
         changed = {**params, "slice_sizes": (1, leaf.shape[1]), "fill_value": fill}
         return eqn.primitive.bind(leaf, rest[0], **changed)
 
-    codes, grid_params = jax.tree.map(pick, (q.codes, dict(q.params)))
+    codes = pick(q.codes)
+    grid_params = {name: x[0] if len(x) == 1 else pick(x) for name, x in q.params.items()}
     values = q.grid.decode(to_blocks(codes.astype(jnp.int32), q.blocks), grid_params)
     return from_blocks(values, q.blocks, q.shape[-1]).astype(q.dtype)
 

@@ -3,5 +3,6 @@
 from jquant.rounding.base import Rounded, Rounding
 from jquant.rounding.elementwise import Nearest
 from jquant.rounding.gptq import GPTQ
+from jquant.rounding.stochastic import Stochastic, stochastic_round
 
-__all__ = ["GPTQ", "Nearest", "Rounded", "Rounding"]
+__all__ = ["GPTQ", "Nearest", "Rounded", "Rounding", "Stochastic", "stochastic_round"]

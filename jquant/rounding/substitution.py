@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
-from jquant.grids.base import Grid, Params, nearest
+from jquant.grids.base import Grid, Params, code_dtype, nearest
 from jquant.rounding.factor import Factor
 
 EXACT = lax.Precision.HIGHEST
@@ -32,12 +32,16 @@ CHUNK = 256  # earlier columns per matrix product; see docs/notes/gptq-solver.md
 class Known(NamedTuple):
     """Parameters of all columns: a table, and every column's entry in it."""
 
-    table: Params  # leaves [units, m, …]
+    table: Params  # leaves [units, m, …]; [1, m, …] where one serves all units
     entry: Integer[Array, " in"]
 
     def at(self, source: Integer[Array, " n"]) -> Params:
         entry = jnp.take(self.entry, source)
-        return jax.tree.map(lambda leaf: jnp.take(leaf, entry, axis=0), self.table)
+
+        def pick(leaf: Array) -> Array:
+            return jnp.take(leaf, jnp.minimum(entry, leaf.shape[0] - 1), axis=0)
+
+        return jax.tree.map(pick, self.table)
 
 
 class Run(NamedTuple):
@@ -52,7 +56,7 @@ class Run(NamedTuple):
 class Solved(NamedTuple):
     """What the sweep leaves behind, place by place."""
 
-    codes: Integer[Array, "n m b"]  # int8 or uint8
+    codes: Integer[Array, "n m b"]  # whole bytes: XLA slices no smaller ones
     plain: Float[Array, "n m b"]  # errors of nearest rounding with the static parameters
     fitted: Params | None  # leaves [units, m, …], if parameters were fitted on the way
 
@@ -84,7 +88,8 @@ def substitute(
     """
     m, b = columns.shape[1:]
     everyone = jnp.zeros(len(columns), jnp.int32)
-    narrow = jnp.int8 if grid.codes[0] < 0 else jnp.uint8
+    stored = jnp.iinfo(code_dtype(grid))
+    narrow = stored.dtype if stored.bits >= 8 else jnp.int8 if stored.min < 0 else jnp.uint8
 
     def fit(w: Array, pull: Array, inner: Array, edges: Array) -> Params:
         """Parameters of one unit, from its weights as moved by earlier columns: `w + G⁻¹ pull`."""

@@ -1,0 +1,183 @@
+"""Stochastic rounding: up or down at random, so that the mean is what was rounded.
+
+Of the two neighbours `a <= x <= b` of a number, b is taken with probability `(x - a) / (b - a)`.
+The error of one number is larger than that of the nearest, by up to a whole step, but it has mean
+zero, and errors of many numbers average out: sums and means of rounded numbers are right where
+nearest rounding is off by the same amount every time (Croci et al. 2022 survey it). `Stochastic` is
+a rounding of weights on any grid; `stochastic_round` a function of arrays, for states of optimizers
+and whatever else is kept in few bits and changed in small steps.
+
+Randomness comes from an explicit key. Equal keys give equal results; the number of devices and the
+sharding change nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+
+from jquant import noise
+from jquant.blocks import Blocks, from_blocks, to_blocks
+from jquant.calibration.evidence import Evidence
+from jquant.grids.base import Grid, Params, code_dtype
+from jquant.rounding.base import Rounded
+from jquant.rounding.elementwise import fit_grid, second_moment
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Stochastic:
+    """Each weight to one of its two neighbouring codes, with its value as the mean.
+
+    Unbiased where the grid encloses the weight; a weight outside its range is clipped as by
+    `Nearest`. Needs a key: `quantize(..., key=)` derives one per path.
+
+    Args:
+        source: where random words come from, see `jquant.noise`; `"hash"` or `"threefry"`.
+
+    Raises:
+        ValueError: there is no such source; when called, without a key.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> w = jnp.array([[0.0, 0.3, 3.0]])
+        >>> keys = jax.random.split(jax.random.key(0), 1000)
+        >>> codes = jax.vmap(lambda key: Stochastic()(w, Uniform(2), key=key).codes)(keys)
+        >>> [round(float(x), 1) for x in codes.astype(float).mean((0, 1))]
+        [0.0, 0.3, 3.0]
+    """
+
+    source: noise.Source = "hash"
+
+    def __post_init__(self) -> None:
+        if self.source not in noise.SOURCES:
+            raise ValueError(
+                f"Stochastic.source must be one of {noise.SOURCES}, got {self.source!r}"
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"key"})
+
+    def __call__(
+        self,
+        w: Float[Array, "*batch out in"],
+        grid: Grid,
+        blocks: Blocks = Blocks(),
+        *,
+        evidence: Evidence | Float[Array, "*batch in in"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Rounded:
+        """Codes `[*batch, out, in]` in the grid's code dtype, parameters `[*batch, rows, n, …]`."""
+        if key is None:
+            raise ValueError("Stochastic rounding needs randomness: pass key=jax.random.key(...)")
+        return _round(w, second_moment(evidence), key, self, grid, blocks)
+
+
+@partial(jax.jit, static_argnames=("choice", "grid", "blocks"))
+def _round(
+    w: Float[Array, "*batch out in"],
+    moment: Float[Array, "*batch in in"] | None,
+    key: PRNGKeyArray,
+    choice: Stochastic,
+    grid: Grid,
+    blocks: Blocks,
+) -> Rounded:
+    w = w.astype(jnp.float32)
+    params = fit_grid(w, grid, blocks, moment)
+    # Drawn in the weight's own order: groups are no part of what a weight's luck depends on.
+    luck = to_blocks(noise.uniform(key, w.shape, choice.source), blocks)
+    codes = _either(to_blocks(w, blocks), luck, grid, params)
+    length = w.shape[-1 if blocks.axis == "in" else -2]
+    return Rounded(from_blocks(codes, blocks, length).astype(code_dtype(grid)), params, {})
+
+
+def _either(
+    w: Float[Array, "*g b"], luck: Float[Array, "*g b"], grid: Grid, params: Params
+) -> Shaped[Array, "*g b"]:
+    """The upper code where luck, uniform in `[0, 1)`, is below the weight's share of the step."""
+    lo, hi = grid.bracket(w, params)
+    below, above = grid.decode(lo, params), grid.decode(hi, params)
+    return jnp.where(luck * (above - below) < w - below, hi, lo)
+
+
+@partial(jax.jit, static_argnames=("to", "source"))
+def stochastic_round(
+    key: PRNGKeyArray, x: Shaped[Array, ...], to: Any, *, source: noise.Source = "hash"
+) -> Shaped[Array, ...]:
+    """Round an array to a dtype or onto a grid, up or down at random, without bias.
+
+    Args:
+        key: randomness; use a new one for every call (`jax.random.fold_in(key, step)`).
+        x: floating, any shape; computed in float32.
+        to: a floating or integer dtype, or a grid. A grid is fitted to the last axis, as one group.
+        source: where random words come from: `"hash"` (about as fast as a cast) or `"threefry"`.
+
+    Returns:
+        `x` in that dtype, or float32 values on the grid. A number that the dtype or the grid holds
+        exactly is kept; one beyond the largest becomes the largest (so that finite stays finite);
+        NaN and infinities stay what they are in floating dtypes, as far as these have them.
+
+    Raises:
+        ValueError: `x` is not floating, or `to` is neither a dtype of numbers nor a grid.
+
+    Example:
+        >>> x = jnp.full(10_000, 1.001)  # bfloat16 has 1 and 1.0078 there
+        >>> y = stochastic_round(jax.random.key(0), x, jnp.bfloat16)
+        >>> sorted(set(y.tolist())), abs(float(y.astype(float).mean()) - 1.001) < 1e-4
+        ([1.0, 1.0078125], True)
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"stochastic_round takes floating arrays, got {x.dtype}")
+    x = x.astype(jnp.float32)
+    if isinstance(to, Grid):
+        params = to.fit(x)
+        return to.decode(_either(x, noise.uniform(key, x.shape, source), to, params), params)
+    try:
+        dtype = jnp.dtype(to)
+    except TypeError:
+        raise ValueError(f"stochastic_round rounds to a dtype or a grid, got {to!r}") from None
+    if jnp.issubdtype(dtype, jnp.integer):
+        return _to_integer(x, noise.uniform(key, x.shape, source), dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"stochastic_round rounds to numbers, got the dtype {dtype}")
+    if jnp.finfo(dtype).nmant >= 23:
+        return x.astype(dtype)
+    return _to_floating(x, noise.words(key, x.shape, source), dtype)
+
+
+def _to_integer(x: Float[Array, ...], luck: Float[Array, ...], dtype: Any) -> Shaped[Array, ...]:
+    whole = jnp.floor(x)
+    return jnp.clip(jnp.where(luck < x - whole, whole + 1, whole), *_limits(dtype)).astype(dtype)
+
+
+def _limits(dtype: Any) -> tuple[float, float]:
+    """The integer dtype's limits, or what float32 has next to the largest inside."""
+    info, top = jnp.iinfo(dtype), np.float32(jnp.iinfo(dtype).max)
+    return float(info.min), float(top if int(top) <= info.max else np.nextafter(top, 0))
+
+
+def _to_floating(x: Float[Array, ...], word: Shaped[Array, ...], dtype: Any) -> Shaped[Array, ...]:
+    """By arithmetic on the bits: a random number below the last kept bit is added, the rest cut.
+
+    The bits of a float32 are a sign and a magnitude that counts the numbers from zero up, so this
+    is right across powers of two as well.
+    """
+    info = jnp.finfo(dtype)
+    drop = 23 - info.nmant
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    kept = (bits + (word >> (32 - drop))) & jnp.uint32(2**32 - 2**drop)
+    y = lax.bitcast_convert_type(kept, jnp.float32)
+    if info.minexp > -126:  # below its least normal number the dtype's steps no longer shrink
+        step = jnp.float32(2.0 ** (info.minexp - info.nmant))
+        low = jnp.floor(jnp.abs(x) / step + (word >> 8).astype(jnp.float32) * 2.0**-24) * step
+        y = jnp.where(jnp.abs(x) < 2.0**info.minexp, jnp.copysign(low, x), y)
+    y = jnp.clip(y, float(info.min), float(info.max))
+    return jnp.where(jnp.isfinite(x), y, x).astype(dtype)

@@ -1,0 +1,219 @@
+"""Stochastic rounding: neighbours only, the right mean, the right variance, nothing else."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from cases import BLOCKS, GRIDS, layer
+
+import jquant as jq
+from jquant.blocks import from_blocks, to_blocks
+from jquant.grids import Uniform
+from jquant.rounding import Stochastic
+
+KEY = jax.random.key(0)
+DTYPES = [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+rounded = jq.stochastic_round
+
+
+def numbers(dtype, count=4096):
+    """Float32 numbers over the whole range of a dtype, subnormals and both signs."""
+    info, random = ml_dtypes.finfo(dtype), np.random.default_rng(0)
+    low, high = np.log2(float(info.smallest_subnormal)) - 2, np.log2(float(info.max))
+    x = 2.0 ** random.uniform(max(low, -126), high, count) * random.choice([-1, 1], count)
+    return np.clip(x, float(info.min), float(info.max)).astype(np.float32)
+
+
+def neighbours(x, dtype):
+    """The largest number of the dtype that is not above, the smallest that is not below: float64.
+
+    By trying all of them.
+    """
+    words = np.arange(2 ** (8 * np.dtype(dtype).itemsize), dtype=np.uint32)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        points = words.astype(f"u{np.dtype(dtype).itemsize}").view(dtype).astype(np.float64)
+    points = np.unique(points[np.isfinite(points)])
+    at = np.searchsorted(points, x.astype(np.float64), side="right") - 1
+    below = points[at]
+    return below, np.where(below == x, below, points[np.minimum(at + 1, len(points) - 1)])
+
+
+@each_dtype
+def test_a_number_becomes_one_of_its_neighbours_and_both_come(dtype):
+    x = numbers(dtype)
+    below, above = neighbours(x, dtype)
+    seen = np.stack([
+        np.asarray(rounded(jax.random.key(seed), jnp.asarray(x), dtype)).astype(np.float64)
+        for seed in range(16)
+    ])  # fmt: skip
+    assert ((seen == below) | (seen == above)).all()
+    inside = np.clip((x - below) / np.where(above > below, above - below, 1), 0, 1)
+    fair = (inside > 0.4) & (inside < 0.6)
+    assert fair.sum() > 100
+    assert ((seen == below).any(0) & (seen == above).any(0))[fair].mean() > 0.99
+
+
+@each_dtype
+@pytest.mark.parametrize("source", ["hash", "threefry"])
+def test_the_mean_is_the_number(dtype, source):
+    count, x = 1 << 16, 1.3 * 2.0**-5
+    (below,), (above,) = neighbours(np.array([x], np.float32), dtype)
+    y = np.asarray(rounded(KEY, jnp.full(count, x), dtype, source=source)).astype(np.float64)
+    p = (np.float32(x) - below) / (above - below)
+    sigma = (above - below) * np.sqrt(p * (1 - p) / count)
+    assert abs(y.mean() - np.float32(x)) < 5 * sigma
+    variance = (above - below) ** 2 * p * (1 - p)
+    assert abs(y.var() - variance) < 0.05 * variance
+
+
+@each_dtype
+def test_what_the_dtype_holds_is_kept(dtype):
+    size = np.dtype(dtype).itemsize
+    words = np.arange(2 ** (8 * size), dtype=np.uint32).astype(f"u{size}")
+    x = words.view(dtype).astype(np.float32)
+    back = np.asarray(rounded(KEY, jnp.asarray(x), dtype)).astype(np.float32)
+    # XLA's CPU backend takes float32's own subnormals for zero; bfloat16's lie among them.
+    normal = ~(np.abs(x) < np.finfo(np.float32).tiny)
+    np.testing.assert_array_equal(back[normal], x[normal])
+
+
+@each_dtype
+def test_beyond_the_largest_number_is_the_largest(dtype):
+    top = float(ml_dtypes.finfo(dtype).max)
+    x = jnp.asarray([top * 1.001, -top * 1.001, np.float32(top), 3.3e38])
+    y = np.asarray(rounded(KEY, x, dtype)).astype(np.float64)
+    np.testing.assert_array_equal(y[:3], [top, -top, top])
+    assert np.isfinite(y).all()
+
+
+def test_nan_and_infinity_stay():
+    y = np.asarray(rounded(KEY, jnp.array([jnp.nan, jnp.inf, -jnp.inf]), jnp.bfloat16), np.float32)
+    assert np.isnan(y[0]) and y[1] == np.inf and y[2] == -np.inf
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int32])
+def test_integers(dtype):
+    x = jnp.full(1 << 14, 3.25)
+    y = np.asarray(rounded(KEY, x, dtype)).astype(int)
+    assert set(y) == {3, 4} and abs(y.mean() - 3.25) < 0.02
+    info = jnp.iinfo(dtype)
+    ends = np.asarray(rounded(KEY, jnp.array([1e12, -1e12]), dtype)).astype(int)
+    assert ends[1] == info.min and info.max - 128 <= ends[0] <= info.max
+
+
+def test_small_steps_are_not_lost():
+    """What it is for: a state in bfloat16 that grows by less than half its last digit."""
+    steps, grow = 512, jnp.float32(2.0**-10)
+
+    def add(state, key):
+        near, random = state
+        wide = random.astype(jnp.float32) + grow
+        return ((near.astype(jnp.float32) + grow).astype(jnp.bfloat16),
+                rounded(key, wide, jnp.bfloat16)), None  # fmt: skip
+
+    start = (jnp.ones(256, jnp.bfloat16), jnp.ones(256, jnp.bfloat16))
+    (near, random), _ = jax.lax.scan(add, start, jax.random.split(KEY, steps))
+    assert (np.asarray(near, np.float32) == 1).all()
+    assert abs(np.asarray(random, np.float32).mean() - 1.5) < 0.01
+
+
+def test_on_a_grid_the_values_are_unbiased():
+    x = jax.random.uniform(KEY, (8, 64), minval=-1.0)
+    keys = jax.random.split(KEY, 2000)
+    y = jax.vmap(lambda key: rounded(key, x, Uniform(3, symmetric=False)))(keys)
+    inside = (x > jnp.min(y, (0, 2))[:, None]) & (x < jnp.max(y, (0, 2))[:, None])
+    step = 2 / 7
+    assert jnp.abs(jnp.where(inside, y.mean(0) - x, 0)).max() < 5 * step / 2 / np.sqrt(2000)
+
+
+@pytest.mark.parametrize("shape", BLOCKS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_codes_are_the_neighbours(grid, shape):
+    (out, width), blocks = BLOCKS[shape]
+    grid, (w, _) = GRIDS[grid], layer(out, width)
+    result = Stochastic()(w, grid, blocks, key=KEY)
+    grouped = to_blocks(w, blocks)
+    lo, hi = grid.bracket(grouped, grid.fit(grouped))
+    length = width if blocks.axis == "in" else out
+    codes = np.asarray(result.codes).astype(int)
+    lo, hi = (np.asarray(from_blocks(x, blocks, length)) for x in (lo, hi))
+    assert ((codes == lo) | (codes == hi)).all()
+
+
+def test_the_codes_of_a_weight_are_unbiased():
+    w, _ = layer(6, 32)
+    grid = Uniform(4)
+    keys = jax.random.split(KEY, 2000)
+    codes = jax.vmap(lambda key: Stochastic()(w, grid, key=key).codes)(keys).astype(jnp.float32)
+    params = grid.fit(to_blocks(w, jq.Blocks()))
+    where = w / params["scale"] + params["zero"].astype(jnp.float32)
+    where = jnp.clip(where, 0, 15)
+    assert jnp.abs(codes.mean(0) - where).max() < 5 * 0.5 / np.sqrt(2000)
+
+
+def test_luck_does_not_depend_on_the_groups():
+    w = jnp.full((4, 64), 0.3).at[:, ::16].set(1.0).at[:, 1::16].set(-1.0)
+    one, two = (
+        Stochastic()(w, Uniform(4), jq.Blocks("in", size), key=KEY).codes for size in (16, 32)
+    )
+    np.testing.assert_array_equal(one, two)
+
+
+def test_adding_a_weight_changes_no_other():
+    def fn(params, x):
+        for name in sorted(params):
+            x = x @ params[name]
+        return x
+
+    weights = {name: jax.random.normal(jax.random.key(n), (8, 8)) for n, name in enumerate("abc")}
+
+    def codes(params):
+        found = jq.find_weights(fn, params, jnp.ones((1, 8)))
+        plan = jq.plan(found, {".*": jq.Scheme(Uniform(3), None, Stochastic())})
+        return jq.quantize(fn, params, plan, key=KEY)[0]
+
+    few, all_ = codes({name: weights[name] for name in "ac"}), codes(weights)
+    for name in "ac":
+        np.testing.assert_array_equal(few[name].codes, all_[name].codes)
+    same = jq.tree_map_weights(lambda q: q, codes({"a": weights["a"], "b": weights["a"]}))
+    assert (np.asarray(same["a"].codes) != np.asarray(same["b"].codes)).any()
+
+
+def test_the_sharding_changes_nothing():
+    x = jax.random.normal(KEY, (8, 16))
+    devices = jax.devices()
+    mesh = jax.sharding.Mesh(np.array(devices[: min(len(devices), 4)]), "d")
+    spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P("d")))
+    one, other = (rounded(KEY, a, jnp.bfloat16) for a in (x, spread))
+    np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+
+def test_without_a_key():
+    w, _ = layer(4, 8)
+    with pytest.raises(ValueError, match="pass key="):
+        Stochastic()(w, Uniform(3))
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    plan = jq.plan(
+        jq.find_weights(fn, {"w": w.T}, jnp.ones((1, 8))),
+        {".*": jq.Scheme(Uniform(3), None, Stochastic())},
+    )
+    with pytest.raises(jq.errors.PlanError, match=r"'w'.*key"):
+        jq.quantize(fn, {"w": w.T}, plan)
+
+
+@pytest.mark.parametrize(
+    ("x", "to", "says"),
+    [
+        (jnp.ones(2), "elephant", "a dtype or a grid, got 'elephant'"),
+        (jnp.ones(2), jnp.complex64, "rounds to numbers"),
+        (jnp.ones(2), bool, "rounds to numbers"),
+        (jnp.ones(2, jnp.int32), jnp.int8, "takes floating arrays, got int32"),
+    ],
+)
+def test_bad_arguments(x, to, says):
+    with pytest.raises(ValueError, match=says):
+        rounded(KEY, x, to)
+    with pytest.raises(ValueError, match="one of"):
+        Stochastic(source="dice")  # type: ignore[arg-type]
