@@ -8,6 +8,7 @@ from jquant import errors, evaluate, grids, models, presets, rounding
 from jquant.allocation import plan
 from jquant.blocks import Blocks, Layout
 from jquant.calibration import Evidence, Weight, capture, find_weights
+from jquant.citations import cite
 from jquant.estimate import Estimate, estimate
 from jquant.inference import apply
 from jquant.io import load, save
@@ -34,6 +35,7 @@ __all__ = [
     "Weight",
     "apply",
     "capture",
+    "cite",
     "dequantize",
     "errors",
     "estimate",

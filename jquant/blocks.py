@@ -161,6 +161,10 @@ class Blocks:
         if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
             raise ValueError(f"Blocks.size must be a positive int or None, got {self.size!r}")
 
+    @property
+    def papers(self) -> tuple[str, ...]:
+        return ("heo2024adadim",) if self.axis == "out" else ()
+
     def group(self, length: int) -> int:
         """The group size on an axis of `length` weights."""
         return length if self.size is None else min(self.size, length)

@@ -2,7 +2,7 @@
 
 A scheme is a grid × a rounding (compensations and activations join later), for groups of weights.
 Everything here is static: schemes print, compare, hash, and are written into checkpoints as they
-    are.
+are.
 """
 
 from __future__ import annotations

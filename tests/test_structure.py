@@ -20,7 +20,7 @@ RANKS = (
     ("calibration",),
     ("rounding", "compensation"),
     ("scheme",),
-    ("report", "progress", "solve", "checks"),
+    ("report", "progress", "solve", "checks", "citations"),
     ("allocation", "presets", "activations", "emulation", "inference", "io"),
     ("work",),
     ("job",),

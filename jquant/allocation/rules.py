@@ -1,8 +1,7 @@
 """From rules to a plan: ordered regular expressions, or a function of the weight.
 
 The first rule whose expression matches a weight's whole path decides. A rule that decides nothing
-is
-a mistake and an error: it matches no path (the nearest are listed), only leaves that are not
+is a mistake and an error: it matches no path (the nearest are listed), only leaves that are not
 weights (the reason is given), or only what earlier rules have taken. A last `".*"` may be left
 over.
 """

@@ -5,8 +5,7 @@ into q, k and v, sliced out of a stack. An `Origin` follows it through such *vie
 of the current array it lists the `Part`s of the parameter's axes that make it up, outermost first.
 When the array is at last contracted, each part's role (in, out, batch) is the role of the array
 axis it lies on; nothing is guessed by rank. An origin is static. A scan drops leading array axes
-without
-telling it: they are simply the first entries of `axes` beyond the array's rank.
+without telling it: they are simply the first entries of `axes` beyond the array's rank.
 """
 
 from __future__ import annotations

@@ -72,8 +72,7 @@ def assemble(sightings: Sequence[tuple[Reading, Evidence]]) -> Evidence:
     """The evidence of a whole weight from uses of it, or of windows of it, with equal axes.
 
     Windows of in axes fill blocks of the second moment, indices of batch axes its slices. Windows
-    of
-    out axes share it: those that saw the same input count once, others are added up.
+    of out axes share it: those that saw the same input count once, others are added up.
     """
     places: dict[tuple[tuple[Part, ...], ...], Evidence] = {}
     for reading, evidence in sightings:

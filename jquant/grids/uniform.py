@@ -4,15 +4,15 @@ Six conventions are in use for the step and the zero point, and mixing them up i
 the field. They are rows of `CONVENTIONS`: every one takes a range `[low, high]` from the weights,
 divides it by a number of steps, and puts zero somewhere:
 
-    id  used by                range                        steps    zero point            codes A1
-    GPTQ (default)         [min(w, 0), max(w, 0)]       2^b - 1  round(-low/s)         0 .. 2^b - 1
-    A2  AWQ, AdaDim            [min w, max w], floor 1e-5   2^b - 1  clip(round(-low/s))   0 .. 2^b
-    - 1 A3  DeepSpeed, asymmetric  [min w, max w]               2^b      round(-low/s), float  0 ..
-    2^b - 1 S1  GPTQ `sym`, DiscQuant  ±max |w|                     2^b - 1  none
-    ±2^(b-1), less one above S2  DeepSpeed, symmetric   ±max |w|                     2^b      none
-    the same S3  restricted (PowerQuant, int8 kernels)  ±max |w|     2^b - 2  none
-    ±(2^(b-1) - 1)
+    id  used by              range                       steps    zero point           codes
+    A1  GPTQ (default)       [min(w, 0), max(w, 0)]      2^b - 1  round(-low/s)        0 .. 2^b - 1
+    A2  AWQ, AdaDim          [min w, max w], floor 1e-5  2^b - 1  clip(round(-low/s))  0 .. 2^b - 1
+    A3  DeepSpeed            [min w, max w]              2^b      round(-low/s)        0 .. 2^b - 1
+    S1  GPTQ, DiscQuant      ±max |w|                    2^b - 1  none                 as int b
+    S2  DeepSpeed            ±max |w|                    2^b      none                 as int b
+    S3  int8 kernels, Power  ±max |w|                    2^b - 2  none                 ± 2^(b-1) - 1
 
+The zero point of A3 need not be a code; *int b* are the codes -2^(b-1) .. 2^(b-1) - 1.
 S1 differs from GPTQ's code on purpose in one thing: there a group without negative weights gets
 half the scale it needs and clips half its range. A2 keeps AWQ's behaviour: a group far from zero
 clips, as its zero point has to be a code. Static: everything but the group parameters, which are
@@ -38,6 +38,7 @@ class Convention(NamedTuple):
     range: Literal["zero inside", "as found", "even"]
     fewer: int  # steps = 2**bits - fewer
     zero: Literal["code", "any", "none"]
+    paper: str  # see `citations.py`
     floor: float = 0.0  # least width of the range
 
     @property
@@ -46,12 +47,12 @@ class Convention(NamedTuple):
 
 
 CONVENTIONS: dict[str, Convention] = {
-    "A1": Convention("zero inside", 1, "code"),
-    "A2": Convention("as found", 1, "code", 1e-5),
-    "A3": Convention("as found", 0, "any"),
-    "S1": Convention("even", 1, "none"),
-    "S2": Convention("even", 0, "none"),
-    "S3": Convention("even", 2, "none"),
+    "A1": Convention("zero inside", 1, "code", "frantar2022gptq"),
+    "A2": Convention("as found", 1, "code", "lin2024awq", 1e-5),
+    "A3": Convention("as found", 0, "any", "yao2022zeroquant"),
+    "S1": Convention("even", 1, "none", "frantar2022gptq"),
+    "S2": Convention("even", 0, "none", "yao2022zeroquant"),
+    "S3": Convention("even", 2, "none", "jacob2018integer"),
 }
 
 # A step below 2^-16 of the group's largest weight (only A2 and A3, far from zero) would make zero
@@ -115,6 +116,10 @@ class Uniform:
             )
 
     @property
+    def papers(self) -> tuple[str, ...]:
+        return (self._row.paper,)
+
+    @property
     def _row(self) -> Convention:
         return CONVENTIONS[str(self.convention)]
 
@@ -133,8 +138,7 @@ class Uniform:
 
         `zero` has the grid's code dtype (float32 in A3, whose zero point may lie outside the
         codes). `importance` weighs the errors of `MSE`; `MinMax` has no use for it. Finite weights
-        give
-        finite parameters and values, whatever their range: ranges are capped at a quarter of
+        give finite parameters and values, whatever their range: ranges are capped at a quarter of
         float32's, and a group of zeros has scale 1.
         """
         w = w.astype(jnp.float32)

@@ -2,9 +2,9 @@
 
 `apply(fn)(qparams, *inputs)` gives what `fn(dequantize(qparams), *inputs)` gives. The walker
 carries each `QTensor` through calls, scans, branches and views, and decodes it at the operation
-that needs
-its values: at any moment the program holds the codes and the few weights in use. A view that cannot
-be expressed on codes waits beside them until then. Under a scan a quantized stack slices itself.
+that needs its values: at any moment the program holds the codes and the few weights in use. A view
+that cannot be expressed on codes waits beside them until then. Under a scan a quantized stack
+slices itself.
 """
 
 from __future__ import annotations

@@ -119,6 +119,11 @@ class GPTQ:
     def needs(self) -> frozenset[str]:
         return frozenset({"moment"} if self.correction is None else {"moment", "drift"})
 
+    @property
+    def papers(self) -> tuple[str, ...]:
+        more = {None: (), "qep": ("arai2025qep",), "gptaq": ("li2025gptaq",)}[self.correction]
+        return ("frantar2022gptq", *more)
+
     def __call__(
         self,
         w: Float[Array, "*batch out in"],

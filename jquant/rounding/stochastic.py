@@ -66,6 +66,10 @@ class Stochastic:
     def needs(self) -> frozenset[str]:
         return frozenset({"key"})
 
+    @property
+    def papers(self) -> tuple[str, ...]:
+        return ("croci2022stochastic",)
+
     def __call__(
         self,
         w: Float[Array, "*batch out in"],
