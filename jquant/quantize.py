@@ -133,24 +133,13 @@ def prepare(
     elif granularity == "all":
         walk = OnePass(fn, params, list(plan), wanted, batches)
     else:
+        stacks = {path: plan.weights[path].stack_axes for path in plan}
         walk = Walk.start(
-            fn, list(arrays.items()), structure, _stacks(plan), batches, granularity,
+            fn, list(arrays.items()), structure, stacks, batches, granularity,
             budget=budget, twin=any("drift" in scheme.rounding.needs for scheme in plan.values()),
         )  # fmt: skip
         _check_reached(plan, walk)
     return walk, arrays
-
-
-def _stacks(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """For each planned weight, the axes of the leaf that are a batch axis and nothing else."""
-    return {
-        path: tuple(
-            axis
-            for axis, factors in enumerate(plan.weights[path].layout.axes)
-            if [factor.role for factor in factors] == ["batch"]
-        )
-        for path in plan
-    }
 
 
 def _check_reached(plan: Plan, walk: Walk) -> None:

@@ -81,6 +81,7 @@ class Flat:
         consts: arrays that the function closes over.
         shapes: of every value.
         layers: pieces → (which loop, which turn); loop -1 where an index stands in the function.
+        outputs: what the function returns.
     """
 
     steps: tuple[Step, ...]
@@ -89,6 +90,7 @@ class Flat:
     consts: dict[int, Any]
     shapes: dict[int, jax.ShapeDtypeStruct]
     layers: dict[Piece, tuple[int, int]]
+    outputs: tuple[Atom, ...]
 
 
 def flatten(
@@ -112,10 +114,10 @@ def flatten(
     flattener = _Flattener(stacks)
     leaves = [flattener.piece(Piece(path), shape) for path, shape in params]
     numbers = [flattener.value(leaf) for leaf in jax.tree.leaves(inputs)]
-    flattener.run(closed, [*leaves, *numbers])
+    outputs = flattener.run(closed, [*leaves, *numbers])
     return Flat(
         tuple(flattener.steps), tuple(numbers), flattener.pieces, flattener.consts,
-        flattener.shapes, flattener.layers,
+        flattener.shapes, flattener.layers, tuple(outputs),
     )  # fmt: skip
 
 

@@ -12,6 +12,9 @@ them. Two things run per stage and batch, each every equation at most once:
 With one level per stage nothing is run twice: a whole network costs one forward and its moments.
 Values that take no more than arithmetic on the inputs (masks, positions) are not kept alive, but
 made again where they are needed.
+
+Where weights are to be compared (`subnets.py`), what that takes is kept alive too, and cut out: a
+`Comparison` starts where the weight's stage starts.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import jax
 from jquant.calibration.flat import Atom, Flat, Piece, Step
 from jquant.calibration.observe import Observer
 from jquant.calibration.origin import Origin, Tagged
+from jquant.calibration.subnets import Level, compared
 from jquant.interpreter import Walker
 
 Granularity = Literal["weight", "block", "all"]
@@ -61,6 +65,18 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What it takes to see what a weight does: `varying` depends on the weight, `fixed` does not.
+
+    `varying` ends in the values that are compared; `words` say what these are.
+    """
+
+    fixed: Segment
+    varying: Segment
+    words: str
+
+
+@dataclass(frozen=True)
 class Cut:
     """A flat function, its stages, and the segments that run them.
 
@@ -75,10 +91,16 @@ class Cut:
     advances: tuple[Segment, ...]
     alive: tuple[frozenset[int], ...]
     nested: Mapping[Piece, str] = field(default_factory=dict)  # piece → the loop its use is in
+    comparisons: Mapping[Piece, Comparison] = field(default_factory=dict)
 
 
-def cut_at_weights(flat: Flat, planned: Callable[[str], bool], granularity: Granularity) -> Cut:
-    """Cut a flat function at the uses of the planned weights."""
+def cut_at_weights(
+    flat: Flat,
+    planned: Callable[[str], bool],
+    granularity: Granularity,
+    level: Level | None = None,
+) -> Cut:
+    """Cut a flat function at the uses of the planned weights; `level`: to compare them there."""
     uses, nested = _uses(flat, planned)
     levels = _levels(flat.steps, uses)
     spans = _spans(flat.steps, uses, levels)
@@ -88,7 +110,7 @@ def cut_at_weights(flat: Flat, planned: Callable[[str], bool], granularity: Gran
         )
         for low, high in _ranges([*spans.values(), *_blocks(flat, spans, granularity)])
     )
-    return _Cutter(flat, stages, uses, levels).cut(nested)
+    return _Cutter(flat, stages, uses, levels, level).cut(nested)
 
 
 Uses = dict[int, tuple[int, ...]]  # step → the weights it uses
@@ -142,9 +164,9 @@ def read(values: Mapping[int, Any], atom: Atom) -> Any:
     return values[atom] if isinstance(atom, int) else atom.val
 
 
-def _needed(steps: Sequence[Step], uses: Uses) -> set[int]:
-    """Positions of the steps that lead to a use of a weight, the uses themselves included."""
-    values: set[int] = set()
+def _needed(steps: Sequence[Step], uses: Uses, values: Iterable[int]) -> set[int]:
+    """Positions of the steps that lead to a use of a weight, to be done too, or to these values."""
+    values = set(values)
     kept: set[int] = set()
     for at in range(len(steps))[::-1]:
         if at in uses or not values.isdisjoint(steps[at].outs):
@@ -231,7 +253,12 @@ class _Cutter:
     """Distributes a flat function's steps over the segments of its stages."""
 
     def __init__(
-        self, flat: Flat, stages: tuple[Stage, ...], uses: Uses, levels: Mapping[int, int]
+        self,
+        flat: Flat,
+        stages: tuple[Stage, ...],
+        uses: Uses,
+        levels: Mapping[int, int],
+        level: Level | None,
     ):
         self.flat, self.stages, self.uses = flat, stages, uses
         self.light = _light(flat, uses)
@@ -241,7 +268,13 @@ class _Cutter:
         self.home = [stage_of.get(levels[step.outs[0]], len(stages)) for step in flat.steps]
         self.made = {n: k for k, step in zip(self.home, flat.steps, strict=True) for n in step.outs}
         self.until: dict[int, int] = {}  # the last stage that reads a value
-        for at in _needed(flat.steps, uses):
+        self.comparisons: dict[Piece, Comparison] = {}
+        for n, (outputs, words) in ({} if level is None else compared(flat, uses, level)).items():
+            k = next(k for k, s in enumerate(stages, start=1) if flat.pieces[n] in s.pieces)
+            whole = self._segment(k, outputs=outputs, last=len(stages))
+            self.until.update((n, max(self.until.get(n, 0), k)) for n in whole.sources)
+            self.comparisons[flat.pieces[n]] = _split(whole, n, words)
+        for at in _needed(flat.steps, uses, self.until):
             for n in flat.steps[at].reads:
                 self.until[n] = max(self.until.get(n, 0), self.home[at])
 
@@ -263,8 +296,9 @@ class _Cutter:
             watched = {n for at in roots for n in self.uses[at]}
             gathers.append(self._segment(k, roots=roots, watched=sorted(watched)))
         return Cut(
-            self.flat, self.stages, advances[0], tuple(gathers), tuple(advances[1:]), alive, nested
-        )
+            self.flat, self.stages, advances[0], tuple(gathers), tuple(advances[1:]), alive,
+            nested, self.comparisons,
+        )  # fmt: skip
 
     def _segment(
         self,
@@ -273,17 +307,41 @@ class _Cutter:
         outputs: Sequence[int] = (),
         roots: Iterable[int] = (),
         watched: Sequence[int] = (),
+        last: int | None = None,
     ) -> Segment:
-        """The steps of a stage that lead to these values and steps, and what they start from."""
-        steps, roots = self.flat.steps, set(roots)
+        """The steps of a stage that lead to these values and steps, and what they start from.
+
+        With `last`, those of all stages up to that one.
+        """
+        steps, roots, last = self.flat.steps, set(roots), stage if last is None else last
         wanted, kept = set(outputs), []
         for at in range(len(steps))[::-1]:
             asked = not wanted.isdisjoint(steps[at].outs)
-            here = self.home[at] == stage or self.light.issuperset(steps[at].outs)
+            here = stage <= self.home[at] <= last or self.light.issuperset(steps[at].outs)
             if at in roots or (asked and here):
                 kept.append(at)
                 wanted.update(steps[at].reads)
         chosen = tuple(steps[at] for at in kept[::-1])
-        made = {n for step in chosen for n in step.outs}
-        reads = (n for step in chosen for n in step.reads if n not in made)
-        return Segment(chosen, tuple(dict.fromkeys(reads)), tuple(outputs), tuple(watched))
+        return Segment(chosen, _sources(chosen), tuple(outputs), tuple(watched))
+
+
+def _sources(steps: Sequence[Step]) -> tuple[int, ...]:
+    """The values that steps read and none of them makes, in the order of the reading."""
+    made = {n for step in steps for n in step.outs}
+    return tuple(dict.fromkeys(n for step in steps for n in step.reads if n not in made))
+
+
+def _split(whole: Segment, weight: int, words: str) -> Comparison:
+    """A segment as two: the steps that do not depend on a weight, and those that do."""
+    depend, varying = {weight}, []
+    for step in whole.steps:
+        if not depend.isdisjoint(step.reads):
+            depend.update(step.outs)
+            varying.append(step)
+    fixed = tuple(step for step in whole.steps if depend.isdisjoint(step.outs))
+    sources, made = _sources(varying), {n for step in fixed for n in step.outs}
+    return Comparison(
+        Segment(fixed, _sources(fixed), tuple(n for n in sources if n in made)),
+        Segment(tuple(varying), sources, whole.outputs),
+        words,
+    )

@@ -27,6 +27,7 @@ from jquant.calibration.evidence import Evidence
 from jquant.calibration.flat import Piece, flatten
 from jquant.calibration.segments import Task, segment_key
 from jquant.calibration.stages import Cut, Granularity, Segment, Stage, cut_at_weights
+from jquant.calibration.subnets import Level
 from jquant.errors import EvidenceError
 
 Current = Callable[[Piece], Array]  # the array that a piece of the parameters is at the moment
@@ -84,6 +85,7 @@ class Walk:
         *,
         budget: int | None = None,
         twin: bool = False,
+        level: Level | None = None,
     ) -> Walk:
         """Cut `fn` and check that all batches go through it in the same way; nothing is run.
 
@@ -96,6 +98,7 @@ class Walk:
             granularity: what a stage is.
             budget: bytes of values kept on the device between stages; None: no limit.
             twin: also walk the network with the weights it came with.
+            level: what `compare` compares weights on; None: they are not to be compared.
 
         Raises:
             EvidenceError: no batches, or batches that differ in more than their length.
@@ -109,7 +112,7 @@ class Walk:
             kind = jax.tree.structure(given), kinds(given)
             if kind not in flats:
                 try:
-                    flats[kind] = _cut(fn, shapes, structure, given, planned, granularity)
+                    flats[kind] = _cut(fn, shapes, structure, given, planned, granularity, level)
                 except Exception as error:  # whatever the function says: Flax has its own errors
                     if not cuts or isinstance(error, EvidenceError):
                         raise
@@ -209,7 +212,8 @@ class Walk:
             if self.full is not None:  # weights of this stage are still what they were
                 full = self._operands(batch, segment, self.full, arrays, original)
             tally.add(run, operands, full)
-            names = {str(k): cut.flat.pieces.get(n) for k, n in enumerate(segment.sources)}
+            pieces = cut.flat.pieces
+            names = {str(k): pieces[n] for k, n in enumerate(segment.sources) if n in pieces}
             if told is not None:
                 tally.wait()
                 told(batch + 1)
@@ -218,6 +222,34 @@ class Walk:
             f", at stage {stage + 1} of {len(self.stages)}, the first that saw it",
         )
         return {names[name]: evidence for name, evidence in found.items()}
+
+    def compare(
+        self, piece: Piece, candidates: Sequence[Array], current: Current
+    ) -> tuple[list[float], int]:
+        """How far candidates for a weight move what the weight is compared on.
+
+        What the weight's stage starts from must be alive. The other weights are `current`, and so
+        is the one that the candidates are measured against.
+
+        Returns:
+            for each candidate the sum of squared differences over all batches, and the number of
+            values that were compared. Each batch is summed in float32, batches in float64.
+        """
+        sums, count = np.zeros(len(candidates)), 0
+        arrays: dict[Piece, Array] = {}
+        original = current(piece)
+        for batch, cut in enumerate(self.cuts):
+            one = cut.comparisons[piece]
+            arrays[piece] = original
+            held = self._run(batch, one.fixed, self.quantized, arrays, current)
+            made = dict(zip(one.fixed.outputs, held, strict=True))
+            wanted = self._run(batch, one.varying, self.quantized, arrays, current, made)
+            count += sum(x.size for x in wanted)
+            for k, candidate in enumerate(candidates):
+                arrays[piece] = candidate
+                found = self._run(batch, one.varying, self.quantized, arrays, current, made)
+                sums[k] += float(_squares(found, wanted))
+        return sums.tolist(), count
 
     def advance(
         self, stage: int | None, current: Current, original: Current, told: Told | None = None
@@ -229,16 +261,28 @@ class Walk:
             arrays: dict[Piece, Array] = {}
             for batch, cut in enumerate(self.cuts):
                 segment = cut.prologue if stage is None else cut.advances[stage]
-                results: list[Array] = []
-                if segment.outputs:
-                    run = segments.advance(segment, self._key(cut, segment))
-                    results = run(self._operands(batch, segment, store, arrays, value))
+                results = self._run(batch, segment, store, arrays, value)
                 store.keep(batch, cut.alive[0 if stage is None else stage + 1])
                 for number, result in zip(segment.outputs, results, strict=True):
                     store.put(batch, number, result)
                 if told is not None and store is self.quantized:
                     jax.block_until_ready(results)
                     told(batch + 1)
+
+    def _run(
+        self,
+        batch: int,
+        segment: Segment,
+        store: Store,
+        arrays: dict[Piece, Array],
+        value: Current,
+        made: Mapping[int, Array] | None = None,
+    ) -> list[Array]:
+        """A segment's outputs; `made` are values that are neither alive nor made in it."""
+        if not segment.outputs:
+            return []
+        run = segments.advance(segment, self._key(self.cuts[batch], segment))
+        return run(self._operands(batch, segment, store, arrays, value, made))
 
     def _key(self, cut: Cut, segment: Segment) -> Any:
         if id(segment) not in self._keys:  # segments live as long as their cut, and that as self
@@ -252,6 +296,7 @@ class Walk:
         store: Store,
         arrays: dict[Piece, Array],
         value: Current,
+        made: Mapping[int, Array] | None = None,
     ) -> list[Any]:
         flat = self.cuts[batch].flat
         inputs = dict(zip(flat.inputs, self.batches[batch], strict=True))
@@ -263,7 +308,8 @@ class Walk:
                 if piece not in arrays:
                     arrays[piece] = value(piece)
                 return arrays[piece]
-            return next(held[number] for held in (alive, inputs, flat.consts) if number in held)
+            held = (alive, made or {}, inputs, flat.consts)
+            return next(values[number] for values in held if number in values)
 
         return [operand(number) for number in segment.sources]
 
@@ -275,13 +321,14 @@ def _cut(
     inputs: tuple[Any, ...],
     planned: Mapping[str, Collection[int]],
     granularity: Granularity,
+    level: Level | None,
 ) -> Cut:
     """Flatten and cut; a stack is taken as a whole unless every layer is used, and by itself."""
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.result_type(x)), inputs)
     shapes, stacks = dict(leaves), dict(planned)
     while True:
         flat = flatten(fn, leaves, structure, abstract, stacks)
-        found = cut_at_weights(flat, planned.__contains__, granularity)
+        found = cut_at_weights(flat, planned.__contains__, granularity, level)
         layers: dict[str, list[tuple[tuple[int, int], ...]]] = {}
         for stage in found.stages:
             for piece in stage.pieces:
@@ -301,3 +348,15 @@ def _covers(shape: Sequence[int], layers: Sequence[tuple[tuple[int, int], ...]])
 
 def _bytes(shape: jax.ShapeDtypeStruct) -> int:
     return math.prod(shape.shape) * shape.dtype.itemsize
+
+
+@jax.jit
+def _squares(found: list[Array], wanted: list[Array]) -> Array:
+    """The sum of squared differences, in float32."""
+
+    def one(x: Array, y: Array) -> Array:
+        if jnp.iscomplexobj(x):
+            return jnp.sum(jnp.abs(x - y) ** 2)
+        return jnp.sum((x.astype(jnp.float32) - y.astype(jnp.float32)) ** 2)
+
+    return sum(map(one, found, wanted), jnp.float32(0))

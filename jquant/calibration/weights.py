@@ -75,6 +75,12 @@ class Weight:
         )
 
     @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The axes of the leaf that are a batch axis and nothing else: layers, experts."""
+        axes = enumerate(self.layout.axes)
+        return tuple(axis for axis, factors in axes if [f.role for f in factors] == ["batch"])
+
+    @property
     def has_inputs(self) -> bool:
         """Whether any use contracts it, so that a second moment exists (a pure lookup has none)."""
         return any(use.kind != "lookup" for use in self.uses)
