@@ -1,7 +1,8 @@
-"""The published GPTQ column loop in PyTorch, transcribed literally (a rival for `gptq_solver.py`).
+"""The published GPTQ column loop in PyTorch, transcribed literally: a rival to measure against.
 
-As in IST-DASLab/gptq `gptq.py`: Cholesky, inverse, Cholesky; blocks of 128 columns; one Python step
-per column; static groups on the A1 grid, natural order. Returns codes and dequantized weights.
+As `fasterquant` in IST-DASLab/gptq `gptq.py`: Cholesky, inverse, Cholesky; blocks of 128 columns;
+one Python step per column; static groups on the A1 grid, in natural or (`actorder`) activation
+order. Returns codes and dequantized weights.
 """
 
 from __future__ import annotations
@@ -34,17 +35,21 @@ def gptq(
     group: int = 64,
     damping: float = 0.01,
     block: int = 128,
+    ordered: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (uint8) and values (float32), `[rows, columns]`."""
     w, h, maxq = w.clone(), h.clone(), 2**bits - 1
     columns = w.shape[1]
-    params = [find_params(w[:, i : i + group], maxq) for i in range(0, columns, group)]
     codes, values = torch.zeros(w.shape, dtype=torch.uint8), torch.zeros_like(w)
 
+    diagonal = torch.arange(columns)
     dead = torch.diag(h) == 0
     h[dead, dead] = 1
     w[:, dead] = 0
-    diagonal = torch.arange(columns)
+    params = [find_params(w[:, i : i + group], maxq) for i in range(0, columns, group)]
+    perm = torch.argsort(torch.diag(h), descending=True) if ordered else diagonal
+    w, h, owner = w[:, perm], h[perm][:, perm], (perm // group).tolist()
+
     h[diagonal, diagonal] += damping * torch.mean(torch.diag(h))
     h = torch.linalg.cholesky(h)
     h = torch.cholesky_inverse(h)
@@ -56,7 +61,7 @@ def gptq(
         err1 = torch.zeros_like(w1)
         hinv1 = hinv[i1:i2, i1:i2]
         for i in range(i2 - i1):
-            scale, zero = params[(i1 + i) // group]
+            scale, zero = params[owner[i1 + i]]
             column, d = w1[:, i], hinv1[i, i]
             code = torch.clamp(torch.round(column / scale) + zero, 0, maxq)
             value = scale * (code - zero)
@@ -65,4 +70,5 @@ def gptq(
             w1[:, i:] -= err.unsqueeze(1).matmul(hinv1[i, i:].unsqueeze(0))
             err1[:, i] = err
         w[:, i2:] -= err1.matmul(hinv[i1:i2, i2:])
-    return codes, values
+    back = torch.argsort(perm)
+    return codes[:, back], values[:, back]

@@ -14,44 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gptq_torch import find_params
+from benchmarks.gptq_torch import gptq
 from benchmarks.rivals import child
-
-
-def column_loop(w: torch.Tensor, h: torch.Tensor, block: int = 128) -> torch.Tensor:
-    """`fasterquant` of IST-DASLab/gptq with `actorder` and `static_groups`; values `[out, in]`."""
-    w, h, maxq = w.clone(), h.clone(), 2**child.BITS - 1
-    columns = w.shape[1]
-    dead = torch.diag(h) == 0
-    h[dead, dead] = 1
-    w[:, dead] = 0
-    groups = [find_params(w[:, i : i + child.GROUP], maxq) for i in range(0, columns, child.GROUP)]
-    perm = torch.argsort(torch.diag(h), descending=True)
-    w, h, owner = w[:, perm], h[perm][:, perm], (perm // child.GROUP).tolist()
-    values = torch.zeros_like(w)
-
-    diagonal = torch.arange(columns)
-    h[diagonal, diagonal] += child.DAMPING * torch.mean(torch.diag(h))
-    h = torch.linalg.cholesky(h)
-    h = torch.cholesky_inverse(h)
-    hinv = torch.linalg.cholesky(h, upper=True)
-
-    for i1 in range(0, columns, block):
-        i2 = min(i1 + block, columns)
-        w1 = w[:, i1:i2].clone()
-        err1 = torch.zeros_like(w1)
-        hinv1 = hinv[i1:i2, i1:i2]
-        for i in range(i2 - i1):
-            scale, zero = groups[owner[i1 + i]]
-            column, d = w1[:, i], hinv1[i, i]
-            code = torch.clamp(torch.round(column / scale) + zero, 0, maxq)
-            value = scale * (code - zero)
-            values[:, i1 + i] = value
-            err = (column - value) / d
-            w1[:, i:] -= err.unsqueeze(1).matmul(hinv1[i, i:].unsqueeze(0))
-            err1[:, i] = err
-        w[:, i2:] -= err1.matmul(hinv[i1:i2, i2:])
-    return values[:, torch.argsort(perm)]
 
 
 class Caught(Exception):
@@ -104,7 +68,10 @@ def quantize(model: Any, batches: list[torch.Tensor]) -> dict[str, float]:
         spent["calibration"] += time.perf_counter() - start
         start = time.perf_counter()
         for module in linears:
-            module.weight.data = column_loop(module.weight.data, hessians[module])
+            _, module.weight.data = gptq(
+                module.weight.data, hessians[module],
+                bits=child.BITS, group=child.GROUP, damping=child.DAMPING, ordered=True,
+            )  # fmt: skip
         spent["column loop"] += time.perf_counter() - start
         start = time.perf_counter()
         for number, extra in enumerate(extras):
