@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.blocks import Blocks
-from jquant.grids import MSE, Grid, Uniform
+from jquant.grids import MSE, MX, NV, Float, Grid, Uniform
 from jquant.rounding import GPTQ, Nearest, Rounding, Stochastic
 
 UNIFORM: dict[str, Uniform] = {
@@ -25,7 +25,17 @@ UNIFORM: dict[str, Uniform] = {
     "S2-8": Uniform(8, symmetric=True, convention="S2"),
     "S3-5-bf16": Uniform(5, symmetric=True, convention="S3", scale_dtype="bfloat16"),
 }
-GRIDS: dict[str, Grid] = {**UNIFORM}
+FLOATING: dict[str, Float] = {
+    "E3M2": Float(3, 2),
+    "E5M2-half": Float(5, 2, scale="float16"),
+    "E3M4-bf16-mse": Float(3, 4, scale="bfloat16", range=MSE()),
+    "UE4M3": Float(4, 3, signed=False, scale="float32"),
+    "mx-E2M1": MX(),
+    "mx-E2M1-ceil-mse": MX(scale_rule="ceil", range=MSE()),
+    "mx-INT8": MX("INT8"),
+    "nv": NV(),
+}
+GRIDS: dict[str, Grid] = {**UNIFORM, **FLOATING}
 
 ROUNDINGS: dict[str, Rounding] = {
     "nearest": Nearest(),

@@ -32,7 +32,7 @@ def test_codes_and_parameters_are_what_a_rounding_promises(rounding, grid, shape
     assert grid.codes[0] <= codes.min() and codes.max() <= grid.codes[1]
     rows, length = (out, width) if blocks.axis == "in" else (width, out)
     for leaf in jax.tree.leaves(result.params):
-        assert leaf.shape[:2] == (rows, blocks.count(length))
+        assert leaf.shape[0] in (1, rows) and leaf.shape[1] in (1, blocks.count(length))
         assert np.isfinite(np.asarray(leaf, np.float64)).all()
     for name, value in result.info.items():
         assert value.shape == () and value.dtype == jnp.float32, name

@@ -1,7 +1,19 @@
 """Grids: the points a weight may take. See `jquant.grids.base` for what one is."""
 
 from jquant.grids.base import Grid, Params, code_dtype, nearest
+from jquant.grids.floating import MX, NV, Float
 from jquant.grids.ranges import MSE, MinMax
 from jquant.grids.uniform import Uniform
 
-__all__ = ["MSE", "Grid", "MinMax", "Params", "Uniform", "code_dtype", "nearest"]
+__all__ = [
+    "MSE",
+    "MX",
+    "NV",
+    "Float",
+    "Grid",
+    "MinMax",
+    "Params",
+    "Uniform",
+    "code_dtype",
+    "nearest",
+]

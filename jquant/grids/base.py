@@ -77,7 +77,11 @@ def nearest(grid: Grid, w: Float[Array, "*g b"], params: Params) -> Integer[Arra
 def code_dtype(grid: Grid) -> jnp.dtype:
     """The narrowest JAX integer type that holds the grid's codes; XLA packs the sub-byte ones."""
     lo, hi = grid.codes
-    for dtype in (jnp.int2, jnp.int4, jnp.int8) if lo < 0 else (jnp.uint2, jnp.uint4, jnp.uint8):
+    signed, unsigned = (
+        (jnp.int2, jnp.int4, jnp.int8, jnp.int16),
+        (jnp.uint2, jnp.uint4, jnp.uint8, jnp.uint16),
+    )
+    for dtype in signed if lo < 0 else unsigned:
         if jnp.iinfo(dtype).min <= lo and hi <= jnp.iinfo(dtype).max:
             return jnp.dtype(dtype)
-    raise ValueError(f"codes {lo}..{hi} of {grid} do not fit in 8 bits")
+    raise ValueError(f"codes {lo}..{hi} of {grid} do not fit in 16 bits")

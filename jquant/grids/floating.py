@@ -1,0 +1,250 @@
+"""Floating point grids: `value = scale * (a number of the format)`, MX and NV blocks among them.
+
+A code is the rank of a magnitude with the sign of the number, so codes increase with values, E2M1
+has the codes -7 ... 7, and `|code|` is the bit pattern of the format (`formats.py`). Two numbers
+make the rest: what a format can hold and how the scale of a group is stored.
+
+    MX  scale 2^k in one byte (E8M0), groups of 32    k = floor(log2 max |w|) - floor(log2 largest)
+    NV  scale in E4M3, groups of 16, and one float32  tensor = max |W| / (448 * 6)
+        scale for the tensor                          scale = E4M3(max |w| / 6 / tensor)
+
+Under the rule of OCP for MX, weights between the largest number and the next power of two clip;
+there are two other rules. Static: all but the parameters `scale` `[*g]` and `tensor` `[1, 1]`.
+
+References: OCP Microscaling Formats (MX) v1.0, 2023 (§6.3 has the scale); NVIDIA, Pretraining large
+language models with NVFP4, 2025, https://arxiv.org/abs/2509.25149 (both scales).
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float32, Int32, Integer
+from jaxtyping import Float as Real
+
+from jquant.grids.base import Params
+from jquant.grids.formats import FORMATS, Format, Overflow, Special, find_format
+from jquant.grids.ranges import MSE, MinMax, best_of
+from jquant.grids.scales import CAP, SCALES, Rule, as_stored, power_of_two
+
+MX_FORMATS = ("E2M1", "E2M3", "E3M2", "E4M3", "E5M2", "INT8")
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Float:
+    """Numbers of a floating point format, times a scale per group if asked.
+
+    Args:
+        exponent_bits: 1 to 8.
+        mantissa_bits: 0 to 23, the leading one not counted. Codes take `1 + e + m` bits, of which
+            up to 16 can be stored.
+        signed: whether there are negative numbers; without, they become zero.
+        bias: of the exponent; default as in the row of `formats.FORMATS` of as many bits (E2M1,
+            E2M3, E3M2, E4M3, E5M2, ...), else `2^(e-1) - 1`.
+        special: which patterns are no numbers: "ieee" the top exponent, "nan" the top pattern,
+            "none"; default as `bias`, else "ieee". `Float(5, 10)` is IEEE's half precision.
+        overflow: what `round` makes of numbers beyond the largest: "saturate", or "infinity" (NaN
+            where the format has no infinity, and the largest number where it has no NaN either).
+            Codes are always finite.
+        scale: how the scale of a group is stored: None (there is none), "float32", "float16",
+            "bfloat16", "e8m0" (powers of two) or "e4m3", with one float32 scale per tensor.
+        scale_rule: how "e8m0" takes a power of two from a group's largest weight: "floor" as OCP,
+            "even" rounded to the format's mantissa first (to the next one from 1.75 for E2M1, as
+            compressed-tensors does), "ceil" the least that clips nothing.
+        range: `MinMax()`, or `MSE()` to search for a scale that clips on purpose.
+        group: the group size that a `Scheme` without blocks takes.
+
+    Raises:
+        ValueError: an argument is out of its set, or they contradict each other.
+
+    Example:
+        >>> grid = Float(2, 1, scale="float32")
+        >>> w = jnp.array([[-12.0, 0.0, 0.9, 5.0]])
+        >>> codes = grid.nearest(w, grid.fit(w))
+        >>> codes.tolist(), grid.decode(codes, grid.fit(w)).tolist()
+        ([[-7, 0, 1, 4]], [[-12.0, 0.0, 1.0, 4.0]])
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+    _: KW_ONLY
+    signed: bool = True
+    bias: int | None = None
+    special: Special | None = None
+    overflow: Overflow = "saturate"
+    scale: str | None = None
+    scale_rule: Rule = "floor"
+    range: MinMax | MSE = MinMax()
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        row = self.format
+        object.__setattr__(self, "bias", row.bias)
+        object.__setattr__(self, "special", row.special)
+        rules = get_args(Rule)
+        sets = {"overflow": get_args(Overflow), "scale": (None, *SCALES), "scale_rule": rules}
+        for name, allowed in sets.items():
+            if (got := getattr(self, name)) not in allowed:
+                raise ValueError(f"Float.{name} must be one of {allowed}, got {got!r}")
+        if not isinstance(self.range, MinMax | MSE):
+            raise ValueError(f"Float.range must be MinMax() or MSE(), got {self.range!r}")
+        size = self.group
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"Float.group must be a positive int or None, got {size!r}")
+        if self.scale is None and self.range != MinMax():
+            raise ValueError("Float without a scale has no range to search; pass scale= too")
+        if self.scale != "e8m0" and self.scale_rule != "floor":
+            raise ValueError(f"Float.scale_rule={self.scale_rule!r} is of the scale 'e8m0' alone")
+        if self.scale is not None and row.largest / row.smallest > 2.0**200:
+            raise ValueError(f"{row} spans the range of float32 and needs no scale; pass None")
+
+    @property
+    def format(self) -> Format:
+        """The numbers, without a scale."""
+        size = self.exponent_bits, self.mantissa_bits
+        return find_format(*size, self.bias, self.special, self.signed)
+
+    @property
+    def bits(self) -> int:
+        """Bits a stored code takes."""
+        return self.signed + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """The smallest and the largest code, both included."""
+        top = self.format.top
+        return -top if self.signed else 0, top
+
+    def round(self, x: Real[Array, "*s"]) -> Float32[Array, "*s"]:
+        """Every number as the nearest one of the format, ties to even; the scale has no part.
+
+        Args:
+            x: any shape; arithmetic in float32, which is exact for narrower types.
+
+        Returns:
+            float32, with the sign of zeros kept, NaN where `x` is NaN, and `overflow` as chosen.
+
+        Example:
+            >>> Float(5, 10, overflow="infinity").round(jnp.array([1e-8, 65519.0, 7e4])).tolist()
+            [0.0, 65504.0, inf]
+        """
+        return self.format.round(x, self.overflow)
+
+    def fit(
+        self, w: Real[Array, "*g b"], importance: Real[Array, "*#g #b"] | None = None
+    ) -> Params:
+        """Group parameters: none, or `scale` `[*g]` in its stored dtype, and for "e4m3" `tensor`,
+        float32, over the last two axes of `*g`, which are kept with size one.
+
+        `importance` weighs the errors of `MSE`. Finite weights give finite parameters and values; a
+        group of zeros has scale 1, and one of tiny weights a scale at which values stay normal.
+        """
+        if self.scale is None:
+            return {}
+        w, numbers, stored = w.astype(jnp.float32), self.format, SCALES[self.scale]
+        largest = jnp.max(jnp.abs(w) if self.signed else w, axis=-1, initial=0.0)
+        largest = jnp.minimum(largest, CAP)
+        least = 2.0**-126 / numbers.smallest
+        tensor = None
+        if self.scale == "e4m3":
+            axes = tuple(range(max(largest.ndim - 2, 0), largest.ndim))
+            whole = jnp.max(largest, axis=axes, keepdims=True)
+            unit = numbers.largest * stored.most
+            tensor = as_stored(whole, unit, SCALES["float32"], least / stored.least)
+
+        def at(factor: Array | float) -> Params:
+            if self.scale == "e8m0":
+                return {"scale": power_of_two(largest * factor, numbers, self.scale_rule)}
+            if tensor is None:
+                return {"scale": as_stored(largest * factor, numbers.largest, stored, least)}
+            scale = as_stored(largest * factor, numbers.largest * tensor, stored, 0.0)
+            return {"scale": scale, "tensor": tensor}
+
+        if isinstance(self.range, MinMax):
+            return at(1.0)
+        return best_of(self.range, self, w, importance, at)
+
+    def _scale(self, params: Params) -> Float32[Array, "*g 1"] | None:
+        """What a number of the format is multiplied by, with an axis for the weights of a group."""
+        if self.scale is None:
+            return None  # not 1: dividing by it would flush float32's subnormals to zero
+        scale = params["scale"].astype(jnp.float32)
+        return (scale * params["tensor"] if self.scale == "e4m3" else scale)[..., None]
+
+    def _numbers(self, w: Real[Array, "*g b"], params: Params) -> Float32[Array, "*g b"]:
+        w, scale = w.astype(jnp.float32), self._scale(params)
+        return w if scale is None else w / scale
+
+    def _signed(self, rank: Int32[Array, "*g b"], x: Float32[Array, "*g b"]) -> Array:
+        """Ranks as codes, which have the sign of `x`."""
+        # The sign by its bit: comparisons with zero take tiny numbers for it.
+        sign = lax.bitcast_convert_type(x, jnp.int32) >> 31
+        return (rank ^ sign) - sign if self.signed else jnp.where(sign < 0, 0, rank)
+
+    def nearest(self, w: Real[Array, "*g b"], params: Params) -> Int32[Array, "*g b"]:
+        """The code of the nearest value; ties go to the even mantissa, as IEEE 754 has it."""
+        x = self._numbers(w, params)
+        return self._signed(jnp.minimum(self.format.rank(x), self.format.top), x)
+
+    def bracket(
+        self, w: Real[Array, "*g b"], params: Params
+    ) -> tuple[Int32[Array, "*g b"], Int32[Array, "*g b"]]:
+        """The neighbouring codes; equal where the weight is outside the grid's range."""
+        x = self._numbers(w, params)
+        rank = jnp.minimum(self.format.rank(x), self.format.top)
+        # Positive floats are ordered as their bits are, the tiny ones included.
+        found = lax.bitcast_convert_type(self.format.magnitude(rank), jnp.int32)
+        above = found > lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+        inner = jnp.where(above, rank - 1, rank)
+        outer = jnp.minimum(inner + 1, self.format.top)
+        inner, outer = self._signed(inner, x), self._signed(outer, x)
+        return jnp.minimum(inner, outer), jnp.maximum(inner, outer)
+
+    def decode(self, codes: Integer[Array, "*g b"], params: Params) -> Float32[Array, "*g b"]:
+        """`scale * number`, float32."""
+        codes, scale = codes.astype(jnp.int32), self._scale(params)
+        value = self.format.magnitude(jnp.abs(codes))
+        value = jnp.where(codes < 0, -value, value)
+        return value if scale is None else scale * value
+
+
+def MX(
+    format: str = "E2M1", *, scale_rule: Rule = "floor", range: MinMax | MSE = MinMax()
+) -> Float:
+    """The microscaling grid of OCP: numbers of `format`, a power of two per 32 of them.
+
+    Args:
+        format: "E2M1" (MXFP4), "E2M3", "E3M2" (MXFP6), "E4M3", "E5M2" (MXFP8) or "INT8" (MXINT8,
+            codes -127 ... 127).
+        scale_rule: see `Float`. "floor" is OCP's.
+        range: see `Float`. `MSE()` can only lower a power of two: give it "ceil" to start from.
+
+    Raises:
+        ValueError: there is no such format.
+
+    Example:
+        >>> grid = MX()
+        >>> params = grid.fit(jnp.array([[7.0, 0.3]]))
+        >>> float(params["scale"][0]), grid.nearest(jnp.array([[7.0, 0.3]]), params).tolist()
+        (1.0, [[7, 1]])
+    """
+    if format not in MX_FORMATS:
+        raise ValueError(f"MX.format must be one of {MX_FORMATS}, got {format!r}")
+    numbers = FORMATS[format][:2]
+    return Float(*numbers, scale="e8m0", scale_rule=scale_rule, range=range, group=32)
+
+
+def NV(*, range: MinMax | MSE = MinMax()) -> Float:
+    """NVIDIA's NVFP4: E2M1, an E4M3 scale per 16 of them, and a float32 scale per tensor.
+
+    Example:
+        >>> params = NV().fit(jnp.array([[[2688.0, 0.0], [6.0, 3.0]]]))
+        >>> params["scale"].tolist(), params["tensor"].tolist()
+        ([[448.0, 1.0]], [[1.0]])
+    """
+    return Float(2, 1, scale="e4m3", range=range, group=16)
