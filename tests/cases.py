@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.blocks import Blocks
-from jquant.grids import MSE, MX, NV, Float, Grid, Uniform
+from jquant.grids import MSE, MX, NV, Float, Grid, Power, Uniform
 from jquant.rounding import GPTQ, Nearest, Rounding, Stochastic
 
 UNIFORM: dict[str, Uniform] = {
@@ -35,7 +35,15 @@ FLOATING: dict[str, Float] = {
     "mx-INT8": MX("INT8"),
     "nv": NV(),
 }
-GRIDS: dict[str, Grid] = {**UNIFORM, **FLOATING}
+POWER: dict[str, Power] = {
+    "power-4": Power(4),
+    "power-3-groups": Power(3, per="group", scale_dtype="float16"),
+    "power-8-root": Power(8, 0.5),
+    "power-2-mse": Power(2, 0.7, range=MSE(steps=20, resolution=40)),
+    "power-8-steep": Power(8, 0.2, scale_dtype="bfloat16"),
+    "power-5-flat": Power(5, 3.0),
+}
+GRIDS: dict[str, Grid] = {**UNIFORM, **FLOATING, **POWER}
 
 ROUNDINGS: dict[str, Rounding] = {
     "nearest": Nearest(),

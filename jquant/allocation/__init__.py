@@ -2,6 +2,7 @@
 
 from jquant.allocation.axes import adadim
 from jquant.allocation.choices import Choice, Choices
+from jquant.allocation.exponents import power_exponent
 from jquant.allocation.rules import plan
 
-__all__ = ["Choice", "Choices", "adadim", "plan"]
+__all__ = ["Choice", "Choices", "adadim", "plan", "power_exponent"]

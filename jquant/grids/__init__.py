@@ -2,6 +2,7 @@
 
 from jquant.grids.base import Grid, Params, code_dtype, nearest
 from jquant.grids.floating import MX, NV, Float
+from jquant.grids.power import Power
 from jquant.grids.ranges import MSE, MinMax
 from jquant.grids.uniform import Uniform
 
@@ -13,6 +14,7 @@ __all__ = [
     "Grid",
     "MinMax",
     "Params",
+    "Power",
     "Uniform",
     "code_dtype",
     "nearest",
