@@ -19,10 +19,12 @@ from flax import nnx
 
 import jquant as jq
 from jquant import io
+from jquant.errors import CheckpointError
 from jquant.grids import MSE, Uniform
 from jquant.grids.base import code_dtype
 from jquant.io.bitstream import pack_bits, stream_bytes, unpack_bits
-from jquant.io.leaves import JAX_DTYPES
+from jquant.io.container import Entry
+from jquant.io.leaves import JAX_DTYPES, claim
 
 # name: (grid, blocks, shape, in axes, batch axes)
 SCHEMES = {
@@ -41,6 +43,11 @@ SCHEMES = {
     "searched range": (Uniform(3, range=MSE()), jq.Blocks("in", 8), (16, 4), (0,), ()),
     "float zero": (Uniform(4, convention="A3"), jq.Blocks("in", 8), (16, 4), (0,), ()),
     "restricted": (Uniform(4, True, "S3"), jq.Blocks("in", 8), (16, 4), (0,), ()),
+    "mx": (jq.grids.MX(), None, (2, 70, 5), (1,), (0,)),
+    "nv": (jq.grids.NV(), None, (2, 40, 5), (1,), (0,)),
+    "12 bits": (jq.grids.Float(4, 7, scale="float32"), jq.Blocks("in", 8), (2, 24, 5), (1,), (0,)),
+    "16 bits": (jq.grids.Float(8, 7), jq.Blocks("out", 4), (16, 9), (0,), ()),
+    "16 bits unsigned": (jq.grids.Float(6, 10, signed=False), jq.Blocks(), (16, 9), (0,), ()),
     "bfloat16 scales": (Uniform(4, scale_dtype="bfloat16"), jq.Blocks(), (16, 4), (0,), ()),
 }  # fmt: skip
 
@@ -67,9 +74,14 @@ def assert_same(a, b) -> None:
 # Bit streams
 
 
-@hypothesis.given(bits=st.integers(1, 8), codes=st.lists(st.integers(0, 255), max_size=70))
+def word(bits: int) -> type:
+    """The type of codes of this width."""
+    return np.uint8 if bits <= 8 else np.uint16
+
+
+@hypothesis.given(bits=st.integers(1, 16), codes=st.lists(st.integers(0, 65535), max_size=70))
 def test_streams_are_the_bits_one_after_the_other(bits: int, codes: list[int]) -> None:
-    values = np.array(codes, np.uint8) & ((1 << bits) - 1)
+    values = (np.array(codes, np.uint16) & ((1 << bits) - 1)).astype(word(bits))
     stream = pack_bits(values, bits)
     number = sum(int(v) << (bits * i) for i, v in enumerate(values))
     assert stream.tobytes() == number.to_bytes(stream_bytes(len(codes), bits), "little")
@@ -80,19 +92,23 @@ def test_streams_are_the_bits_one_after_the_other(bits: int, codes: list[int]) -
 GOLDEN = {
     1: "aaaa", 2: "e4e4e4e4", 3: "88c6fa88c6fa", 4: "1032547698badcfe",
     5: "2088418a3928a9c59a7b", 8: "000102030405060708090a0b0c0d0e0f",
+    9: "0002081840a080810308122858c0a0818307",
+    16: "".join(f"{k:02x}00" for k in range(16)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("bits", GOLDEN)
 def test_golden_streams(bits: int) -> None:
-    codes = (np.arange(16) % (1 << bits)).astype(np.uint8)
+    codes = (np.arange(16) % (1 << bits)).astype(word(bits))
     assert pack_bits(codes, bits).tobytes().hex() == GOLDEN[bits]
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", range(1, 17))
 def test_streams_across_chunks(bits: int) -> None:
-    codes = np.random.default_rng(bits).integers(0, 1 << bits, (1 << 18) + 13).astype(np.uint8)
-    np.testing.assert_array_equal(unpack_bits(pack_bits(codes, bits), bits, codes.size), codes)
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (1 << 18) + 13).astype(word(bits))
+    back = unpack_bits(pack_bits(codes, bits), bits, codes.size)
+    assert back.dtype == codes.dtype
+    np.testing.assert_array_equal(back, codes)
 
 
 def test_streams_refuse_what_does_not_fit() -> None:
@@ -100,8 +116,18 @@ def test_streams_refuse_what_does_not_fit() -> None:
         pack_bits(np.array([8], np.uint8), 3)
     with pytest.raises(ValueError, match="take 2 bytes, got 3"):
         unpack_bits(np.zeros(3, np.uint8), 4, 3)
-    with pytest.raises(ValueError, match="from 1 to 8"):
-        pack_bits(np.zeros(3, np.uint8), 9)
+    with pytest.raises(ValueError, match="a code of 512 does not fit in 9 bits"):
+        pack_bits(np.array([512], np.uint16), 9)
+    with pytest.raises(ValueError, match="from 1 to 16"):
+        pack_bits(np.zeros(3, np.uint8), 17)
+
+
+def test_a_stream_wider_than_its_integers_is_refused() -> None:
+    node = {"array": "a", "crc32": "0", "dtype": "int8", "shape": [2], "bits": 12, "low": 0}
+    entry = Entry("U8", (3,), 0, 3)
+    assert claim({**node, "dtype": "int16"}, entry).shape == (2,)
+    with pytest.raises(CheckpointError, match="does not fit its 3 bytes"):
+        claim(node, entry)
 
 
 # Round trips

@@ -1,4 +1,4 @@
-"""Integer codes as dense little-endian bit streams, for every width from 1 to 8.
+"""Integer codes as dense little-endian bit streams, for every width from 1 to 16.
 
 Code `j` of width `b` takes bits `j*b … j*b + b-1` of the stream; bit `k` of a stream is bit `k % 8`
 of byte `k // 8`. The stream of a tensor is flat (row-major) and padded with zero bits to a byte, so
@@ -6,9 +6,10 @@ of byte `k // 8`. The stream of a tensor is flat (row-major) and padded with zer
 and at 4 bits that of every nibble format with the low nibble first.
 
 Eight codes are eight bytes, so one uint64; three shift-and-mask steps fold its lanes together
-(8 bits apart, then 16, then 32), after which its lowest `b` bytes are the stream. No step is per
-code and none depends on whether `b` divides 8. NumPy throughout, in chunks that stay in cache:
-memory is the stream plus one chunk.
+(8 bits apart, then 16, then 32), after which its lowest `b` bytes are the stream. Above 8 bits,
+eight codes are two uint64: two steps fold each, and a third joins the two. No step is per code and
+none depends on whether `b` divides 8. NumPy throughout, in chunks that stay in cache: memory is the
+stream plus one chunk.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 _CHUNK = 1 << 18  # codes at a time: a multiple of 8, small enough for a core's L2 cache
+_STEPS = {8: (8, 16, 32), 16: (16, 32)}  # widths of the lanes that fold, of codes this far apart
 
 
 def stream_bytes(count: int, bits: int) -> int:
@@ -32,8 +34,9 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
     """The bit stream of unsigned codes.
 
     Args:
-        codes: uint8, any shape, read in row-major order; every one below `2**bits`.
-        bits: width, 1 to 8.
+        codes: uint8, or uint16 for more than 8 bits; any shape, read in row-major order; every one
+            below `2**bits`.
+        bits: width, 1 to 16.
 
     Returns:
         uint8 `[ceil(codes.size * bits / 8)]`.
@@ -46,7 +49,7 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
         [33, 3]
     """
     _check_width(bits)
-    flat = np.ascontiguousarray(codes, np.uint8).reshape(-1)
+    flat = np.ascontiguousarray(codes, _word(bits)).reshape(-1)
     stream = np.empty(stream_bytes(flat.size, bits), np.uint8)
     for start in range(0, flat.size, _CHUNK):
         chunk = flat[start : start + _CHUNK]
@@ -55,12 +58,15 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
         if chunk.size % 8:
             chunk = np.pad(chunk, (0, -chunk.size % 8))
         lanes = chunk.view("<u8")
-        gap = 8 - bits  # the empty bits above each code; doubles as lanes join in pairs
-        for width in (8, 16, 32):
+        lane = 8 * flat.itemsize
+        gap = lane - bits  # the empty bits above each code; doubles as lanes join in pairs
+        for width in _STEPS[lane]:
             low = _every(width, width)
             lanes = (lanes & low) | ((lanes & (low << np.uint64(width))) >> np.uint64(gap))
             gap *= 2
-        packed = lanes.view(np.uint8).reshape(-1, 8)[:, :bits].reshape(-1)
+        if 8 < bits < 16:
+            lanes = _join(lanes.reshape(-1, 2), np.uint64(4 * bits))
+        packed = lanes.view(np.uint8).reshape(-1, lane)[:, :bits].reshape(-1)
         at = start * bits // 8
         stream[at : at + packed.size] = packed[: stream.size - at]
     return stream
@@ -71,11 +77,11 @@ def unpack_bits(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
 
     Args:
         stream: uint8 `[ceil(count * bits / 8)]`.
-        bits: width, 1 to 8.
+        bits: width, 1 to 16.
         count: how many codes the stream holds.
 
     Returns:
-        uint8 `[count]`.
+        uint8 `[count]`, or uint16 for more than 8 bits.
 
     Raises:
         ValueError: `bits` is out of range, or the stream is not exactly that long.
@@ -90,21 +96,24 @@ def unpack_bits(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
             f"{count} codes of {bits} bits take {stream_bytes(count, bits)} bytes, "
             f"got {stream.size}"
         )
-    codes = np.empty(count, np.uint8)
+    codes = np.empty(count, _word(bits))
+    lane = 8 * codes.itemsize
     for start in range(0, count, _CHUNK):
         size = min(_CHUNK, count - start)
         at = start * bits // 8
         packed = stream[at : at + stream_bytes(size, bits)]
-        wide = np.zeros((-(-size // 8), 8), np.uint8)
+        wide = np.zeros((-(-size // 8), lane), np.uint8)
         whole = packed.size // bits
         wide[:whole, :bits] = packed[: whole * bits].reshape(whole, bits)
         wide[whole:, : packed.size - whole * bits] = packed[whole * bits :]
         lanes = wide.view("<u8").reshape(-1)
-        for width in (32, 16, 8):
-            gap = (8 - bits) * width // 8
+        if 8 < bits < 16:
+            lanes = _part(lanes.reshape(-1, 2), np.uint64(4 * bits))
+        for width in reversed(_STEPS[lane]):
+            gap = (lane - bits) * width // lane
             low = _every(width - gap, width)
             lanes = (lanes & low) | ((lanes & (low << np.uint64(width - gap))) << np.uint64(gap))
-        codes[start : start + size] = lanes.view(np.uint8)[:size]
+        codes[start : start + size] = lanes.view(codes.dtype)[:size]
     return codes
 
 
@@ -116,6 +125,24 @@ def _every(ones: int, width: int) -> np.uint64:
     return np.uint64(mask)
 
 
+def _join(pairs: np.ndarray, bits: np.uint64) -> np.ndarray:
+    """Pairs of words with `bits` bits in each, moved together."""
+    low, high = pairs[:, 0], pairs[:, 1]
+    return np.stack([low | (high << bits), high >> (np.uint64(64) - bits)], axis=1).reshape(-1)
+
+
+def _part(pairs: np.ndarray, bits: np.uint64) -> np.ndarray:
+    """The inverse of `_join`."""
+    mask = (np.uint64(1) << bits) - np.uint64(1)
+    high = (pairs[:, 0] >> bits) | (pairs[:, 1] << (np.uint64(64) - bits))
+    return np.stack([pairs[:, 0] & mask, high & mask], axis=1).reshape(-1)
+
+
+def _word(bits: int) -> np.dtype:
+    """The dtype of codes of this width."""
+    return np.dtype("<u2" if bits > 8 else np.uint8)
+
+
 def _check_width(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be from 1 to 8, got {bits}")
+    if not 1 <= bits <= 16:
+        raise ValueError(f"bits must be from 1 to 16, got {bits}")

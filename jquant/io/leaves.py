@@ -4,7 +4,7 @@ An array is in memory only while it is written or read, so a tree of `Lazy` leav
 one at a time.
 
 Three encodings. *Raw*: the array's bytes under a dtype that safetensors has. *Stream*: integers of
-1 to 8 bits, less `low`, as a dense bit stream. *Opaque*: the bytes of a dtype safetensors has not.
+1 to 16 bits, less `low`, as a dense bit stream. *Opaque*: the bytes of a dtype safetensors has not.
 The last two are U8 tensors whose real dtype and shape stand in the node. A node is the JSON that
 describes the array; `native.py` lists the forms.
 """
@@ -156,7 +156,8 @@ def claim(node: Mapping[str, Any], entry: Entry) -> jax.ShapeDtypeStruct:
         fits = size == count * dtype.itemsize
     elif extra == {"dtype", "shape", "bits", "low"}:
         bits, low = node["bits"], node["low"]
-        fits = type(bits) is int and type(low) is int and 1 <= bits <= 8
+        fits = type(bits) is int and type(low) is int
+        fits = fits and 1 <= bits <= min(16, 8 * dtype.itemsize)
         fits = fits and dtype.name.startswith(("int", "uint")) and size == stream_bytes(count, bits)
         # The last values of the width may lie beyond the dtype: -3..3 as int3 has a spare code.
         fits = fits and jnp.iinfo(dtype).min <= low <= jnp.iinfo(dtype).max
@@ -252,8 +253,9 @@ class Reader:
         if "bits" in node:
             data = unpack_bits(data, node["bits"], spare + count)[spare:]
             low, bits = node["low"], node["bits"]
-            top = min(self.top.get(name, 255), int(jnp.iinfo(promised.dtype).max) - low)
-            if top < (1 << bits) - 1 and data.size and int(data.max()) > top:
+            most = (1 << bits) - 1
+            top = min(self.top.get(name, most), int(jnp.iinfo(promised.dtype).max) - low)
+            if top < most and data.size and int(data.max()) > top:
                 raise CheckpointError(
                     f"tensor {name!r}: code {low + int(data.max())} is off its grid"
                 )
@@ -281,16 +283,21 @@ def _width(codes: tuple[int, int]) -> int:
 
 
 def _unsigned(array: np.ndarray, low: int) -> np.ndarray:
-    """Integers from `low` to `low + 255` as uint8, less `low`."""
-    if array.dtype.itemsize == 1:  # uint8 arithmetic wraps, so it is right for int8 as well
+    """Integers less `low`, which all fit in 16 bits, as uint8 or uint16.
+
+    Arithmetic on unsigned words wraps, so it is right for signed ones as well.
+    """
+    if array.dtype.itemsize == 1:
         signed = array.astype(np.int8 if not array.dtype.name.startswith("u") else np.uint8)
-        return signed.view(np.uint8) - np.uint8(low & 255)
-    return (array.astype(np.int64) - low).astype(np.uint8)
+        return signed.view(np.uint8) - np.uint8(low & 0xFF)
+    return array.astype(np.uint16) - np.uint16(low & 0xFFFF)
 
 
 def _signed(codes: np.ndarray, low: int, dtype: np.dtype) -> np.ndarray:
     """The inverse of `_unsigned`."""
     if dtype.itemsize == 1:
-        shifted = codes + np.uint8(low & 255)
+        shifted = codes + np.uint8(low & 0xFF)
         return (shifted if dtype.name.startswith("u") else shifted.view(np.int8)).astype(dtype)
+    if dtype.itemsize == 2:
+        return (codes.astype(np.uint16) + np.uint16(low & 0xFFFF)).view(dtype)
     return (codes.astype(np.int64) + low).astype(dtype)
