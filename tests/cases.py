@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.blocks import Blocks
-from jquant.grids import MSE, MX, NV, Float, Grid, Power, Uniform
+from jquant.grids import AF4, MSE, MX, NF4, NV, Codebook, Float, Grid, Power, Uniform
 from jquant.rounding import GPTQ, Nearest, Rounding, Stochastic
 
 UNIFORM: dict[str, Uniform] = {
@@ -43,7 +43,13 @@ POWER: dict[str, Power] = {
     "power-8-steep": Power(8, 0.2, scale_dtype="bfloat16"),
     "power-5-flat": Power(5, 3.0),
 }
-GRIDS: dict[str, Grid] = {**UNIFORM, **FLOATING, **POWER}
+TABLES: dict[str, Grid] = {
+    "nf4": NF4,
+    "af4-mse": Codebook(AF4.values, range=MSE(), scale_dtype="float16"),
+    "codebook-5": Codebook((-3.0, -1.0, 0.25, 1.0, 2.5), scale_dtype="bfloat16"),
+    "codebook-97": Codebook(tuple(float(k * abs(k)) for k in range(-48, 49))),
+}
+GRIDS: dict[str, Grid] = {**UNIFORM, **FLOATING, **POWER, **TABLES}
 
 ROUNDINGS: dict[str, Rounding] = {
     "nearest": Nearest(),

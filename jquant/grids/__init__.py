@@ -1,15 +1,19 @@
 """Grids: the points a weight may take. See `jquant.grids.base` for what one is."""
 
 from jquant.grids.base import Grid, Params, code_dtype, nearest
+from jquant.grids.codebook import AF4, NF4, Codebook
 from jquant.grids.floating import MX, NV, Float
 from jquant.grids.power import Power
 from jquant.grids.ranges import MSE, MinMax
 from jquant.grids.uniform import Uniform
 
 __all__ = [
+    "AF4",
     "MSE",
     "MX",
+    "NF4",
     "NV",
+    "Codebook",
     "Float",
     "Grid",
     "MinMax",

@@ -104,6 +104,10 @@ class Power:
                 )
 
     @property
+    def papers(self) -> tuple[str, ...]:
+        return ("yvinec2023powerquant",)
+
+    @property
     def codes(self) -> tuple[int, int]:
         """-K and K."""
         return 1 - 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
