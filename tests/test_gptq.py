@@ -13,7 +13,7 @@ from oracles import gptq as oracle
 from jquant.blocks import Blocks, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError
-from jquant.grids import MSE, Uniform, nearest
+from jquant.grids import MSE, MX, NV, Float, Power, Uniform, nearest
 from jquant.rounding import GPTQ, Nearest, gptq
 from jquant.rounding import substitution as sweep
 
@@ -143,6 +143,23 @@ def test_is_nearest_bit_for_bit_when_inputs_are_uncorrelated(rounding, blocks):
     diagonal = jnp.exp(jax.random.normal(jax.random.key(0), (40,)))
     result = rounding(w, GRID, blocks, evidence=jnp.diag(diagonal))
     same(result, Nearest()(w, GRID, blocks))
+
+
+@pytest.mark.parametrize("blocks", [Blocks("in", 8), Blocks("out", 8)])
+@pytest.mark.parametrize("grid", [NV(), MX(), Power(4), Float(2, 1, scale="float16")])
+def test_every_grid_with_a_diagonal_moment_is_nearest(grid, blocks):
+    """Also those with a parameter for many groups, which every column must be given."""
+    w, _ = layer(16, 40)
+    diagonal = jnp.exp(jax.random.normal(jax.random.key(0), (40,)))
+    result = GPTQ()(w, grid, blocks, evidence=jnp.diag(diagonal))
+    same(result, Nearest()(w, grid, blocks, evidence=jnp.diag(diagonal)))
+
+
+@pytest.mark.parametrize("grid", [NV(), Power(4)])
+def test_dynamic_groups_of_a_grid_that_shares_parameters_are_refused(grid):
+    w, moment = layer(16, 40)
+    with pytest.raises(ValueError, match="stands for several: pass groups='static'"):
+        GPTQ(order="natural", groups="dynamic")(w, grid, Blocks("in", 8), evidence=moment)
 
 
 @pytest.mark.parametrize("block", [(16, 4, 8), (200, 7, 50)])

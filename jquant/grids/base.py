@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
@@ -72,6 +73,19 @@ def nearest(grid: Grid, w: Float[Array, "*g b"], params: Params) -> Integer[Arra
     lo, hi = grid.bracket(w, params)
     down, up = w - grid.decode(lo, params), grid.decode(hi, params) - w
     return jnp.where((down < up) | ((down == up) & (lo % 2 == 0)), lo, hi)
+
+
+def shares(grid: Grid) -> bool:
+    """Whether a parameter of the grid stands for more than one group.
+
+    Example:
+        >>> from jquant.grids import NV, Uniform
+        >>> shares(Uniform(4)), shares(NV())
+        (False, True)
+    """
+    groups = (2, 3)
+    fitted = jax.eval_shape(grid.fit, jax.ShapeDtypeStruct((*groups, 16), jnp.float32))
+    return any(leaf.shape[:2] != groups for leaf in jax.tree.leaves(fitted))
 
 
 def code_dtype(grid: Grid) -> jnp.dtype:

@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 from jquant.blocks import Blocks, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError
-from jquant.grids.base import Grid, Params, code_dtype, nearest
+from jquant.grids.base import Grid, Params, code_dtype, nearest, shares
 from jquant.rounding.base import Rounded
 from jquant.rounding.correction import STRENGTH, Correction, corrected
 from jquant.rounding.elementwise import fit_grid, second_moment
@@ -153,7 +153,8 @@ class GPTQ:
 
         Raises:
             EvidenceError: no evidence, or of the wrong shape, or a correction and no drift.
-            ValueError: dynamic groups along the input axis in activation order.
+            ValueError: dynamic groups along the input axis in activation order, or of a grid whose
+                parameters are not each of one group.
         """
         del key
         moment = second_moment(evidence)
@@ -172,6 +173,11 @@ class GPTQ:
                 "GPTQ cannot sweep dynamic groups along the input axis in activation order (every "
                 "column would need its group's index stored): pass order='natural' or "
                 "groups='static'"
+            )
+        if self.groups == "dynamic" and shares(grid):
+            raise ValueError(
+                f"GPTQ cannot fit {grid} to one group after the other, as a parameter of it stands "
+                "for several: pass groups='static'"
             )
         return _round(w, moment, self, grid, blocks, drift)
 
