@@ -24,6 +24,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from jquant import models
+from jquant.allocation import adadim as choose_axes
 from jquant.calibration import find_weights
 from jquant.calibration.stages import Granularity
 from jquant.console import Narrator, megabytes
@@ -35,6 +36,7 @@ from jquant.models.quantized import CHECKPOINT
 from jquant.presets import named, presets
 from jquant.quantize import quantize
 from jquant.recipes import in_batches, plan_of, read_rules
+from jquant.solve import stored_bits
 
 
 def _version() -> str:
@@ -65,7 +67,8 @@ app = cyclopts.App(
 
 Source = Annotated[str, Parameter(help="A GGUF file, a folder, or a hub id.")]
 Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], negative="", help="Only the result.")]
-Recipe = Annotated[str, Parameter(name=["--recipe", "-r"], help=f"One of {', '.join(presets())}.")]
+RECIPES = f"One of {', '.join(presets())}: see `jquant recipes`."
+Recipe = Annotated[str, Parameter(name=["--recipe", "-r"], help=RECIPES)]
 Samples = Annotated[int, Parameter(help="How many windows of text.")]
 Length = Annotated[int, Parameter(help="Tokens per window.")]
 Text = Annotated[
@@ -96,9 +99,10 @@ def quantize_model(
     source: Source,
     *,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
-    recipe: Recipe = "int4-gptq",
+    recipe: Recipe = "int4-qep",
     group: int | None = None,
     rule: Annotated[Sequence[str], Parameter(negative="", show_default=False)] = (),
+    adadim: Annotated[bool, Parameter(negative="")] = False,
     samples: Samples = 16,
     length: Length = 512,
     text: Text = None,
@@ -115,7 +119,7 @@ def quantize_model(
     the output head are kept as they are, unless a --rule says otherwise.
 
         jquant quantize model.gguf -o model-w4
-        jquant quantize org/model -o w3 --recipe int3-gptq --group 128 --text my.txt
+        jquant quantize org/model -o w3 --recipe int3-qep --group 128 --text my.txt
         jquant quantize model.gguf -o mixed --rule '.*mlp/down.*=int8-nearest' --rule 'embed.*=keep'
 
     Parameters
@@ -127,6 +131,8 @@ def quantize_model(
     rule
         REGEX=RECIPE[:GROUP] or REGEX=keep, for weights whose path matches in full; the first that
         matches decides, before the recipe. May be given several times.
+    adadim
+        First choose, weight by weight, whether groups run along inputs or outputs (AdaDim).
     force
         Replace what is in the folder.
     dry_run
@@ -150,8 +156,12 @@ def quantize_model(
     windows = _some(windows, samples)
     weights = find_weights(fn, params, jax.ShapeDtypeStruct((1, length), np.int32))
     chosen = plan_of(weights, default, rules)
-    needed = any(scheme.rounding.needs for scheme in chosen.values())
-    batches = in_batches(windows) if needed else None
+    batches = in_batches(windows)
+    if adadim:
+        with narrator.job("choosing axes") as move:
+            chosen, choices = choose_axes(fn, params, chosen, batches, progress=move)
+    if not any(scheme.rounding.needs for scheme in chosen.values()):
+        batches = None
     if dry_run:
         narrator.say("compiling and timing every program of the job")
         found = estimate(fn, params, chosen, batches, granularity=granularity)
@@ -164,17 +174,38 @@ def quantize_model(
     checkpoint = models.save_quantized(output, fn, qparams, tokenizer)
     (output / "report.json").write_text(json.dumps(found.to_json(), indent=1, default=str), "utf-8")
     before = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    if report and adadim:
+        narrator.show(choices.table())
     if report:
         narrator.show(found.table())
     narrator.show(f"{source} → {output}")  # a title would be folded to the table's width
     table = Table(show_header=False)
     table.add_row("quantized", f"{len(chosen)} weights, {found.bits_per_weight:.2f} bits each")
     table.add_row("kept", ", ".join(found.kept) or "none")
+    if adadim:
+        outward = sum(choice.axis == "out" for choice in choices.values())
+        table.add_row("axes", f"groups of {outward} weights along outputs, of the others inputs")
     table.add_row("error", f"{found.ratio:.3f} of that of nearest rounding (geometric mean)")
     table.add_row("bytes", f"{megabytes(before)} → {megabytes(checkpoint.stat().st_size)}")
     if found.fallbacks:
         table.add_row("rounded to nearest instead", ", ".join(found.fallbacks))
     narrator.show(table)
+
+
+@app.command
+def recipes() -> None:
+    """List the recipes: their bits per weight of a 4096 × 4096 layer, whether they need text.
+
+    jquant recipes
+    """
+    table = Table("recipe", "bits", "text", "")
+    for name, preset in presets().items():
+        scheme = preset()
+        bits = f"{stored_bits((4096, 4096), scheme):.2f}"
+        needs = "yes" if scheme.rounding.needs else "no"
+        first, _, _ = (preset.__doc__ or "").partition("\n\n")
+        table.add_row(name, bits, needs, " ".join(first.split()))
+    Narrator().show(table)
 
 
 @app.command

@@ -26,12 +26,10 @@ from jquant.blocks import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.flat import Piece
 from jquant.calibration.stages import Granularity
-from jquant.distortion import bits_per_weight
 from jquant.job import peak_bytes
 from jquant.quantize import prepare
-from jquant.rounding import Nearest
 from jquant.scheme import Plan
-from jquant.solve import quantize_weight
+from jquant.solve import quantize_weight, stored_bits
 
 _WIDEST = 2048  # a wider weight is rounded as a part of that size, and its time scaled
 
@@ -235,11 +233,7 @@ def _rounding(piece: Piece, plan: Plan, shape: tuple[int, ...], informed: bool) 
 
 def _stored(piece: Piece, plan: Plan, shape: tuple[int, ...]) -> int:
     """Bytes of the quantized piece in a file."""
-    scheme, weight = plan[piece.path], plan.weights[piece.path]
-    same = dataclasses.replace(scheme, rounding=Nearest())  # no rounding changes what is stored
-    like = jax.ShapeDtypeStruct(shape, weight.dtype)
-    q = jax.eval_shape(lambda w: quantize_weight(w, same, weight.layout)[0], like)
-    bits = bits_per_weight(q.codes, q.params, scheme.grid.bits)
+    bits = stored_bits(shape, plan[piece.path], plan.weights[piece.path].layout)
     return math.ceil(bits * math.prod(shape) / 8)
 
 

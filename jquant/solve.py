@@ -6,6 +6,7 @@ what the report needs to know of it, as plain numbers, so that it can wait in a 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,10 +17,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jquant.blocks import Layout, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
-from jquant.distortion import output_error
+from jquant.distortion import bits_per_weight, output_error
 from jquant.grids.base import nearest
 from jquant.qtensor import QTensor
 from jquant.rounding.base import Rounded
+from jquant.rounding.elementwise import Nearest
 from jquant.scheme import Scheme
 
 
@@ -53,6 +55,29 @@ def quantize_weight(
         rounded.codes, dict(rounded.params), scheme.grid, scheme.groups, layout, jnp.dtype(w.dtype)
     )
     return q, info
+
+
+def stored_bits(shape: Sequence[int], scheme: Scheme, layout: Layout | None = None) -> float:
+    """Bits per weight that a scheme stores of a weight, group parameters counted; nothing is run.
+
+    Args:
+        shape: of the weight.
+        scheme: grid and blocks count, the rounding does not.
+        layout: how the weight is read; default as `[..., out, in]`.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> stored_bits((8, 128), Scheme(Uniform(4, scale_dtype="float16"), 64))
+        4.3125
+    """
+    rank = len(shape)
+    layout = layout or Layout.of(shape, in_axes=(rank - 1,), batch_axes=tuple(range(rank - 2)))
+    nearest_only = dataclasses.replace(scheme, rounding=Nearest())
+    q = jax.eval_shape(
+        lambda w: quantize_weight(w, nearest_only, layout)[0],
+        jax.ShapeDtypeStruct(tuple(shape), jnp.float32),
+    )
+    return bits_per_weight(q.codes, q.params, scheme.grid.bits)
 
 
 @jax.jit(static_argnames="scheme")

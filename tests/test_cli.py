@@ -166,6 +166,25 @@ def test_help_lists_every_preset(capsys) -> None:
     assert all(name in out for name in jq.presets.presets())
 
 
+def test_recipes_are_listed_with_their_bits(capsys) -> None:
+    assert run("recipes") == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in jq.presets.presets())
+    rows = {line.split("│")[1].strip(): line.split("│") for line in out.splitlines() if "│" in line}
+    assert [cell.strip() for cell in rows["nvfp4"][2:4]] == ["4.50", "no"]
+    assert [cell.strip() for cell in rows["int4-qep"][2:4]] == ["4.31", "yes"]
+
+
+def test_axes_are_chosen_and_told(model: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["-r", "int4-nearest", "--group", 8, "--adadim", "--report", *options(model)]
+    assert run("quantize", model, "-o", tmp_path / "out", *arguments) == 0
+    out, err = capsys.readouterr()
+    assert "choosing axes: done" in err and "axes of groups" in out
+    leaves = jq.io.read_header(tmp_path / "out" / "jquant.safetensors").leaves
+    outward = sum(leaf.grid is not None and leaf.blocks.axis == "out" for leaf in leaves.values())
+    assert 0 < outward < 14 and f"groups of {outward} weights along outputs" in out
+
+
 def test_version(capsys) -> None:
     assert run("--version") == 0
     assert capsys.readouterr().out.strip()
@@ -182,7 +201,13 @@ WRONG = {
     "no such command": (("quantise", "MODEL"), 2, "quantise"),
     "no such option": (("quantize", "MODEL", "-o", "OUT", "--bits", "4"), 2, "--bits"),
     "not a number": (("quantize", "MODEL", "-o", "OUT", "--samples", "x"), 2, "samples"),
-    "no such recipe": (("quantize", "nope", "-o", "OUT", "-r", "int5"), 1, "'int4-gptq'"),
+    "no such recipe": (("quantize", "nope", "-o", "OUT", "-r", "int5"), 1, "'int4-qep'"),
+    "group of a format": (
+        ("quantize", "nope", "-o", "OUT", "-r", "nvfp4", "--group", "8"), 1, "groups of 16",
+    ),
+    "correction in one pass": (
+        ("quantize", "MODEL", "-o", "OUT", "--granularity", "all"), 1, "correction needs the drift",
+    ),
     "group of none": (("quantize", "nope", "-o", "OUT", "--group", "0"), 1, "Blocks.size"),
     "rule without =": (("quantize", "MODEL", "-o", "OUT", "--rule", "x"), 1, "REGEX=RECIPE"),
     "rule of no recipe": (("quantize", "MODEL", "-o", "OUT", "--rule", ".*=x"), 1, "no preset"),

@@ -110,6 +110,12 @@ class Float:
         return find_format(*size, self.bias, self.special, self.signed)
 
     @property
+    def papers(self) -> tuple[str, ...]:
+        blocks = {"e8m0": ("rouhani2023microscaling",), "e4m3": ("nvidia2025nvfp4",)}
+        eight = (self.exponent_bits, self.mantissa_bits) in ((4, 3), (5, 2)) and self.signed
+        return blocks.get(str(self.scale), ()) + (("micikevicius2022fp8",) if eight else ())
+
+    @property
     def bits(self) -> int:
         """Bits a stored code takes."""
         return self.signed + self.exponent_bits + self.mantissa_bits
