@@ -1,8 +1,8 @@
 """The demo: a real language model to 4 bits, and what that costs and saves, on two CPU cores.
 
 SmolLM2-135M-Instruct, its 210 block matrices in groups of 64 at 4 bits, rounded to nearest and by
-GPTQ; both compared with the model in full precision on text that calibration has not seen; the
-better one saved, loaded back, compared bit by bit, and used.
+GPTQ with QEP's correction; both compared with the model in full precision on text that calibration
+has not seen; the better one saved, loaded back, compared bit by bit, and used.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from rich.table import Table
 
 from jquant.calibration import find_weights
 from jquant.console import Narrator, megabytes
-from jquant.evaluate import Comparison, compare
+from jquant.evaluate import Comparison, compare_all
 from jquant.io import read_header
 from jquant.models import generate, load, load_quantized, save_quantized, smollm2
 from jquant.models.quantized import CHECKPOINT
-from jquant.presets import int4_gptq, int4_nearest
+from jquant.presets import int4_nearest, int4_qep
 from jquant.quantize import quantize
 from jquant.recipes import in_batches, plan_of
 from jquant.scheme import Plan
 
+BEST = "GPTQ + QEP"
 PROMPT = "Explain in two sentences why the sky is blue."
 
 
@@ -66,11 +67,11 @@ def run_demo(
     weights = find_weights(fn, params, calibration[:1])
     plans = {
         "nearest": plan_of(weights, int4_nearest(), {}),
-        "GPTQ": plan_of(weights, int4_gptq(), {}),
+        BEST: plan_of(weights, int4_qep(), {}),
     }
-    kept = ", ".join(path for path in weights if path not in plans["GPTQ"])
+    kept = ", ".join(path for path in weights if path not in plans[BEST])
     narrator.say(
-        f"3. Quantizing {len(plans['GPTQ'])} matrices to 4 bits in groups of 64; kept as they are: "
+        f"3. Quantizing {len(plans[BEST])} matrices to 4 bits in groups of 64; kept as they are: "
         f"{kept}"
     )
     models: dict[str, Any] = {}
@@ -78,19 +79,17 @@ def run_demo(
         models[name] = _quantize(narrator, name, fn, params, chosen, calibration)
 
     narrator.say("4. Evaluating on held-out text, against the model in full precision")
-    found: dict[str, Comparison] = {}
-    for name, qparams in models.items():
-        with narrator.stage(f"   {name}", evaluation.size) as update:
-            batches = [window[None] for window in evaluation]
-            found[name] = compare(fn, params, qparams, batches, progress=update)
+    with narrator.stage(f"   {' and '.join(models)}", evaluation.size) as update:
+        batches = [window[None] for window in evaluation]
+        found = compare_all(fn, params, models, batches, progress=update)
 
-    folder = smollm2.cache_folder() / "demo-int4-gptq" if output is None else output
+    folder = smollm2.cache_folder() / "demo-int4" if output is None else output
     narrator.say(f"5. Saving to {folder}, and loading it back")
-    save_quantized(folder, fn, models["GPTQ"], tokenizer)
+    save_quantized(folder, fn, models[BEST], tokenizer)
     fn, loaded, tokenizer = load_quantized(folder)
-    _assert_same(loaded, models["GPTQ"])
+    _assert_same(loaded, models[BEST])
     narrator.say("   every bit came back")
-    narrator.show(_table(params, found, plans["GPTQ"], folder / CHECKPOINT))
+    narrator.show(_table(params, found, plans[BEST], folder / CHECKPOINT))
 
     narrator.say(f"6. Using it: {PROMPT}")
     narrator.show(_answer(fn, loaded, tokenizer, tokens))
@@ -128,10 +127,10 @@ def _table(params: Any, found: dict[str, Comparison], chosen: Plan, checkpoint: 
     packed = sum(leaf.bytes for leaf in header.leaves.values() if leaf.grid is not None)
     size = sum(math.prod(chosen.weights[path].shape) for path in chosen)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    nearest, gptq = found["nearest"], found["GPTQ"]
+    nearest, gptq = found["nearest"], found[BEST]
     table = Table(title="4 bits in groups of 64: the cost and the saving")
     table.add_column("")
-    for name in ("full precision", "nearest", "GPTQ"):
+    for name in ("full precision", "nearest", BEST):
         table.add_column(name, justify="right")
     table.add_row("KL to full precision, nats/token", "0", f"{nearest.kl:.4f}", f"{gptq.kl:.4f}")
     table.add_row(

@@ -6,7 +6,7 @@ KL to the full-precision model is the measure to trust: it sees every change of 
 needs no labels, and is 0 for an unchanged model. Perplexity is `exp` of the mean negative log
 likelihood of each next token; agreement is how often the likeliest token is the same.
 
-The two models run one after the other on a few rows at a time through `jquant.inference.apply`, so
+The models run one after the other on a few rows at a time through `jquant.inference.apply`, so
 one compiled program serves every batch. A vocabulary is large: probabilities are formed for a chunk
 of tokens at once, never for all, and only one number per token comes to the host, where the sums
 are exact (`math.fsum` over float64).
@@ -15,7 +15,7 @@ are exact (`math.fsum` over float64).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,32 +80,76 @@ def compare(
         >>> compare(fn, table, table, [jnp.arange(8).reshape(2, 4)]).kl
         0.0
     """
+    return compare_all(fn, params, {"qparams": qparams}, batches, progress=progress)["qparams"]
+
+
+def compare_all(
+    fn: Callable[..., Array],
+    params: Any,
+    models: Mapping[str, Any],
+    batches: Iterable[Tokens],
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Comparison]:
+    """`compare` for several quantized models by name; the full one runs once for all of them.
+
+    Raises:
+        ValueError: as `compare`, naming the model; or no models.
+
+    Example:
+        >>> def fn(params, tokens):
+        ...     return params[tokens]
+        >>> table = jax.random.normal(jax.random.key(0), (8, 8))
+        >>> models = {"half": table / 2, "same": table}
+        >>> found = compare_all(fn, table, models, [jnp.arange(8).reshape(2, 4)])
+        >>> found["half"].kl > 0, found["same"].kl
+        (True, 0.0)
+    """
+    if not models:
+        raise ValueError("models is empty; pass {name: quantized parameters}")
     run = apply(fn)
-    kls: list[float] = []
-    full: list[float] = []
-    quantized: list[float] = []
-    same: list[float] = []
+    tallies = {name: _Tally() for name in models}
+    done = 0
     for tokens, real in _microbatches(batches):
-        pair = (run(params, tokens), run(qparams, tokens))
-        for logits, name in zip(pair, ("params", "qparams"), strict=True):
+        full = run(params, tokens)
+        _check_logits(full, tokens, "params")
+        for name, qparams in models.items():
+            logits = run(qparams, tokens)
             _check_logits(logits, tokens, name)
-        divergence, nll, agree = (np.asarray(part)[..., :real, :] for part in _pair(*pair, tokens))
-        _check_finite(nll[0], "params", len(kls))
-        _check_finite(nll[1], "qparams", len(kls))
-        _check_finite(divergence, "params against qparams", len(kls))
-        kls += divergence.ravel().tolist()
-        same += agree.ravel().astype(float).tolist()
-        full += nll[0, :, :-1].ravel().tolist()
-        quantized += nll[1, :, :-1].ravel().tolist()
+            tallies[name].add(name, _pair(full, logits, tokens), real)
+        done += real * tokens.shape[1]
         if progress is not None:
-            progress(len(kls))
-    return Comparison(
-        kl=_mean(kls),
-        perplexity_full=_exp(_mean(full)),
-        perplexity_quantized=_exp(_mean(quantized)),
-        agreement=_mean(same),
-        tokens=len(kls),
-    )
+            progress(done)
+    return {name: tally.comparison() for name, tally in tallies.items()}
+
+
+class _Tally:
+    """One number per token, of one model against the full one."""
+
+    def __init__(self) -> None:
+        self.kls: list[float] = []
+        self.full: list[float] = []
+        self.quantized: list[float] = []
+        self.same: list[float] = []
+
+    def add(self, name: str, found: tuple[Array, Array, Array], real: int) -> None:
+        divergence, nll, agree = (np.asarray(part)[..., :real, :] for part in found)
+        _check_finite(nll[0], "params", len(self.kls))
+        _check_finite(nll[1], name, len(self.kls))
+        _check_finite(divergence, f"params against {name}", len(self.kls))
+        self.kls += divergence.ravel().tolist()
+        self.same += agree.ravel().astype(float).tolist()
+        self.full += nll[0, :, :-1].ravel().tolist()
+        self.quantized += nll[1, :, :-1].ravel().tolist()
+
+    def comparison(self) -> Comparison:
+        return Comparison(
+            kl=_mean(self.kls),
+            perplexity_full=_exp(_mean(self.full)),
+            perplexity_quantized=_exp(_mean(self.quantized)),
+            agreement=_mean(self.same),
+            tokens=len(self.kls),
+        )
 
 
 def perplexity(

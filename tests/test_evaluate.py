@@ -132,6 +132,27 @@ def test_batches_that_are_refused(batches: Any, message: str) -> None:
         evaluate.perplexity(table, FULL, batches)
 
 
+def test_several_models_are_compared_with_one_run_of_the_full_one() -> None:
+    ran: list[str] = []
+
+    def counted(params: jax.Array, tokens: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda first: ran.append(first), params[0, 0])
+        return params[tokens]
+
+    models = {"moved": MOVED, "half": FULL / 2}
+    found = evaluate.compare_all(counted, FULL, models, [TOKENS])
+    jax.effects_barrier()
+    assert sum(float(first) == float(FULL[0, 0]) for first in ran) == len(ran) / 3 > 0
+    assert list(found) == list(models)
+    for name, model in models.items():
+        assert found[name] == evaluate.compare(table, FULL, model, [TOKENS])
+    with pytest.raises(ValueError, match="models is empty"):
+        evaluate.compare_all(table, FULL, {}, [TOKENS])
+    broken = FULL.at[int(TOKENS[0, 4]), 3].set(jnp.nan)
+    with pytest.raises(ValueError, match="bad: the logits give nan at row 0, token 4"):
+        evaluate.compare_all(table, FULL, {"moved": MOVED, "bad": broken}, [TOKENS])
+
+
 def test_bad_models_are_refused() -> None:
     broken = FULL.at[int(TOKENS[0, 4]), 3].set(jnp.nan)
     with pytest.raises(ValueError, match=r"qparams: the logits give nan at row 0, token 4"):
