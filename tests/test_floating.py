@@ -35,6 +35,7 @@ FINITE = {
     "E5M2 fnuz": (Float(5, 2, special="none", bias=16), ml_dtypes.float8_e5m2fnuz),
     "E8M0": (Float(8, 0, signed=False), ml_dtypes.float8_e8m0fnu),
 }
+LOUD = np.uint32(0x7FFFFFFF).view(np.float32)  # the NaN of the largest bits
 
 fit = jax.jit(lambda w, grid: grid.fit(w), static_argnames="grid")
 code = jax.jit(lambda w, params, grid: nearest(grid, w, params), static_argnames="grid")
@@ -317,7 +318,7 @@ def test_a_range_search_gains(grid):
 
 
 @pytest.mark.parametrize("grid", [MX(), MX("E5M2", scale_rule="even"), NV(), Float(8, 7)])
-@pytest.mark.parametrize("value", [0.0, 0.7, -0.7, 1e-45, 1e-38, 3e38, np.inf, np.nan])
+@pytest.mark.parametrize("value", [0.0, 0.7, -0.7, 1e-45, 1e-38, 3e38, np.inf, np.nan, LOUD])
 def test_groups_of_any_kind_give_finite_values(grid, value):
     w = np.full((2, 3, 32), value, np.float32)
     w[0, 0, ::2], w[0, 1] = 0.0, 1.0
@@ -329,6 +330,15 @@ def test_groups_of_any_kind_give_finite_values(grid, value):
         assert np.isfinite(back).all()
         if 1e-38 < abs(value) < 1e38:
             np.testing.assert_allclose(back, w, rtol=0.15)
+
+
+@pytest.mark.parametrize("grid", [MX(), MX("E5M2"), NV(), Float(4, 3, scale="float32")])
+@pytest.mark.parametrize("value", [1.2e-38, 1e-42, 3.4e38])
+def test_groups_at_the_ends_of_float32_have_distinct_values(grid, value):
+    first, last = grid.codes
+    codes = jnp.arange(first, last + 1)[None]
+    values = np.asarray(decode(codes, fit(np.full((1, 8), value, np.float32), grid), grid))
+    assert (np.diff(values) > 0).all() and np.isfinite(values).all()
 
 
 def test_gptq_runs_on_blocks_with_a_tensor_scale():
