@@ -202,9 +202,11 @@ def grids(result: dict[str, Any]) -> str:
         parts.append(table([bits, *head[1:]], lines))
     return (
         "**Grids.** The same model, tokens and one-pass evidence: KL at about equal bits per "
-        "weight, everything stored counted. Scales are float16 and groups of 64 where the format does not "
-        "fix them (*MX* 32, *NV* 16); *k-means* has a table per row. With 3 bits *Float*, *MX* and "
-        "*NV* hold E2M0. Lowest of a column in bold.\n\n" + "\n".join(parts) + f"\n{ran(result)}.\n"
+        "weight, everything stored counted. Scales are float16 and groups of 64 where the format "
+        "does not fix them (*MX* 32, *NV* 16); *k-means* has a table per row. With 3 bits *Float*, "
+        "*MX* and *NV* hold E2M0. Lowest of a column in bold.\n\n"
+        + "\n".join(parts)
+        + f"\n{ran(result)}.\n"
     )
 
 
