@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from cases import GRIDS
 from flax import nnx
 
 import jquant as jq
@@ -49,6 +50,7 @@ SCHEMES = {
     "16 bits": (jq.grids.Float(8, 7), jq.Blocks("out", 4), (16, 9), (0,), ()),
     "16 bits unsigned": (jq.grids.Float(6, 10, signed=False), jq.Blocks(), (16, 9), (0,), ()),
     "bfloat16 scales": (Uniform(4, scale_dtype="bfloat16"), jq.Blocks(), (16, 4), (0,), ()),
+    **{name: (grid, jq.Blocks("in", 8), (2, 20, 5), (1,), (0,)) for name, grid in GRIDS.items()},
 }  # fmt: skip
 
 
