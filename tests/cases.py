@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.blocks import Blocks
-from jquant.grids import AF4, MSE, MX, NF4, NV, Codebook, Float, Grid, Power, Uniform
+from jquant.grids import AF4, MSE, MX, NF4, NV, Codebook, Float, Grid, KMeans, Power, Uniform
 from jquant.rounding import GPTQ, Nearest, Rounding, Stochastic
 
 UNIFORM: dict[str, Uniform] = {
@@ -47,6 +47,9 @@ TABLES: dict[str, Grid] = {
     "nf4": NF4,
     "af4-mse": Codebook(AF4.values, range=MSE(), scale_dtype="float16"),
     "codebook-5": Codebook((-3.0, -1.0, 0.25, 1.0, 2.5), scale_dtype="bfloat16"),
+    "kmeans-4": KMeans(4),
+    "kmeans-2-bf16": KMeans(2, table_dtype="bfloat16"),
+    "kmeans-7": KMeans(7, iterations=3),
     "codebook-97": Codebook(tuple(float(k * abs(k)) for k in range(-48, 49))),
 }
 GRIDS: dict[str, Grid] = {**UNIFORM, **FLOATING, **POWER, **TABLES}

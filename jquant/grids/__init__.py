@@ -3,6 +3,7 @@
 from jquant.grids.base import Grid, Params, code_dtype, nearest
 from jquant.grids.codebook import AF4, NF4, Codebook
 from jquant.grids.floating import MX, NV, Float
+from jquant.grids.kmeans import KMeans
 from jquant.grids.power import Power
 from jquant.grids.ranges import MSE, MinMax
 from jquant.grids.uniform import Uniform
@@ -16,6 +17,7 @@ __all__ = [
     "Codebook",
     "Float",
     "Grid",
+    "KMeans",
     "MinMax",
     "Params",
     "Power",
