@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jquant as jq
-from jquant.grids import Uniform
+from jquant.grids import MX, NV, Float, Grid, Uniform
 from tests.functions import CASES, Case, _normal
 
 
@@ -30,6 +30,15 @@ def test_equals_the_function_of_dequantized_parameters(case: Case, blocks) -> No
     assert not np.allclose(jax.tree.leaves(wanted)[0], case.fn(case.params, case.batches[0]))
     _close(jq.apply(case.fn)(q, case.batches[0]), wanted)
     _close(jax.jit(jq.apply(case.fn))(q, case.batches[0]), wanted)
+
+
+@pytest.mark.parametrize("grid", [MX(), NV(), Float(8, 7)], ids=["mx", "nv", "bfloat16"])
+def test_scales_of_one_byte_and_grids_without_parameters(grid: Grid) -> None:
+    for case in (c for c in CASES if c.name in ("linen-scan-remat-tied", "views")):
+        q = _quantized(case, jq.Scheme(grid, 3))
+        wanted = case.fn(jq.dequantize(q), case.batches[0])
+        assert np.isfinite(jax.tree.leaves(wanted)[0]).all()
+        _close(jq.apply(case.fn)(q, case.batches[0]), wanted)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -90,21 +99,23 @@ def _deep(layers: int, width: int = 256):
     return params, unrolled, scanned
 
 
-def _temporary_bytes(fn, params, x) -> int:
+def _temporary_bytes(fn, params, x, grid: Grid) -> int:
     weights = jq.find_weights(fn, params, x)
-    q = jq.quantize(fn, params, jq.plan(weights, {".*": jq.Scheme(Uniform(4), 64)}))[0]
+    q = jq.quantize(fn, params, jq.plan(weights, {".*": jq.Scheme(grid, 64)}))[0]
     analysis = jax.jit(jq.apply(fn)).lower(q, x).compile().memory_analysis()
     return analysis.temp_size_in_bytes
 
 
+# What decoding waits for is added to parameters, to their bits, or to codes, as the grid has them.
+@pytest.mark.parametrize("grid", [Uniform(4), MX(), Float(5, 2)], ids=["uniform", "mx", "float"])
 @pytest.mark.parametrize("style", ["unrolled", "scanned"])
-def test_dequantized_weights_are_never_all_held(style: str) -> None:
+def test_dequantized_weights_are_never_all_held(style: str, grid: Grid) -> None:
     x = _normal(9, 8, 256)
     sizes = []
     for layers in (4, 16):
         params, unrolled, scanned = _deep(layers)
         fn, tree = (unrolled, params) if style == "unrolled" else (scanned, jnp.stack(params))
-        sizes.append(_temporary_bytes(fn, tree, x))
+        sizes.append(_temporary_bytes(fn, tree, x, grid))
     # Twelve more layers may not bring their float32 weights; XLA:CPU unpacks codes to bytes in
     # loops.
     assert sizes[1] - sizes[0] < 12 * 256 * 256 * 4 / 3

@@ -76,11 +76,23 @@ def _decode(value: Any, after: jax.Array | None = None) -> jax.Array:
     q, views = (value.q, value.views) if isinstance(value, _Waiting) else (value, ())
     if after is not None:
         late = _zero(lax.stop_gradient(after))
-        q = replace(q, params=jax.tree.map(lambda leaf: leaf + late.astype(leaf.dtype), q.params))
+        if jax.tree.leaves(q.params):
+            q = replace(q, params=jax.tree.map(lambda leaf: _plus(leaf, late), q.params))
+        else:
+            q = replace(q, codes=_plus(q.codes, late))
     result = dequantize_weight(q)
     for eqn in views:
         (result,) = bind(eqn, [result])
     return result
+
+
+def _plus(leaf: Array, zero: Int32[Array, ""]) -> Array:
+    """The leaf itself, computed from `zero` too."""
+    if leaf.dtype.itemsize > 1 or jnp.issubdtype(leaf.dtype, jnp.integer):
+        return leaf + zero.astype(leaf.dtype)
+    # The bits of floats of one byte: among powers of two there is no zero to add.
+    bits = lax.bitcast_convert_type(leaf, jnp.uint8) + zero.astype(jnp.uint8)
+    return lax.bitcast_convert_type(bits, leaf.dtype)
 
 
 @jax.custom_batching.custom_vmap
