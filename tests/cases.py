@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.blocks import Blocks
-from jquant.grids import AF4, MSE, MX, NF4, NV, Codebook, Float, Grid, KMeans, Power, Uniform
+from jquant.grids import AF4, HQQ, MSE, MX, NF4, NV, Codebook, Float, Grid, KMeans, Power, Uniform
 from jquant.rounding import GPTQ, Nearest, Rounding, Stochastic
 
 UNIFORM: dict[str, Uniform] = {
@@ -20,6 +20,8 @@ UNIFORM: dict[str, Uniform] = {
     "A1-4-mse": Uniform(4, range=MSE()),
     "A2-4": Uniform(4, convention="A2"),
     "A3-3": Uniform(3, convention="A3"),
+    "A4-3-half": Uniform(3, convention="A4", scale_dtype="float16"),
+    "A4-4-hqq": Uniform(4, range=HQQ()),
     "S1-4": Uniform(4, symmetric=True),
     "S1-2-mse": Uniform(2, symmetric=True, range=MSE()),
     "S2-8": Uniform(8, symmetric=True, convention="S2"),

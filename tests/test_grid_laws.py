@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
-from jquant.grids import MSE, MinMax, Uniform, code_dtype, nearest
+from jquant.grids import HQQ, MSE, MinMax, Uniform, code_dtype, nearest
 
 ULP = float(np.finfo(np.float32).eps)
 each_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
@@ -123,7 +123,7 @@ def test_finite_weights_give_finite_everything(grid, w):
     assert np.asarray(codes).min() >= grid.codes[0] and np.asarray(codes).max() <= grid.codes[1]
 
 
-@pytest.mark.parametrize("convention", ["A1", "A2", "A3", "S1", "S2", "S3"])
+@pytest.mark.parametrize("convention", ["A1", "A2", "A3", "A4", "S1", "S2", "S3"])
 @pytest.mark.parametrize("value", [0.0, 0.7, -0.7])
 def test_constant_groups(convention, value):
     grid = Uniform(4, symmetric=convention[0] == "S", convention=convention)
@@ -135,7 +135,7 @@ def test_constant_groups(convention, value):
     assert np.abs(back - value).max() <= bound
 
 
-@pytest.mark.parametrize("convention", ["A1", "A2", "A3"])
+@pytest.mark.parametrize("convention", ["A1", "A2", "A3", "A4"])
 def test_a_narrow_group_far_from_zero_has_distinct_points(convention):
     w = jnp.broadcast_to(100 + 1e-4 * jnp.arange(SIZE, dtype=jnp.float32), (GROUPS, SIZE))
     grid = Uniform(4, convention=convention)
@@ -151,7 +151,8 @@ def test_asymmetric_nearest_is_the_usual_formula_but_for_ties(grid, w):
     w = w + np.random.default_rng(0).normal(size=w.shape).astype(np.float32) * np.abs(w).max()
     params = fit(w, grid)
     scale, zero = (floats(params)[name][:, None] for name in ("scale", "zero"))
-    usual = np.clip(np.round(w / scale) + zero, *grid.codes)
+    whole = np.round(w / scale + zero) if grid.convention == "A4" else np.round(w / scale) + zero
+    usual = np.clip(whole, *grid.codes)
     where = position(grid, params)(w)
     if (np.abs(where - np.floor(where) - 0.5) < 1e-3).mean() < 0.05:
         assert_codes_equal_but_for_ties(code(w, params, grid), usual, where)
@@ -204,11 +205,13 @@ def test_codes_are_chosen_for_the_stored_scale(dtype):
         ({"bits": 4.0}, "got 4.0"),
         ({"bits": True}, "got True"),
         ({"bits": 4, "symmetric": 1}, "True or False"),
-        ({"bits": 4, "convention": "S1"}, r"\['A1', 'A2', 'A3'\]"),
+        ({"bits": 4, "convention": "S1"}, r"\['A1', 'A2', 'A3', 'A4'\]"),
         ({"bits": 4, "symmetric": True, "convention": "A1"}, r"\['S1', 'S2', 'S3'\]"),
         ({"bits": 4, "convention": "B1"}, "'B1'"),
-        ({"bits": 4, "range": "mse"}, r"MinMax\(\) or MSE\(\)"),
+        ({"bits": 4, "range": "mse"}, r"MinMax\(\), MSE\(\) or HQQ\(\)"),
         ({"bits": 4, "scale_dtype": "float64"}, "'float64'"),
+        ({"bits": 4, "range": HQQ(), "convention": "A1"}, "'A4' or None, got 'A1'"),
+        ({"bits": 4, "range": HQQ(), "symmetric": True}, "symmetric=False"),
     ],
 )
 def test_bad_arguments_are_refused_in_words(arguments, says):

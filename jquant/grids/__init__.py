@@ -3,6 +3,7 @@
 from jquant.grids.base import Grid, Params, code_dtype, nearest
 from jquant.grids.codebook import AF4, NF4, Codebook
 from jquant.grids.floating import MX, NV, Float
+from jquant.grids.hqq import HQQ
 from jquant.grids.kmeans import KMeans
 from jquant.grids.power import Power
 from jquant.grids.ranges import MSE, MinMax
@@ -10,6 +11,7 @@ from jquant.grids.uniform import Uniform
 
 __all__ = [
     "AF4",
+    "HQQ",
     "MSE",
     "MX",
     "NF4",

@@ -1,6 +1,6 @@
 """Uniform (affine) grids: `value = scale * (code - zero)`, 2 to 8 bits.
 
-Six conventions are in use for the step and the zero point, and mixing them up is the usual bug of
+Seven conventions are in use for the step and the zero point, and mixing them up is the usual bug of
 the field. They are rows of `CONVENTIONS`: every one takes a range `[low, high]` from the weights,
 divides it by a number of steps, and puts zero somewhere:
 
@@ -8,11 +8,13 @@ divides it by a number of steps, and puts zero somewhere:
     A1  GPTQ (default)       [min(w, 0), max(w, 0)]      2^b - 1  round(-low/s)        0 .. 2^b - 1
     A2  AWQ, AdaDim          [min w, max w], floor 1e-5  2^b - 1  clip(round(-low/s))  0 .. 2^b - 1
     A3  DeepSpeed            [min w, max w]              2^b      round(-low/s)        0 .. 2^b - 1
+    A4  HQQ                  [min w, max w]              2^b - 1  -low/s               0 .. 2^b - 1
     S1  GPTQ, DiscQuant      ±max |w|                    2^b - 1  none                 as int b
     S2  DeepSpeed            ±max |w|                    2^b      none                 as int b
     S3  int8 kernels, Power  ±max |w|                    2^b - 2  none                 ± 2^(b-1) - 1
 
-The zero point of A3 need not be a code; *int b* are the codes -2^(b-1) .. 2^(b-1) - 1.
+The zero point of A3 need not be a code, that of A4 not even whole; it is stored as the scale is.
+*int b* are the codes -2^(b-1) .. 2^(b-1) - 1.
 S1 differs from GPTQ's code on purpose in one thing: there a group without negative weights gets
 half the scale it needs and clips half its range. A2 keeps AWQ's behaviour: a group far from zero
 clips, as its zero point has to be a code. Static: everything but the group parameters, which are
@@ -29,6 +31,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from jquant.grids.base import Params, code_dtype
+from jquant.grids.hqq import HQQ, best_zero
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax, best_of
 
 
@@ -37,7 +40,7 @@ class Convention(NamedTuple):
 
     range: Literal["zero inside", "as found", "even"]
     fewer: int  # steps = 2**bits - fewer
-    zero: Literal["code", "any", "none"]
+    zero: Literal["code", "any", "real", "none"]
     paper: str  # see `citations.py`
     floor: float = 0.0  # least width of the range
 
@@ -50,13 +53,15 @@ CONVENTIONS: dict[str, Convention] = {
     "A1": Convention("zero inside", 1, "code", "frantar2022gptq"),
     "A2": Convention("as found", 1, "code", "lin2024awq", 1e-5),
     "A3": Convention("as found", 0, "any", "yao2022zeroquant"),
+    "A4": Convention("as found", 1, "real", "badri2023hqq"),
     "S1": Convention("even", 1, "none", "frantar2022gptq"),
     "S2": Convention("even", 0, "none", "yao2022zeroquant"),
     "S3": Convention("even", 2, "none", "jacob2018integer"),
 }
 
-# A step below 2^-16 of the group's largest weight (only A2 and A3, far from zero) would make zero
-# points that float32 cannot subtract exactly from a code.
+# A step below 2^-16 of the group's largest weight (only A2, A3 and A4, far from zero) would make
+# zero points that float32 cannot subtract exactly from a code. A4's, in narrower types, should be
+# off by a quarter at the most.
 LEAST_STEP = 2.0**-16
 
 
@@ -68,8 +73,10 @@ class Uniform:
     Args:
         bits: 2 to 8.
         symmetric: codes signed around zero and no zero point; else unsigned codes with one.
-        convention: a row of the module's table; default `"S1"` (symmetric) or `"A1"`, GPTQ's own.
-        range: `MinMax()`, or `MSE()` to search for a range that clips on purpose.
+        convention: a row of the module's table; default `"S1"` (symmetric) or `"A1"`, GPTQ's own,
+            and `"A4"` with `HQQ()`.
+        range: `MinMax()`, or `MSE()` to search for a range that clips on purpose, or `HQQ()` for a
+            zero point between codes.
         scale_dtype: `"float32"`, `"float16"` or `"bfloat16"`. The scale is rounded to it in `fit`,
             so codes are chosen for the scale that is stored.
 
@@ -91,7 +98,7 @@ class Uniform:
     bits: int
     symmetric: bool = False
     convention: str | None = None
-    range: MinMax | MSE = MinMax()
+    range: MinMax | MSE | HQQ = MinMax()
     scale_dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -99,8 +106,12 @@ class Uniform:
             raise ValueError(f"Uniform.bits must be an int from 2 to 8, got {self.bits!r}")
         if not isinstance(self.symmetric, bool):
             raise ValueError(f"Uniform.symmetric must be True or False, got {self.symmetric!r}")
+        if not isinstance(self.range, MinMax | MSE | HQQ):
+            raise ValueError(f"Uniform.range must be MinMax(), MSE() or HQQ(), got {self.range!r}")
+        between = isinstance(self.range, HQQ)
         if self.convention is None:
-            object.__setattr__(self, "convention", "S1" if self.symmetric else "A1")
+            default = "S1" if self.symmetric else "A4" if between else "A1"
+            object.__setattr__(self, "convention", default)
         row = CONVENTIONS.get(str(self.convention))
         if row is None or row.symmetric != self.symmetric:
             fits = [name for name, row in CONVENTIONS.items() if row.symmetric == self.symmetric]
@@ -108,8 +119,11 @@ class Uniform:
                 f"Uniform.convention with symmetric={self.symmetric} must be one of {fits} or "
                 f"None, got {self.convention!r}"
             )
-        if not isinstance(self.range, MinMax | MSE):
-            raise ValueError(f"Uniform.range must be MinMax() or MSE(), got {self.range!r}")
+        if between and row.zero != "real":
+            raise ValueError(
+                "Uniform.range=HQQ() puts zero between codes; pass symmetric=False and "
+                f"convention='A4' or None, got {self.convention!r}"
+            )
         if self.scale_dtype not in LEAST_SCALE:
             raise ValueError(
                 f"Uniform.scale_dtype must be one of {list(LEAST_SCALE)}, got {self.scale_dtype!r}"
@@ -136,10 +150,10 @@ class Uniform:
     ) -> Params:
         """Group parameters: `scale` `[*g]`, and `zero` `[*g]` if asymmetric.
 
-        `zero` has the grid's code dtype (float32 in A3, whose zero point may lie outside the
-        codes). `importance` weighs the errors of `MSE`; `MinMax` has no use for it. Finite weights
-        give finite parameters and values, whatever their range: ranges are capped at a quarter of
-        float32's, and a group of zeros has scale 1.
+        `zero` has the grid's code dtype (float32 in A3, whose zero point may lie outside the codes;
+        that of the scale in A4). `importance` weighs the errors of `MSE` and `HQQ`; `MinMax` has no
+        use for it. Finite weights give finite parameters and values, whatever their range: ranges
+        are capped at a quarter of float32's, and a group of zeros has scale 1.
         """
         w = w.astype(jnp.float32)
         # Reductions start from zero where the convention wants zero inside.
@@ -153,6 +167,11 @@ class Uniform:
         low, high = jnp.clip(low, -cap, cap), jnp.clip(high, -cap, cap)
         if isinstance(self.range, MinMax):
             return self._params(low, high)
+        if isinstance(self.range, HQQ):
+            params = self._params(low, high)
+            part = jnp.clip(w, -cap, cap) / params["scale"].astype(jnp.float32)[..., None]
+            zero = best_zero(self.range, part, params["zero"], importance, self.codes)
+            return {**params, "zero": zero}
         return best_of(self.range, self, w, importance, lambda f: self._params(low * f, high * f))
 
     def _params(self, low: Float[Array, "*g"], high: Float[Array, "*g"]) -> Params:
@@ -163,13 +182,18 @@ class Uniform:
         # divides; it cannot see that these steps are one.
         steps = 2**self.bits - row.fewer + 0.0 * magnitude
         scale = jnp.maximum(high - low, row.floor) / steps
-        scale = jnp.maximum(scale, magnitude * LEAST_STEP)
         stored = jnp.finfo(self.scale_dtype)
+        least = max(LEAST_STEP, 4.0 * float(stored.eps)) if row.zero == "real" else LEAST_STEP
+        scale = jnp.maximum(scale, magnitude * least)
         scale = jnp.clip(scale, LEAST_SCALE[self.scale_dtype], float(stored.max))
         scale = jnp.where(magnitude > 0, scale, 1.0).astype(self.scale_dtype)
         if row.zero == "none":
             return {"scale": scale}
-        zero = jnp.round(-low / scale.astype(jnp.float32))
+        zero = -low / scale.astype(jnp.float32)
+        if row.zero == "real":
+            zero = jnp.clip(zero, -1.0 / least, 1.0 / least)
+            return {"scale": scale, "zero": zero.astype(self.scale_dtype)}
+        zero = jnp.round(zero)
         if row.zero == "any":
             return {"scale": scale, "zero": zero}
         zero = jnp.clip(zero, *self.codes).astype(jnp.int32)
@@ -187,15 +211,21 @@ class Uniform:
     ) -> tuple[Integer[Array, "*g b"], Integer[Array, "*g b"]]:
         """The neighbouring int32 codes; equal where the weight is outside the grid's range."""
         scale, zero = self._affine(params)
-        below = jnp.floor(w / scale) + zero
+        real = self._row.zero == "real"
+        below = jnp.floor(w / scale + zero) if real else jnp.floor(w / scale) + zero
         first, last = self.codes
         lo, hi = jnp.clip(below, first, last), jnp.clip(below + 1.0, first, last)
         return lo.astype(jnp.int32), hi.astype(jnp.int32)
 
     def nearest(self, w: Float[Array, "*g b"], params: Params) -> Integer[Array, "*g b"]:
-        """`clip(round(w / scale) + zero)`; ties go to even multiples of the scale (GPTQ's code)."""
+        """`clip(round(w / scale) + zero)`; ties go to even multiples of the scale (GPTQ's code).
+
+        In A4 `clip(round(w / scale + zero))`; ties go to even codes.
+        """
         scale, zero = self._affine(params)
-        return jnp.clip(jnp.round(w / scale) + zero, *self.codes).astype(jnp.int32)
+        real = self._row.zero == "real"
+        code = jnp.round(w / scale + zero) if real else jnp.round(w / scale) + zero
+        return jnp.clip(code, *self.codes).astype(jnp.int32)
 
     def decode(self, codes: Integer[Array, "*g b"], params: Params) -> Float[Array, "*g b"]:
         """`scale * (code - zero)`, float32."""
