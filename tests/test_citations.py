@@ -1,0 +1,59 @@
+"""Every choice names papers that exist, and every paper is named by some choice."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+from cases import GRIDS, ROUNDINGS
+
+import jquant as jq
+from jquant.citations import entries
+
+CHOICES = [*GRIDS.values(), *ROUNDINGS.values(), jq.Blocks("out", 4)]
+CHOICES += [jq.rounding.GPTQ(correction=c) for c in ("qep", "gptaq")]
+CHOICES += [preset() for preset in jq.presets.presets().values()]
+
+
+def keys(text):
+    return re.findall(r"^@\w+\{(.+?),", text, re.MULTILINE)
+
+
+def test_every_entry_is_whole():
+    for key, body in entries().items():
+        assert body.startswith("@") and body.endswith("}"), key
+        assert body.count("{") == body.count("}"), key
+        for field in ("title", "author", "year"):
+            assert re.search(rf"^  {field} += {{.+}},$", body, re.MULTILINE), (key, field)
+
+
+def test_papers_that_are_named_exist_and_others_do_not():
+    named = {key for choice in CHOICES for key in keys(jq.cite(choice))}
+    assert named == set(entries())
+
+
+def test_a_plan_cites_what_is_in_it():
+    fn = lambda p, x: x @ p["a"] @ p["b"]  # noqa: E731
+    weights = jq.find_weights(fn, {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}, jnp.ones((1, 4)))
+    scheme = jq.Scheme(jq.grids.Uniform(4, convention="A2"), jq.Blocks("out", 2))
+    better = dataclasses.replace(scheme, rounding=jq.rounding.GPTQ(correction="qep"))
+    plan = jq.plan(weights, {"a": scheme, "b": better})
+    assert keys(jq.cite(plan)) == [
+        "jquant", "lin2024awq", "heo2024adadim", "frantar2022gptq", "arai2025qep",
+    ]  # fmt: skip
+    assert keys(jq.cite(jq.Scheme(jq.grids.Uniform(4)))) == ["jquant", "frantar2022gptq"]
+
+
+@pytest.mark.parametrize("wrong", ["int4-gptq", None, {"a": 1}])
+def test_what_is_no_choice_is_refused(wrong):
+    with pytest.raises(TypeError, match="a plan, a scheme"):
+        jq.cite(wrong)
+
+
+def test_the_file_is_part_of_what_is_installed():
+    code = "import json, jquant.citations as c; print(json.dumps(list(c.entries())))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "jquant" in json.loads(said.stdout)
