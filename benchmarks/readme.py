@@ -183,8 +183,7 @@ def depth(result: dict[str, Any]) -> str:
 
 
 def grids(result: dict[str, Any]) -> str:
-    head = ["", "bits", "nearest", "GPTQ", "GPTQ, searched range"]
-    methods = ["nearest", "GPTQ", "GPTQ, searched"]
+    methods = ["nearest", "GPTQ"]
     parts = []
     for bits, rows in result["rows"].items():
         lowest = {
@@ -199,7 +198,7 @@ def grids(result: dict[str, Any]) -> str:
                 said = "–" if kl is None else f"{kl:.4f}"
                 cells.append(f"**{said}**" if kl == lowest[method] else said)
             lines.append([name, f"{row['nearest']['bits_per_weight']:.2f}", *cells])
-        parts.append(table([bits, *head[1:]], lines))
+        parts.append(table([bits, "bits stored", *methods], lines))
     return (
         "**Grids.** The same model, tokens and one-pass evidence: KL at about equal bits per "
         "weight, everything stored counted. Scales are float16 and groups of 64 where the format "
