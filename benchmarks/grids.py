@@ -6,8 +6,7 @@
 Model, tokens and evaluation are those of `quality`; GPTQ is one pass, all grids on the same second
 moments, in activation order with static groups. About 4.25 and 3.25 bits with all parameters
 counted: scales are float16 and groups of 64, unless the format fixes them or learns a table per
-row. Ranges are the
-weights' own, but for HQQ. Results are added to `results/grids.json`.
+row. Ranges are the weights' own, but for HQQ. Results are added to `results/grids.json`.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ GRIDS: dict[str, dict[int, tuple[Grid, int | None]]] = {
     "Uniform, HQQ": {b: (Uniform(b, range=HQQ(), **HALF), 64) for b in (4, 3)},
     "Power": {b: (Power(b, **HALF), 64) for b in (4, 3)},
     "NF": {4: (replace(NF4, **HALF), 64), 3: (NF3, 64)},
-    "k-means": {b: (KMeans(b), None) for b in (4, 3)},
+    "k-means": {b: (KMeans(b, table_dtype="float16"), None) for b in (4, 3)},
     "Float": {4: (Float(2, 1, scale="float16"), 64), 3: (Float(2, 0, scale="float16"), 64)},
     "MX": {4: (MX(), None), 3: (Float(2, 0, scale="e8m0", group=32), None)},
     "NV": {4: (NV(), None), 3: (Float(2, 0, scale="e4m3", group=16), None)},
