@@ -3,7 +3,7 @@
     python -m benchmarks.grids                      # what is not there yet, ~40 minutes
     python -m benchmarks.grids --only NF4 --bits 4  # some, whether there or not
 
-Model, tokens and evaluation are those of `quality`; GPTQ is one pass, all grids on the same second
+Model and tokens are those of `quality`, of the evaluation half; GPTQ is one pass, all grids on the same second
 moments, in activation order with static groups. About 4.25 and 3.25 bits with all parameters
 counted: scales are float16 and groups of 64, unless the format fixes them or learns a table per
 row. Ranges are the weights' own, but for HQQ. Results are added to `results/grids.json`.
@@ -39,6 +39,7 @@ GRIDS: dict[str, dict[int, tuple[Grid, int | None]]] = {
     "MX": {4: (MX(), None), 3: (Float(2, 0, scale="e8m0", group=32), None)},
     "NV": {4: (NV(), None), 3: (Float(2, 0, scale="e4m3", group=16), None)},
 }
+AT_ONCE = 6  # models that are evaluated together, against one run of the full one
 METHODS = {"nearest": Nearest(), "GPTQ": GPTQ()}
 
 
@@ -53,40 +54,41 @@ def main() -> None:
 
     fn, params, tokenizer = jq.models.load(smollm2.fetch(progress=print))
     calibration, evaluation = smollm2.text_windows(tokenizer)
-    calibration, evaluation = calibration[:64], evaluation[:16]
+    calibration, evaluation = calibration[:64], evaluation[:8]
     weights = jq.find_weights(fn, params, calibration[:1])
     linears = list(jq.plan(weights, {LINEARS: jq.presets.int4_gptq(), ".*": jq.keep}))
     evidence = jq.capture(fn, params, calibration.reshape(-1, 4, 512), paths=linears)
 
     asked = options.only or options.bits or options.method
-    for bits in options.bits or (4, 3):
-        for name in options.only or GRIDS:
-            old = rows.get(f"{bits} bits", {}).get(name, {})
-            models: dict[str, Any] = {}
-            found: dict[str, Any] = {}
-            for method in options.method or METHODS:
-                if method in old and not asked:
-                    continue
-                choice = jq.Scheme(*GRIDS[name][bits], METHODS[method])
-                plan = jq.plan(weights, {LINEARS: choice, ".*": jq.keep})
-                data = None if method == "nearest" else evidence
-                models[method], report = jq.quantize(fn, params, plan, evidence=data)
-                found[method] = {
-                    "scheme": repr(choice),
-                    "bits_per_weight": report.bits_per_weight,
-                    "seconds": report.seconds["rounding"],
-                }
-            if not models:
-                continue
-            batches = list(evaluation.reshape(-1, 2, 512))
-            for method, result in jq.evaluate.compare_all(fn, params, models, batches).items():
-                found[method] |= vars(result)
-                said = f"{found[method]['bits_per_weight']:.3f} bits, {result}"
-                print(f"{bits} bits, {name}, {method}: {said}", flush=True)
-            rows.setdefault(f"{bits} bits", {})[name] = old | found
-            tokens = {"calibration": digest(calibration), "evaluation": digest(evaluation)}
-            said = {"machine": machine(), "tokens": tokens, "rows": rows}
-            path.write_text(json.dumps(said, indent=1) + "\n")
+    wanted = [
+        (f"{bits} bits", name, method, jq.Scheme(*GRIDS[name][bits], METHODS[method]))
+        for bits in options.bits or (4, 3)
+        for name in options.only or GRIDS
+        for method in options.method or METHODS
+    ]
+    wanted = [w for w in wanted if asked or w[2] not in rows.get(w[0], {}).get(w[1], {})]
+    tokens = {"calibration": digest(calibration), "evaluation": digest(evaluation)}
+    for few in (wanted[at : at + AT_ONCE] for at in range(0, len(wanted), AT_ONCE)):
+        models: dict[str, Any] = {}
+        for bits, name, method, scheme in few:
+            plan = jq.plan(weights, {LINEARS: scheme, ".*": jq.keep})
+            data = None if method == "nearest" else evidence
+            label = f"{bits}, {name}, {method}"
+            models[label], report = jq.quantize(fn, params, plan, evidence=data)
+            rows.setdefault(bits, {}).setdefault(name, {})[method] = {
+                "scheme": repr(scheme),
+                "bits_per_weight": report.bits_per_weight,
+                "seconds": report.seconds["rounding"],
+            }
+        found = jq.evaluate.compare_all(fn, params, models, list(evaluation.reshape(-1, 2, 512)))
+        for bits, name, method, _ in few:
+            result = found[f"{bits}, {name}, {method}"]
+            row = rows[bits][name][method]
+            row |= vars(result)
+            said = f"{row['bits_per_weight']:.3f} bits, {result}"
+            print(f"{bits}, {name}, {method}: {said}", flush=True)
+        written = {"machine": machine(), "tokens": tokens, "rows": rows}
+        path.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":
