@@ -1,12 +1,13 @@
 """Grids at equal bits per weight: SmolLM2-135M, KL on held-out text, nearest and GPTQ.
 
-    python -m benchmarks.grids                      # what is not there yet, ~40 minutes
-    python -m benchmarks.grids --only NF4 --bits 4  # some, whether there or not
+    python -m benchmarks.grids                     # what is not there yet, ~20 minutes
+    python -m benchmarks.grids --only NF --bits 4  # some, whether there or not
 
-Model and tokens are those of `quality`, of the evaluation half; GPTQ is one pass, all grids on the same second
-moments, in activation order with static groups. About 4.25 and 3.25 bits with all parameters
-counted: scales are float16 and groups of 64, unless the format fixes them or learns a table per
-row. Ranges are the weights' own, but for HQQ. Results are added to `results/grids.json`.
+Model and tokens are those of `quality`, the first 8 held-out windows; GPTQ is one pass, all grids
+on the same second moments, in activation order with static groups. About 4.25 and 3.25 bits with
+all parameters counted: scales are float16 and groups of 64, unless the format fixes them or learns
+a table per row. Ranges are the weights' own, but for HQQ. Results are added to
+`results/grids.json`.
 """
 
 from __future__ import annotations

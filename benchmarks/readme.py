@@ -200,9 +200,10 @@ def grids(result: dict[str, Any]) -> str:
             lines.append([name, f"{row['nearest']['bits_per_weight']:.2f}", *cells])
         parts.append(table([bits, "bits stored", *methods], lines))
     return (
-        "**Grids.** The same model and one-pass evidence, 8 held-out windows: KL at about equal bits "
-        "per weight, everything stored counted. Scales are float16 and groups of 64 where the format "
-        "does not fix them (*MX* 32, *NV* 16); *k-means* has a table per row. With 3 bits *Float*, "
+        "**Grids.** The same model and one-pass evidence, 8 held-out windows: KL at about equal "
+        "bits per weight, everything stored counted. Scales are float16 and groups of 64 where the "
+        "format does not fix them (*MX* 32, *NV* 16); *k-means* has a table per row. At 3 bits "
+        "*Float*, "
         "*MX* and *NV* hold E2M0. Lowest of a column in bold.\n\n"
         + "\n".join(parts)
         + f"\n{ran(result)}.\n"
