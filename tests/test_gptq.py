@@ -146,7 +146,9 @@ def test_is_nearest_bit_for_bit_when_inputs_are_uncorrelated(rounding, blocks):
 
 
 @pytest.mark.parametrize("blocks", [Blocks("in", 8), Blocks("out", 8)])
-@pytest.mark.parametrize("grid", [NV(), MX(), Power(4), Float(2, 1, scale="float16"), NF4, KMeans(3)])
+@pytest.mark.parametrize(
+    "grid", [NV(), MX(), Power(4), Float(2, 1, scale="float16"), NF4, KMeans(3)]
+)
 def test_every_grid_with_a_diagonal_moment_is_nearest(grid, blocks):
     """Also those with a parameter for many groups, which every column must be given."""
     w, _ = layer(16, 40)
