@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import floats
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_grid_laws import GROUPS, SIZE, all_codes, code, decode, extreme, fit, weights
 
@@ -68,6 +68,7 @@ def test_the_domain_of_codes_is_the_paper_s_operator(bits, a):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("domain", ["values", "codes"])
 @given(w=weights)
+@example(w=np.tile(np.float32([1, 2]), (GROUPS, 5))[:, :SIZE])
 def test_exponent_one_is_the_restricted_uniform_grid_bit_for_bit(bits, domain, w):
     one, other = Power(bits, 1.0, domain=domain), Uniform(bits, symmetric=True, convention="S3")
     params, uniform = fit(w, one), fit(w, other)
@@ -310,6 +311,22 @@ def test_finite_weights_give_finite_everything(grid, w):
         assert np.isfinite(leaf).all() and (leaf > 0).all()
     assert np.isfinite(points).all() and (np.diff(points, axis=-1) > 0).all()
     assert np.isfinite(decode(code(w, params, grid), params, grid)).all()
+
+
+@pytest.mark.parametrize("top", [1e-37, 1e-30, 3e38])
+@pytest.mark.parametrize("grid", [Power(8, 0.125), Power(8, 1 / 3), Power(4)], ids=str)
+def test_points_of_the_smallest_and_largest_groups_are_distinct(grid, top):
+    w = np.full((GROUPS, SIZE), top, np.float32)
+    points = np.asarray(decode(all_codes(grid), fit(w, grid), grid))
+    assert np.isfinite(points).all() and (np.diff(points, axis=-1) > 0).all()
+
+
+@pytest.mark.parametrize("bits", [4, 5, 8])
+def test_compiled_and_uncompiled_values_are_equal(bits):
+    grid = Power(bits, 0.6)
+    params = {"scale": jnp.array([1.0, 0.3, 1.7, 3.14])}
+    codes = all_codes(grid)
+    np.testing.assert_array_equal(grid.decode(codes, params), decode(codes, params, grid))
 
 
 def test_a_searched_range_is_never_worse_in_its_own_error():

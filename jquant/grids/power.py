@@ -148,7 +148,9 @@ class Power:
 
     def _scale(self, top: Float[Array, "*g"]) -> Float[Array, "*g"]:
         """The stored m of groups whose largest magnitude is `top`."""
-        least = 2.0**-126 * self.codes[1] ** (1 / (self.exponent or SEARCHED[0]))
+        # The smallest value is normal; exp and log err by more than integers do.
+        tiny = 2.0**-125 if self._root is None else 2.0**-126
+        least = tiny * self.codes[1] ** (1 / (self.exponent or SEARCHED[0]))
         cap = float(min(jnp.finfo(jnp.float32).max / 4, jnp.finfo(self.scale_dtype).max))
         least = max(least, LEAST_SCALE[self.scale_dtype])
         return jnp.clip(jnp.where(top > 0, top, 1.0), least, cap).astype(self.scale_dtype)
@@ -156,7 +158,7 @@ class Power:
     def _parts(self, params: Params) -> tuple[Array, Array, Array | float]:
         """m, K and the exponent as float32, with an axis for the weights of a group."""
         scale = params["scale"].astype(jnp.float32)[..., None]
-        # XLA would multiply by the reciprocal of a constant: K / K would not be one.
+        # Compiled, XLA would multiply by the reciprocal of a constant, an ulp off.
         steps = self.codes[1] + 0.0 * scale
         if self.exponent is not None:
             return scale, steps, self.exponent
@@ -166,7 +168,8 @@ class Power:
         """Where weights lie among the codes, as real numbers."""
         scale, steps, exponent = self._parts(params)
         if self.exponent == 1:
-            return w / (scale / steps)
+            # XLA would make `w * K / m` of it, an ulp off, were there no sum in between.
+            return w / (scale / steps + 0.0 * scale)
         part = jnp.minimum(jnp.abs(w) / scale, 1.0)
         return jnp.sign(w) * steps * power(part, exponent)
 
