@@ -1,6 +1,7 @@
 """How every test runs: on the CPU, with JAX as strict as it can be, and compiling things once."""
 
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -36,6 +37,18 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("jquant")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs() -> Iterator[None]:
+    """Each file forgets its compiled programs, or the process would.
+
+    A program takes a dozen mappings of memory, a process may have 65530 of them on Linux, and where
+    XLA gets no more it crashes. What is used again comes from the cache on disk.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
