@@ -37,6 +37,7 @@ from jquant.presets import named, presets
 from jquant.quantize import quantize
 from jquant.recipes import in_batches, plan_of, read_rules
 from jquant.solve import stored_bits
+from jquant.texts import need_tokenizer, some, windows_of
 
 
 def _version() -> str:
@@ -152,8 +153,8 @@ def quantize_model(
         raise ValueError(f"{output} is there already; give another name, or --force to replace it")
     narrator.say(f"loading {source}")
     fn, params, tokenizer = models.load(source, lazy=True)
-    windows, _ = _windows(tokenizer, length, text)
-    windows = _some(windows, samples)
+    windows, _ = windows_of(tokenizer, length, text)
+    windows = some(windows, samples)
     weights = find_weights(fn, params, jax.ShapeDtypeStruct((1, length), np.int32))
     chosen = plan_of(weights, default, rules)
     batches = in_batches(windows)
@@ -232,8 +233,8 @@ def evaluate(
     narrator = Narrator(quiet)
     narrator.say(f"loading {source}")
     fn, params, tokenizer = models.load(source)
-    _, windows = _windows(tokenizer, length, text)
-    windows = _some(windows, samples)
+    _, windows = windows_of(tokenizer, length, text)
+    windows = some(windows, samples)
     batches = [window[None] for window in windows]
     table = Table(show_header=False)
     if against is None:
@@ -325,7 +326,7 @@ def generate(
         Ask in the model's chat format, where its tokenizer has one.
     """
     fn, params, tokenizer = models.load(source)
-    _need_tokenizer(tokenizer, source)
+    need_tokenizer(tokenizer, source)
     if chat and tokenizer.chat_template is not None:
         turn = [{"role": "user", "content": prompt}]
         asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
@@ -353,40 +354,6 @@ def _short(choice: Any) -> str:
     fields = [f for f in dataclasses.fields(choice) if getattr(choice, f.name) != f.default]
     said = ", ".join(f"{f.name}={getattr(choice, f.name)!r}" for f in fields)
     return f"{type(choice).__name__}({said})"
-
-
-def _windows(tokenizer: Any, length: int, text: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Windows `[N, length]` to calibrate and to measure with, of a file or of Python's help."""
-    _need_tokenizer(tokenizer, "the model")
-    if text is None:
-        return models.smollm2.text_windows(tokenizer, length)
-    try:
-        content = text.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{text} is not UTF-8 text: {error}") from error
-    tokens = np.asarray(tokenizer(content, add_special_tokens=False)["input_ids"], np.int32)
-    split = len(tokens) * 8 // 10
-    if not 2 <= length <= len(tokens) - split:
-        raise ValueError(
-            f"{text} has {len(tokens)} tokens, a fifth of which are held out; --length {length} "
-            f"needs at least {5 * max(length, 2)}"
-        )
-    calibration, held_out = (
-        part[: len(part) // length * length].reshape(-1, length)
-        for part in (tokens[:split], tokens[split:])
-    )
-    return calibration, held_out
-
-
-def _some(windows: np.ndarray, count: int) -> np.ndarray:
-    if not 1 <= count <= len(windows):
-        raise ValueError(f"--samples {count}: the text has 1 to {len(windows)} windows to take")
-    return windows[:count]
-
-
-def _need_tokenizer(tokenizer: Any, source: str) -> None:
-    if tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer beside it")
 
 
 def _warn(message: Warning | str, *args: Any, **kwargs: Any) -> None:

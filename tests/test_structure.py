@@ -27,7 +27,7 @@ RANKS = (
     ("quantize",),
     ("evaluate", "recipes", "estimate"),
     ("models",),
-    ("console",),
+    ("console", "texts"),
     ("demo",),
     ("cli",),
     ("__main__",),
