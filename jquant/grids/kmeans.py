@@ -5,10 +5,10 @@ makes `Σ h (w - c[code])²` least. Lloyd's algorithm alone ends in poor minima:
 with 16 values for 600 weights, at 1.4 (normal weights) to 1.7 times the least error (Student's t).
 But on a line clusters are runs of the sorted weights, so dynamic programming over where runs end is
 exact. Here it is, for up to 128 weights; more are first gathered in 128 bins that hold equal shares
-of `∫ density^(1/3)`, as the runs of the best tables do (Panter and Dite), and of the distinct
-weights; Lloyd's algorithm then moves the ends of runs into the bins. That is within 0.3 % of the
-least error at 4 bits and 2 % at 5. Tables of more bits are cut into programs of 32 values each for
-an equal share: within 4 % at 6 bits, if there are ten weights to a value.
+of `∫ density^(1/3)`, as the runs of the best tables do (Panter and Dite); Lloyd's algorithm then
+moves the ends of runs into the bins. That is within 0.2 % of the least error at 4 bits and 1 % at
+5. Tables of more bits are cut into programs of 32 values each for an equal share: within 4 % at 6
+bits, if there are ten weights to a value.
 
 Blocks of a whole row (`Blocks()`) give SqueezeLLM's one table per row. Static: the choice; array:
 `table` `[*g, 2**bits]`, strictly increasing, in the type it is stored in.
@@ -91,8 +91,8 @@ class KMeans:
     ) -> Params:
         """`table` `[*g, 2**bits]`. Weights of no importance at all still draw values (by 2^-20).
 
-        Groups of no more distinct weights than values (and at most 64) are kept as they are. Values
-        that are left over, or that their type cannot tell apart, follow at its least steps.
+        Groups of no more distinct weights than values are kept as they are. Values that are left
+        over, or that their type cannot tell apart, follow at its least steps.
         """
         table = _tables(w.astype(jnp.float32), importance, 2**self.bits, self.iterations)
         return {"table": _increasing(table, self.table_dtype)}
@@ -108,11 +108,7 @@ class KMeans:
 
     def nearest(self, w: Float[Array, "*g b"], params: Params) -> Integer[Array, "*g b"]:
         """The code of the nearest value; ties go to the lower one."""
-        table = params["table"].astype(jnp.float32)
-        low, high = table[..., :-1], table[..., 1:]
-        middle = low + (high - low) / 2
-        # Between neighbouring floats there is none: the middle is rounded to one of them.
-        return count(w, jnp.where(middle < high, middle, low))
+        return count(w, _middle(params["table"].astype(jnp.float32)))
 
     def decode(self, codes: Integer[Array, "*g b"], params: Params) -> Float[Array, "*g b"]:
         """`table[code]` of each group, float32."""
@@ -156,38 +152,35 @@ def _table(x: Float[Array, " n"], h: Float[Array, " n"], k: int, steps: int) -> 
         return jnp.where((weight > 0) & (last >= first), jnp.clip(mean, low, high), low)
 
     def lloyd(_: int, values: Float[Array, " k"]) -> Float[Array, " k"]:
-        inner = jnp.searchsorted(x, (values[:-1] + values[1:]) / 2, side="right")
+        inner = jnp.searchsorted(x, _middle(values), side="right")
         return means(jnp.pad(inner, (1, 1), constant_values=(0, n)))
 
-    parts = -(-k // MOST)
-    if n <= k:
-        ends = jnp.minimum(jnp.arange(k + 1), n)
-    else:
+    # A run for each distinct number, if there are no more of them than values.
+    number = jnp.pad(jnp.cumsum(x[1:] > x[:-1]), (1, 0))
+    ends = jnp.searchsorted(number, jnp.arange(k + 1))
+    if n > k:
+        parts = -(-k // MOST)
         exact = parts == 1 and n <= BINS
-        bins = jnp.arange(n + 1) if exact else _shares(x, h, BINS * parts, parts == 1)
+        bins = jnp.arange(n + 1) if exact else _shares(x, h, BINS * parts)
         each = bins[np.arange(parts)[:, None] * BINS + np.arange(min(bins.size, BINS + 1))]
         cuts = jax.vmap(lambda e: e[_runs(mass[e], moment[e], k // parts)])(each)
-        ends = jnp.append(cuts[:, :-1], n)
+        ends = jnp.where(number[-1] < k, ends, jnp.append(cuts[:, :-1], n))
     return lax.fori_loop(0, steps, lloyd, means(ends))
 
 
-def _shares(
-    x: Float[Array, " n"], h: Float[Array, " n"], parts: int, distinct: bool
-) -> Integer[Array, " parts+1"]:
-    """Ends of runs of sorted numbers with equal shares of `∫ density^(1/3)`.
+def _middle(table: Float[Array, "*g k"]) -> Float[Array, "*g k-1"]:
+    """Half-way between neighbours, or the lower one if no float lies between them."""
+    low, high = table[..., :-1], table[..., 1:]
+    middle = low + (high - low) / 2
+    return jnp.where(middle < high, middle, low)
 
-    If `distinct`, half of a share is of the distinct numbers, so that no two numbers share a run
-    where there are at most half as many numbers as runs.
-    """
+
+def _shares(x: Float[Array, " n"], h: Float[Array, " n"], parts: int) -> Integer[Array, " parts+1"]:
+    """Ends of runs of sorted numbers with equal shares of `∫ density^(1/3)`."""
     gap = jnp.diff(x, append=x[-1:])
-    density = jnp.cbrt(h * gap**2)  # (h / gap)^(1/3) over a gap
-    share = density / jnp.maximum(jnp.sum(density), jnp.finfo(jnp.float32).tiny)
-    if distinct:
-        different = (gap > 0).astype(jnp.float32)
-        share = share + different / jnp.maximum(jnp.sum(different), 1.0)
-    total = jnp.cumsum(share)
-    inner = 1 + jnp.searchsorted(total, jnp.arange(1, parts) / parts * total[-1])
-    return jnp.pad(inner, (1, 1), constant_values=(0, x.size))
+    share = jnp.cumsum(jnp.cbrt(h * gap**2))  # (h / gap)^(1/3) over a gap
+    inner = 1 + jnp.searchsorted(share, jnp.arange(1, parts) / parts * share[-1])
+    return jnp.pad(jnp.minimum(inner, x.size), (1, 1), constant_values=(0, x.size))
 
 
 def _runs(
