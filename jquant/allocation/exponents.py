@@ -8,6 +8,7 @@ with Nelder and Mead's simplex; one number needs only golden sections (`grids/ex
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -27,8 +28,7 @@ def power_exponent(
 ) -> Float[Array, ""]:
     """The exponent of the least sum of the norms of the errors of many weights.
 
-    Pass it on as `Power(bits, float(exponent))`. Pure; may be jitted with `bits` and `domain`
-    static.
+    Pass it on as `Power(bits, float(exponent))`. Pure; may be part of a jitted function.
 
     Args:
         groups: a pytree of weights in groups, `[*g, b]` each, as `blocks.to_blocks` cuts them.
@@ -55,8 +55,14 @@ def power_exponent(
     if not weights:
         raise ValueError("power_exponent needs at least one weight, got an empty tree")
     known = [None] * len(weights) if importance is None else jax.tree.leaves(importance)
+    return _of_all(grid, weights, known)
+
+
+@partial(jax.jit, static_argnames="grid")
+def _of_all(grid: Power, weights: list[Array], known: list[Array | None]) -> Float[Array, ""]:
+    """The search, of weights `[*g, b]` and what to weigh their errors by."""
     weights = [w.astype(jnp.float32) for w in weights]
-    units = [Power(bits, 1.0).fit(w)["scale"] for w in weights]
+    units = [Power(grid.bits, 1.0).fit(w)["scale"] for w in weights]
     largest = jnp.max(jnp.stack([jnp.max(unit) for unit in units]))
     each = [
         [summed(loss, (unit / largest) ** 2) for loss in losses(grid, w / unit[..., None], weight)]

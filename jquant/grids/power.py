@@ -22,6 +22,7 @@ and, if fitted, `exponent` (a, float16).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -133,13 +134,7 @@ class Power:
         top = jnp.max(jnp.abs(w), axis=-1)
         params = {"scale": self._scale(top)}
         if self.exponent is None:
-            unit = params["scale"].astype(jnp.float32)
-            proxy, error = losses(self, w / unit[..., None], importance)
-            if self.per == "weight":
-                axes = tuple(range(-min(2, unit.ndim), 0))
-                share = (unit / jnp.max(unit, axis=axes, keepdims=True)) ** 2
-                proxy, error = (summed(loss, share, axes) for loss in (proxy, error))
-            params["exponent"] = best_exponent(proxy, error)
+            params["exponent"] = _searched(self, w, params["scale"], importance)
         if isinstance(self.range, MinMax):
             return params
         return best_of(
@@ -155,23 +150,22 @@ class Power:
         least = max(least, LEAST_SCALE[self.scale_dtype])
         return jnp.clip(jnp.where(top > 0, top, 1.0), least, cap).astype(self.scale_dtype)
 
-    def _parts(self, params: Params) -> tuple[Array, Array, Array | float]:
-        """m, K and the exponent as float32, with an axis for the weights of a group."""
+    def _parts(self, params: Params) -> tuple[Array, Array | float]:
+        """m and the exponent as float32, with an axis for the weights of a group."""
         scale = params["scale"].astype(jnp.float32)[..., None]
-        # Compiled, XLA would multiply by the reciprocal of a constant, an ulp off.
-        steps = self.codes[1] + 0.0 * scale
         if self.exponent is not None:
-            return scale, steps, self.exponent
-        return scale, steps, params["exponent"].astype(jnp.float32)[..., None]
+            return scale, self.exponent
+        return scale, params["exponent"].astype(jnp.float32)[..., None]
 
     def _position(self, w: Float[Array, "*g b"], params: Params) -> Float[Array, "*g b"]:
         """Where weights lie among the codes, as real numbers."""
-        scale, steps, exponent = self._parts(params)
         if self.exponent == 1:
             # XLA would make `w * K / m` of it, an ulp off, were there no sum in between.
-            return w / (scale / steps + 0.0 * scale)
+            step = self._step(params)[..., None]
+            return w / (step + 0.0 * step)
+        scale, exponent = self._parts(params)
         part = jnp.minimum(jnp.abs(w) / scale, 1.0)
-        return jnp.sign(w) * steps * power(part, exponent)
+        return jnp.sign(w) * self.codes[1] * power(part, exponent)
 
     def bracket(
         self, w: Float[Array, "*g b"], params: Params
@@ -195,11 +189,11 @@ class Power:
         q = codes.astype(jnp.float32)
         if self._root is not None:
             return _whole_power(q, self._root) * self._step(params)[..., None]
-        scale, steps, exponent = self._parts(params)
-        return jnp.sign(q) * scale * power(jnp.abs(q) / steps, 1.0 / exponent)
+        scale, exponent = self._parts(params)
+        return jnp.sign(q) * scale * power(jnp.abs(q) / self.codes[1], 1.0 / exponent)
 
     def _step(self, params: Params) -> Float[Array, "*g"]:
-        """`m / K ** r`, what the integers are multiplied by."""
+        """`m / K ** r`, what the integers are multiplied by; divided, see `Uniform`."""
         scale = params["scale"].astype(jnp.float32)
         return scale / (self.codes[1] ** (self._root or 1) + 0.0 * scale)
 
@@ -228,6 +222,23 @@ class Power:
         top = self.codes[1] ** self._root
         dtype = next(d for d in (jnp.int8, jnp.int16, jnp.int32) if top <= jnp.iinfo(d).max)
         return _whole_power(codes.astype(jnp.int32), self._root).astype(dtype), self._step(params)
+
+
+@partial(jax.jit, static_argnames="grid")
+def _searched(
+    grid: Power,
+    w: Float[Array, "*g b"],
+    scale: Float[Array, "*g"],
+    importance: Float[Array, "*#g #b"] | None,
+) -> Float[Array, "*#g"]:
+    """The exponent of least error of each group, or of all along the last two group axes."""
+    unit = scale.astype(jnp.float32)
+    proxy, error = losses(grid, w / unit[..., None], importance)
+    if grid.per == "weight":
+        axes = tuple(range(-min(2, unit.ndim), 0))
+        share = (unit / jnp.max(unit, axis=axes, keepdims=True)) ** 2
+        proxy, error = (summed(loss, share, axes) for loss in (proxy, error))
+    return best_exponent(proxy, error)
 
 
 def _whole_power(q: Array, root: int) -> Array:
