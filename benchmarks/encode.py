@@ -11,6 +11,8 @@ threads, methods of a grid alternating (A B A B ...), medians. Wanted, each opti
 torchao, qwix, hqq, optimum-quanto, bitsandbytes, flash1dkmeans, ml_dtypes.
 
 Where a rival would take minutes it gets a share of the rows, and its time is scaled up (`rows`).
+`casts` sets `jq.stochastic_round` beside a plain cast of the same weight, on both of its sources of
+random bits.
 Writes `results/encode.json`, wins and losses alike.
 """
 
@@ -22,6 +24,7 @@ import importlib.metadata
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,8 +32,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+import jquant as jq
 from benchmarks import harness
-from jquant import grids
+from jquant import grids, noise
 from jquant.blocks import Blocks, to_blocks
 from jquant.grids import MX, NF4, NV, Codebook, Float, Grid, KMeans, Power, Uniform, nearest
 from jquant.rounding.elementwise import _round
@@ -326,6 +330,30 @@ def race(name: str, case: Case, w: Array, repeats: int) -> dict[str, Any]:
     return row | ({"skipped": skipped} if skipped else {})
 
 
+def casts(w: Array, repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds to round `w` to a narrower type, by how; alternating medians."""
+    key, x = jax.random.key(0), jnp.asarray(w)
+    found = {}
+    for dtype in ("bfloat16", "float16", "float8_e4m3fn"):
+        programs = {
+            "cast": jax.jit(lambda x, dtype=dtype: x.astype(dtype)),
+            **{
+                source: jax.jit(partial(jq.stochastic_round, key, to=dtype, source=source))
+                for source in noise.SOURCES
+            },
+        }
+        times: dict[str, list[float]] = {name: [] for name in programs}
+        for number in range(repeats + 1):
+            for name, program in programs.items():
+                start = time.perf_counter()
+                jax.block_until_ready(program(x))
+                if number:  # the first is compiling
+                    times[name].append(time.perf_counter() - start)
+        found[dtype] = {name: round(float(np.median(t)), 5) for name, t in times.items()}
+        print(dtype, found[dtype], flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small weight, no file")
@@ -338,6 +366,7 @@ def main() -> None:
         torch.set_num_threads(2)
     size = 512 if options.quick else 4096
     w = np.random.default_rng(0).standard_normal((size, size), np.float32)
+    stochastic = casts(w, 3 if options.quick else 9)
     rows = []
     for name, case in cases().items():
         if options.only in name:
@@ -351,7 +380,7 @@ def main() -> None:
         ):  # fmt: skip
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[package] = importlib.metadata.version(package)
-        harness.write("encode", rivals=versions, shape=[size, size], rows=rows)
+        harness.write("encode", rivals=versions, shape=[size, size], casts=stochastic, rows=rows)
 
 
 if __name__ == "__main__":
