@@ -3,13 +3,13 @@
     python -m benchmarks.adadim                                     # what is not there yet
     python -m benchmarks.adadim --only "W3 g128" --method "GPTQ in"  # some, whether there or not
 
-Model, tokens and evaluation are those of `quality`; the grid is A2 (the paper's: asymmetric, zero
-need not lie inside the range), groups of 128, ragged where the axis is 576, 192 or so. Nearest and
-GPTQ, the latter stage by stage on 64 windows. Axes are chosen on the first 16 of them, once per
-setting and level: by what a weight does to its attention or MLP, or by its own product. `dynamic`:
-along the output axis GPTQ fits each column's groups when it comes to it, as in the paper's code;
-elsewhere groups are those of the original weight. Every run is a process of its own; results are
-added to `results/adadim.json` one by one.
+Model and tokens are those of `quality`, the first 8 held-out windows; the grid is A2 (the paper's:
+asymmetric, zero need not lie inside the range), groups of 128, ragged where the axis is 576, 192 or
+so. Nearest and GPTQ, the latter in one pass, all on the same second moments of 64 windows. Axes are
+chosen on the first 16 of them, once per setting and level: by what a weight does to its attention
+or MLP, or by its own product. `dynamic`: along the output axis GPTQ fits each column's groups when
+it comes to it, as in the paper's code; elsewhere groups are those of the original weight. Choosing
+runs in a process of its own; results are added to `results/adadim.json`.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ METHODS = [
     for axes in ("in", "out", *LEVELS)
     if not (rounding == "GPTQ dynamic" and axes in ("in", "AdaDim, own product"))
 ]
-WINDOWS, CHOOSING = 64, 16
+WINDOWS, CHOOSING, EVALUATION = 64, 16, 8
+AT_ONCE = 6  # models that are evaluated together, against one run of the full one
 
 
 def data() -> tuple[Any, Any, list[Any], list[Any]]:
     """The model, calibration batches, evaluation batches."""
     fn, params, tokenizer = jq.models.load(smollm2.fetch())
     calibration, evaluation = smollm2.text_windows(tokenizer)
-    calibration, evaluation = calibration[:WINDOWS], evaluation[:16]
+    calibration, evaluation = calibration[:WINDOWS], evaluation[:EVALUATION]
     return fn, params, list(calibration.reshape(-1, 4, 512)), list(evaluation.reshape(-1, 2, 512))
 
 
@@ -85,12 +86,10 @@ def choose(setting: str, level: Any) -> dict[str, Any]:
     }
 
 
-def quantized(setting: str, method: str, choices: Mapping[str, Any]) -> dict[str, Any]:
-    """KL and what it took."""
+def plan_of(plan: jq.Plan, method: str, choices: Mapping[str, Any]) -> jq.Plan:
+    """The plan with the axes and roundings of a method."""
     rounding = next(name for name in sorted(ROUNDINGS, reverse=True) if method.startswith(name))
     axes = method.removeprefix(rounding + " ")
-    fn, params, batches, evaluation = data()
-    plan = plan_for(fn, params, batches[0], setting)
     chosen = choices[LEVELS[axes]]["out"] if axes in LEVELS else plan if axes == "out" else ()
     schemes = {}
     for path, scheme in plan.items():
@@ -98,15 +97,7 @@ def quantized(setting: str, method: str, choices: Mapping[str, Any]) -> dict[str
         schemes[path] = dataclasses.replace(
             scheme, blocks=jq.Blocks(axis, 128), rounding=ROUNDINGS[rounding][axis == "out"]
         )
-    plan = jq.Plan(schemes, plan.weights)
-    start = time.perf_counter()
-    q, report = jq.quantize(fn, params, plan, None if rounding == "nearest" else batches)
-    seconds = time.perf_counter() - start
-    return vars(jq.evaluate.compare(fn, params, q, evaluation)) | {
-        "seconds": seconds,
-        "bits_per_weight": report.bits_per_weight,
-        "error_vs_nearest": report.ratio,
-    }
+    return jq.Plan(schemes, plan.weights)
 
 
 def main() -> None:
@@ -119,33 +110,51 @@ def main() -> None:
     found = json.loads(PATH.read_text()) if PATH.exists() else {"choices": {}, "rows": {}}
     settings = options.only or list(SETTINGS)
     if options.here:
-        setting = settings[0]
-        if options.choose:
-            print(json.dumps(choose(setting, options.choose[0])))
-        else:
-            print(
-                json.dumps(quantized(setting, options.method[0], found["choices"].get(setting, {})))
-            )
+        print(json.dumps(choose(settings[0], options.choose[0])))
         return
     asked = bool(options.choose or options.method)
-    work = [
-        ("choices", setting, "--choose", level)
-        for setting in settings
-        for level in (options.choose or ([] if asked else LEVELS.values()))
-    ] + [
-        ("rows", setting, "--method", method)
-        for setting in settings
-        for method in (options.method or ([] if asked else METHODS))
-    ]
-    for part, setting, option, name in work:
-        if name in found[part].setdefault(setting, {}) and not asked:
-            continue
-        command = [sys.executable, "-m", "benchmarks.adadim", "--here"]
-        command += ["--only", setting, option, name]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found[part][setting][name] = result = json.loads(done.stdout.splitlines()[-1])
+
+    def keep(part: str, setting: str, name: str, result: dict[str, Any]) -> None:
+        found[part][setting][name] = result
         print(setting, name, {k: v for k, v in result.items() if k != "out"}, flush=True)
         PATH.write_text(json.dumps({"machine": machine(), **found}, indent=1) + "\n")
+
+    for setting in settings:
+        done = found["choices"].setdefault(setting, {})
+        for level in options.choose or ([] if asked else LEVELS.values()):
+            if level in done and not asked:
+                continue
+            command = [sys.executable, "-m", "benchmarks.adadim", "--here"]
+            command += ["--only", setting, "--choose", level]
+            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            keep("choices", setting, level, json.loads(said.stdout.splitlines()[-1]))
+
+    methods = options.method or ([] if asked else METHODS)
+    wanted = {
+        setting: [m for m in methods if asked or m not in found["rows"].get(setting, {})]
+        for setting in settings
+    }
+    if not any(wanted.values()):
+        return
+    fn, params, batches, evaluation = data()
+    plans = {setting: plan_for(fn, params, batches[0], setting) for setting in settings}
+    evidence = jq.capture(fn, params, batches, paths=list(plans[settings[0]]))
+    for setting, left in wanted.items():
+        found["rows"].setdefault(setting, {})
+        for few in (left[at : at + AT_ONCE] for at in range(0, len(left), AT_ONCE)):
+            models, said = {}, {}
+            for method in few:
+                plan = plan_of(plans[setting], method, found["choices"][setting])
+                known = None if method.startswith("nearest") else evidence
+                models[method], report = jq.quantize(fn, params, plan, evidence=known)
+                said[method] = {
+                    "seconds": report.seconds["rounding"],
+                    "bits_per_weight": report.bits_per_weight,
+                    "error_vs_nearest": report.ratio,
+                }
+            compared = jq.evaluate.compare_all(fn, params, models, evaluation)
+            for method in few:
+                keep("rows", setting, method, vars(compared[method]) | said[method])
 
 
 if __name__ == "__main__":
