@@ -210,10 +210,67 @@ def grids(result: dict[str, Any]) -> str:
     )
 
 
+def adadim(result: dict[str, Any]) -> str:
+    axes = ["in", "out", "AdaDim", "AdaDim, own product"]
+    roundings = ["nearest", "GPTQ", "GPTQ dynamic"]
+    lines = []
+    for setting, rows in result["rows"].items():
+        for rounding in roundings:
+            found = [rows.get(f"{rounding} {axis}", {}).get("kl") for axis in axes]
+            known = [kl for kl in found if kl is not None]
+            cells = ["–" if kl is None else f"{kl:.4f}" for kl in found]
+            cells = [
+                f"**{c}**" if kl == min(known) else c for c, kl in zip(cells, found, strict=True)
+            ]
+            lines.append([setting, rounding, *cells])
+    chosen = []
+    for setting, levels in result["choices"].items():
+        kinds = levels["residual"]["kinds"]
+        said = ", ".join(f"{kind} {row['out']}" for kind, row in kinds.items() if row["out"])
+        chosen.append(f"at {setting}, of 30 each, {said}")
+    return (
+        "**Axes.** Groups of 128 along inputs, outputs, or what AdaDim chooses by the output of "
+        "the attention or MLP (or by each weight's own product); grid A2, one pass, 8 held-out "
+        "windows: "
+        "KL. *Dynamic*: GPTQ fits groups along outputs to columns as it comes to them. Along "
+        f"outputs go {'; '.join(chosen)}.\n\n"
+        + table(["", "rounding", *axes], lines)
+        + f"\n{ran(result)}.\n"
+    )
+
+
+def encode(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        best = min(row["rivals"].items(), key=lambda item: item[1]["seconds"], default=None)
+        beside = ["–", ""]
+        if best is not None:
+            name, found = best
+            beside = [f"{name} {1000 * found['seconds']:.0f}", f"{found['times_jquant']:.2f}"]
+        cells = [f"{1000 * row[key]:.0f}" for key in ("seconds", "in_bytes_s")]
+        rows.append([row["grid"], *cells, *beside])
+    casts = "; ".join(
+        f"to {dtype} {1000 * row['hash']:.0f} ms (cast {1000 * row['cast']:.0f}, Threefry "
+        f"{1000 * row['threefry']:.0f})"
+        for dtype, row in result["casts"].items()
+    )
+    return (
+        "**Encoding.** Fitting and nearest codes of a 4096×4096 float32 weight, milliseconds, "
+        "median of alternating runs, two threads; the fastest other code that runs here and its "
+        "time over ours. Packed 4-bit codes are slow for XLA's CPU compiler: *in bytes* leaves "
+        "them unpacked. "
+        f"Stochastic rounding of the same weight: {casts}.\n\n"
+        + table(["grid", "jquant", "in bytes", "best other", "other / jquant"], rows)
+        + f"\n{ran(result)}.\n"
+    )
+
+
 SECTIONS = {
     "quality": quality,
     "stages": stages,
     "grids": grids,
+    "adadim": adadim,
+    "encode": encode,
     "total_time": total_time,
     "depth": depth,
     "minilm": minilm,

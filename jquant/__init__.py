@@ -4,7 +4,7 @@ A quantized weight is a grid × a rounding × an optional compensation, chosen p
 informed by evidence that jquant reads out of any JAX function, and run by that same function.
 """
 
-from jquant import allocation, errors, evaluate, grids, models, presets, rounding
+from jquant import allocation, errors, evaluate, grids, models, objectives, presets, rounding
 from jquant.allocation import plan
 from jquant.blocks import Blocks, Layout
 from jquant.calibration import Evidence, Weight, capture, find_weights
@@ -46,6 +46,7 @@ __all__ = [
     "keep",
     "load",
     "models",
+    "objectives",
     "plan",
     "presets",
     "quantize",

@@ -16,7 +16,9 @@ from jaxtyping import Array, PRNGKeyArray
 
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError, PlanError, WeightError, near
+from jquant.objectives import Stagewise
 from jquant.qtensor import QTensor
+from jquant.rounding.relaxed import Relaxation
 from jquant.scheme import Plan, Scheme
 
 
@@ -95,6 +97,42 @@ def check_needs(
                 "known where weights are quantized stage by stage: pass granularity='weight' or "
                 "'block' and no evidence for it, or Evidence(..., drift=)"
             )
+
+
+def check_objective(
+    plan: Plan, objective: Any, key: PRNGKeyArray | None, *, batches: bool, granularity: str
+) -> None:
+    """Refuse an objective that cannot be descended."""
+    if not callable(objective):
+        raise PlanError(
+            "objective must be a function (found, wanted, *inputs), such as objectives.KL(), got "
+            f"{objective!r}"
+        )
+    learned = {path: s for path, s in plan.items() if isinstance(s.rounding, Relaxation)}
+    if not learned:
+        raise PlanError(
+            f"objective={objective!r}, but no scheme of the plan has a rounding that is learned; "
+            "pass DiscQuant, NUPES, AdaRound or SignRound, or no objective"
+        )
+    first = next(iter(learned))
+    for path, scheme in learned.items():
+        if scheme.rounding != learned[first].rounding:
+            raise PlanError(
+                f"weights {first!r} and {path!r} are to be learned together, but by "
+                f"{learned[first].rounding} and {scheme.rounding}; pass one rounding for both"
+            )
+    if "key" in learned[first].rounding.needs and key is None:
+        raise PlanError(
+            f"weight {first!r}: {type(learned[first].rounding).__name__} starts at random; pass "
+            "key=jax.random.key(seed)"
+        )
+    if not batches:
+        raise EvidenceError("an objective is descended on batches; pass calibration batches")
+    if isinstance(objective, Stagewise) and granularity == "all":
+        raise PlanError(
+            "objectives.Stagewise() needs stages: pass granularity='weight' or 'block', or descend "
+            "its objective on the whole network"
+        )
 
 
 def check_evidence(plan: Plan, evidence: Mapping[str, Evidence]) -> None:

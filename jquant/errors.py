@@ -23,6 +23,10 @@ class EvidenceError(ValueError):
     """Evidence a rounding needs is missing, malformed, or rests on no tokens."""
 
 
+class ObjectiveError(ValueError):
+    """An objective is not finite, or a weight that is to be learned does not move it."""
+
+
 class UnsupportedPrimitiveError(ValueError):
     """A weight enters an operation that jquant cannot read evidence through."""
 

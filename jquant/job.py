@@ -11,8 +11,7 @@ import math
 import resource
 import sys
 import time
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,11 +28,13 @@ from jquant.checks import check_finite, check_tokens, not_used
 from jquant.distortion import bits_per_weight
 from jquant.errors import EvidenceError
 from jquant.lazy import Lazy, read, realize
+from jquant.learning import Learned, is_learned, learn, relaxation_of
+from jquant.objectives import Objective
 from jquant.progress import Doing, Progress, Told
 from jquant.qtensor import QTensor, dequantize_weight
-from jquant.report import Report, WeightReport
+from jquant.report import Report, Trace, WeightReport
 from jquant.scheme import Plan, Scheme
-from jquant.solve import Outcome, quantize_weight
+from jquant.solve import Outcome, key_of, quantize_weight
 from jquant.work import Record, WorkDir
 
 
@@ -49,9 +50,12 @@ class Job:
         walk: Walk | OnePass,
         work: WorkDir | None,
         progress: Told | None,
+        objective: Objective | None = None,
     ):
         self.plan, self.arrays, self.given, self.key = plan, arrays, given, key
         self.walk, self.work, self.progress = walk, work, progress
+        self.objective = objective  # of stages; None: every weight is rounded by itself
+        self.traces: list[Trace] = []
         self.done: dict[Piece, QTensor] = {}
         self.outcomes: dict[Piece, Outcome] = {}
         self.seconds: dict[str, float] = {"reading": 0.0, "rounding": 0.0, "advancing": 0.0}
@@ -89,32 +93,32 @@ class Job:
         held = sum(leaf.nbytes for e in distinct for leaf in jax.tree.leaves(e))
         self.evidence_bytes = max(self.evidence_bytes, held)
         self.seconds["reading"] += time.perf_counter() - start
-        told, found = self.tell("rounding", len(pieces)), {}
-        for number, piece in enumerate(pieces, start=1):
+        learned = self.objective is not None
+        together = [p for p in pieces if learned and is_learned(self.plan[p.path])]
+        alone = [p for p in pieces if p not in together]
+        told, found = self.tell("rounding", len(alone)), {}
+        for number, piece in enumerate(alone, start=1):
             q, outcome = self.round(piece, evidence.pop(piece, None))
             found[str(piece)] = q, outcome
             self.seconds["rounding"] += outcome.seconds
             if told is not None:
                 told(number)
+        if together:
+            self.done |= {piece: found[str(piece)][0] for piece in alone}
+            found |= self.learn(stage, together, evidence)
         return found
 
     def round(self, piece: Piece, evidence: Evidence | None) -> tuple[QTensor, Outcome]:
         start = time.perf_counter()
         scheme, layout = self.plan[piece.path], self.plan.weights[piece.path].layout
-        axes = sorted((_place(self.plan, piece.path, axis), at) for axis, at in piece.where)
-        if piece.path in self.given:
-            evidence = self.given[piece.path]
-            for place, at in axes:
-                evidence = jax.tree.map(partial(_layer, at=at, axis=place), evidence)
-        for place, _ in axes if piece.path not in self.given else ():
-            evidence = jax.tree.map(partial(jnp.expand_dims, axis=place), evidence)
+        evidence = self.known(piece, evidence)
         if evidence is not None:
             check_tokens(str(piece), scheme, evidence)
         elif "moment" in scheme.rounding.needs:
             raise EvidenceError(not_used(str(piece)))
         own = None
         if "key" in scheme.rounding.needs and self.key is not None:
-            own = jax.random.fold_in(self.key, zlib.crc32(str(piece).encode()))
+            own = key_of(self.key, str(piece))
         w = self.original(piece)
         q, info = quantize_weight(w, scheme, layout, evidence=evidence, key=own)
         jax.block_until_ready(info)
@@ -126,6 +130,49 @@ class Job:
                 "Scheme(..., fallback=True) to let nearest rounding stand in"
             )
         return q, outcome
+
+    def learn(
+        self, stage: int, pieces: Sequence[Piece], evidence: Mapping[Piece, Evidence]
+    ) -> Record:
+        """Round weights of a stage together, by what the stage makes of them."""
+        assert isinstance(self.walk, Walk) and self.objective is not None
+        start, names = time.perf_counter(), [str(piece) for piece in pieces]
+        weights = [
+            Learned(
+                str(piece), self.original(piece), self.plan[piece.path],
+                self.plan.weights[piece.path].layout, self.known(piece, evidence.get(piece)),
+            )
+            for piece in pieces
+        ]  # fmt: skip
+        network, inputs, wanted = self.walk.reconstruction(
+            stage, pieces, self.current, self.original
+        )
+        feed = [(given, goal, ()) for given, goal in zip(inputs, wanted, strict=True)]
+        steps = relaxation_of(weights).descent.steps
+        found, trace = learn(
+            network, self.objective, weights, None, feed,
+            key=self.key, told=self.tell("rounding", steps),
+        )  # fmt: skip
+        self.traces.append(trace)
+        jax.block_until_ready([q.codes for q, _ in found])
+        spent = time.perf_counter() - start
+        self.seconds["rounding"] += spent
+        return {
+            name: (q, Outcome.of(info, weight.evidence, spent / len(names)))
+            for name, weight, (q, info) in zip(names, weights, found, strict=True)
+        }
+
+    def known(self, piece: Piece, evidence: Evidence | None) -> Evidence | None:
+        """What is known of a piece's inputs, given or just read, shaped as the piece is."""
+        axes = sorted((_place(self.plan, piece.path, axis), at) for axis, at in piece.where)
+        if piece.path in self.given:
+            evidence = self.given[piece.path]
+            for place, at in axes:
+                evidence = jax.tree.map(partial(_layer, at=at, axis=place), evidence)
+            return evidence
+        for place, _ in axes:
+            evidence = jax.tree.map(partial(jnp.expand_dims, axis=place), evidence)
+        return evidence
 
     def take(self, stage: int, record: Record) -> None:
         """Put the stage's quantized weights in the place of the ones that were there."""
@@ -185,14 +232,22 @@ class Job:
             outcome = Outcome.sum([self.outcomes[piece] for piece in pieces])
             loop = next((nested[piece] for piece in pieces if piece in nested), None)
             note = "" if loop is None else f"in a {loop}: calibrated in one pass with all in it"
-            rows[path] = _row(path, scheme, quantized[path], outcome, note)
+            rows[path] = row_of(path, scheme, quantized[path], outcome, note)
         kept = tuple(path for path in self.plan.weights if path not in self.plan)
         names = tuple(tuple(map(str, stage.pieces)) for stage in stages)
-        return Report(rows, kept, names, self.seconds, self.evidence_bytes, peak_bytes())
+        return Report(
+            rows, kept, names, self.seconds, self.evidence_bytes, peak_bytes(), tuple(self.traces)
+        )
 
 
-def _row(path: str, scheme: Scheme, q: QTensor, outcome: Outcome, note: str) -> WeightReport:
+def row_of(path: str, scheme: Scheme, q: QTensor, outcome: Outcome, note: str) -> WeightReport:
+    """The line of a report."""
     power = outcome.power or 1.0
+    if outcome.kept_at is not None:
+        said = f"of step {outcome.kept_at}"
+        if outcome.rounded is not None:
+            said += f", {outcome.rounded:.0%} rounded before"
+        note = f"{note}; {said}" if note else said
     return WeightReport(
         path=path,
         shape=q.shape,

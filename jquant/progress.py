@@ -12,6 +12,7 @@ _SHARE = {
     "reading": (0.0, 0.4),
     "rounding": (0.4, 0.4),
     "advancing": (0.8, 0.2),
+    "learning": (0.0, 1.0),
 }  # rough, of a stage
 
 
@@ -22,8 +23,9 @@ class Progress:
     Attributes:
         stage, stages: the stage at work, from 0, and how many there are.
         name: the stage's weights, in words.
-        doing: "reading" inputs, "rounding" weights, or "advancing" past the stage with them.
-        done, total: batches read or advanced, or weights rounded, of how many.
+        doing: "reading" inputs, "rounding" weights, "advancing" past the stage with them, or
+            "learning" on the whole network.
+        done, total: batches read or advanced, weights rounded, or steps made, of how many.
         ratio: error so far relative to nearest rounding (geometric mean over weights); NaN before
             the first weight.
     """

@@ -6,8 +6,11 @@ All that can be checked is checked before any work. Then the function is taken s
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,13 +22,23 @@ from jquant.calibration.onepass import OnePass
 from jquant.calibration.stages import Granularity
 from jquant.calibration.walk import Walk
 from jquant.calibration.weights import path_of
-from jquant.checks import check_evidence, check_needs, check_weights, not_used
+from jquant.checks import (
+    check_evidence,
+    check_needs,
+    check_objective,
+    check_weights,
+    not_used,
+)
 from jquant.errors import EvidenceError, PlanError
-from jquant.job import Job
+from jquant.job import Job, peak_bytes, row_of
 from jquant.lazy import Lazy, realize
-from jquant.progress import Told
+from jquant.learning import is_learned
+from jquant.objectives import Objective, Stagewise
+from jquant.progress import Progress, Told
+from jquant.qtensor import is_qtensor
 from jquant.report import Report
 from jquant.scheme import Plan
+from jquant.whole import learn_whole
 from jquant.work import digest, leaf_digest, open_work_dir, version_of
 
 
@@ -36,6 +49,7 @@ def quantize(
     batches: Iterable[Any] | None = None,
     *,
     evidence: Mapping[str, Evidence] | None = None,
+    objective: Objective | None = None,
     key: PRNGKeyArray | None = None,
     granularity: Granularity = "weight",
     work_dir: str | os.PathLike[str] | None = None,
@@ -52,6 +66,11 @@ def quantize(
         batches: calibration batches, each one array or a tuple of `fn`'s inputs.
         evidence: path → `Evidence` (as from `capture`), for the weights it names instead of
             batches.
+        objective: what learned roundings (`DiscQuant`, `NUPES`, …) descend. None: each weight its
+            own, the squared error of its outputs, from its evidence. `objectives.KL()` or any
+            `objective(found, wanted, *inputs)`: all of them together, on the outputs of the whole
+            function, after the other weights of the plan have been quantized; batches are gone over
+            again until the steps are done. `objectives.Stagewise()`: those of each stage together.
         key: randomness, required when a rounding needs it; each weight's key is derived from its
             path, so that adding a weight changes no other.
         granularity: which weights are calibrated together, on inputs that already quantized weights
@@ -73,6 +92,8 @@ def quantize(
         PlanError, WeightError, EvidenceError: see the messages; raised before any work, except for
             inputs that turn out not finite, and for a factorisation that fails where the scheme
             allows no fallback.
+        ObjectiveError: an objective is not finite, or a weight that is to be learned does not move
+            it.
         WorkDirError: the work directory cannot be written to, or is another job's.
 
     Example:
@@ -85,24 +106,103 @@ def quantize(
         >>> report.stages
         (('up',), ('down',))
     """
+    if objective is not None:
+        check_objective(plan, objective, key, batches=batches is not None, granularity=granularity)
+    if objective is not None and not isinstance(objective, Stagewise):
+        return _whole(
+            fn, params, plan, batches or (), objective, evidence=dict(evidence or {}), key=key,
+            granularity=granularity, work_dir=work_dir, budget=budget, progress=progress,
+        )  # fmt: skip
     if work_dir is not None and batches is not None:
         batches = list(batches)  # what is in them is part of the fingerprint
     walk, arrays = prepare(
         fn, params, plan, batches,
-        evidence=evidence, key=key, granularity=granularity, budget=budget,
+        evidence=evidence, key=key, granularity=granularity, budget=budget, objective=objective,
     )  # fmt: skip
     given = dict(evidence or {})
     work = None
     if work_dir is not None:
-        said = _fingerprint(walk, plan, arrays, given, key, granularity)
+        said = _fingerprint(walk, plan, arrays, given, key, granularity, objective)
         work = open_work_dir(work_dir, said)
-    job = Job(plan, arrays, given, key, walk, work, progress)
+    job = Job(plan, arrays, given, key, walk, work, progress, objective)
     job.run()
     lazy = any(isinstance(leaf, Lazy) for leaf in arrays.values())
     quantized = {path: job.whole(path) for path in plan}
     result = [quantized.get(path, leaf) for path, leaf in arrays.items()]
     tree = jax.tree.unflatten(jax.tree.structure(params), result)
     return tree if lazy else realize(tree), job.report(quantized)
+
+
+def _whole(
+    fn: Callable[..., Any],
+    params: PyTree,
+    plan: Plan,
+    batches: Iterable[Any],
+    objective: Objective,
+    *,
+    evidence: dict[str, Evidence],
+    key: PRNGKeyArray | None,
+    granularity: Granularity,
+    work_dir: str | os.PathLike[str] | None,
+    budget: int | None,
+    progress: Told | None,
+) -> tuple[PyTree, Report]:
+    """The learned weights of a plan on the whole network, after the others, stage by stage."""
+    learned = Plan({path: s for path, s in plan.items() if is_learned(s)}, plan.weights)
+    others = Plan({path: s for path, s in plan.items() if not is_learned(s)}, plan.weights)
+    descent = next(iter(learned.values())).rounding.descent  # type: ignore[attr-defined]
+    batches = list(itertools.islice(batches, descent.steps * descent.accumulate))
+    if not batches:
+        raise EvidenceError("got no batches; pass at least one array or tuple of inputs")
+    params = realize(params)
+    arrays = _by_path(params)
+    check_weights(learned, arrays)
+    check_evidence(learned, evidence)
+    before, record = None, None
+    if work_dir is not None:
+        before = Path(work_dir, "others")
+        walk = OnePass(fn, params, list(plan), list(plan), batches)
+        said = _fingerprint(walk, plan, arrays, evidence, key, granularity, objective)
+        record = open_work_dir(Path(work_dir, "learned"), said)
+    qparams, report = params, Report({})
+    if others:
+        qparams, report = quantize(
+            fn, params, others, batches, evidence=evidence, key=key, granularity=granularity,
+            work_dir=before, budget=budget, progress=progress,
+        )  # fmt: skip
+        qparams = realize(qparams)
+    start = time.perf_counter()
+    name = f"{len(learned)} weights together"
+
+    def told(done: int) -> None:
+        if progress is not None:
+            progress(Progress(0, 1, name, "learning", done, descent.steps))
+
+    leaves = _by_path(qparams)
+    found, trace = learn_whole(
+        fn, params, leaves, learned, batches, objective,
+        evidence=evidence, key=key, record=record, told=None if progress is None else told,
+    )  # fmt: skip
+    leaves |= {path: q for path, (q, _) in found.items()}
+    rows = dict(report) | {
+        path: row_of(path, learned[path], q, outcome, "") for path, (q, outcome) in found.items()
+    }
+    whole = Report(
+        {path: rows[path] for path in plan},
+        tuple(path for path in plan.weights if path not in plan),
+        (*report.stages, tuple(learned)),
+        dict(report.seconds) | {"learning": time.perf_counter() - start},
+        report.evidence_bytes,
+        peak_bytes(),
+        (trace,),
+    )
+    return jax.tree.unflatten(jax.tree.structure(params), list(leaves.values())), whole
+
+
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    """Path → leaf, a quantized weight being one."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)[0]
+    return {path_of(keys): leaf for keys, leaf in leaves}
 
 
 def prepare(
@@ -115,12 +215,12 @@ def prepare(
     key: PRNGKeyArray | None,
     granularity: Granularity,
     budget: int | None,
+    objective: Objective | None = None,
 ) -> tuple[Walk | OnePass, dict[str, Any]]:
     """All that `quantize` does before any work: the checks, the stages, the leaves by path."""
     if granularity not in ("weight", "block", "all"):
         raise PlanError(f"granularity must be 'weight', 'block' or 'all', got {granularity!r}")
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    arrays = {path_of(keys): leaf for keys, leaf in leaves}
+    arrays, structure = _by_path(params), jax.tree.structure(params)
     given = dict(evidence or {})
     check_weights(plan, arrays)
     staged = batches is not None and granularity != "all"
@@ -136,7 +236,8 @@ def prepare(
         stacks = {path: plan.weights[path].stack_axes for path in plan}
         walk = Walk.start(
             fn, list(arrays.items()), structure, stacks, batches, granularity,
-            budget=budget, twin=any("drift" in scheme.rounding.needs for scheme in plan.values()),
+            budget=budget, drift=any("drift" in scheme.rounding.needs for scheme in plan.values()),
+            reconstruct=objective is not None,
         )  # fmt: skip
         _check_reached(plan, walk)
     return walk, arrays
@@ -156,6 +257,7 @@ def _fingerprint(
     given: Mapping[str, Evidence],
     key: PRNGKeyArray | None,
     granularity: str,
+    objective: Objective | None,
 ) -> dict[str, str]:
     """All that the result depends on, item by item."""
     known = [leaf for path in given for leaf in jax.tree.leaves((path, given[path]))]
@@ -178,5 +280,6 @@ def _fingerprint(
             for leaf in [*walk.data(), *known]
             for item in leaf_digest(leaf if isinstance(leaf, jax.Array) else np.asarray(leaf))
         ),
+        "the objective": getattr(objective, "__qualname__", repr(objective)),
         "the key": "none" if key is None else digest(leaf_digest(key)),
     }

@@ -54,6 +54,27 @@ class WeightReport:
         return math.prod(self.shape)
 
 
+@dataclass
+class Trace:
+    """What happened while weights were learned together, as numbers.
+
+    Attributes:
+        names: the weights.
+        loss: of every step, before it was made.
+        rounded: the share of weights within 0.01 of a grid point, after every step.
+        looks: step → loss with rounded weights; 0 is nearest rounding.
+        kept_at: the step whose rounded weights are the result.
+        stopped: why it ended before the last step, or nothing.
+    """
+
+    names: tuple[str, ...]
+    loss: list[float] = field(default_factory=list)
+    rounded: list[float] = field(default_factory=list)
+    looks: dict[int, float] = field(default_factory=dict)
+    kept_at: int = 0
+    stopped: str = ""
+
+
 @dataclass(frozen=True)
 class Report(Mapping[str, WeightReport]):
     """Path → `WeightReport` for every quantized weight, and the paths that were kept.
@@ -65,6 +86,7 @@ class Report(Mapping[str, WeightReport]):
         evidence_bytes: the most that evidence took at a time.
         peak_bytes: the largest resident size of the process so far; 0 where the system does not
             tell.
+        traces: of what this call has learned on an objective; one for each stage, or one for all.
     """
 
     weights: Mapping[str, WeightReport]
@@ -73,6 +95,7 @@ class Report(Mapping[str, WeightReport]):
     seconds: Mapping[str, float] = field(default_factory=dict)
     evidence_bytes: int = 0
     peak_bytes: int = 0
+    traces: tuple[Trace, ...] = ()
 
     def __getitem__(self, path: str) -> WeightReport:
         return self.weights[path]
@@ -157,6 +180,7 @@ class Report(Mapping[str, WeightReport]):
             "bits_per_weight": self.bits_per_weight,
             "evidence_bytes": self.evidence_bytes,
             "peak_bytes": self.peak_bytes,
+            "traces": [dataclasses.asdict(trace) for trace in self.traces],
         }
 
 

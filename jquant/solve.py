@@ -7,8 +7,10 @@ what the report needs to know of it, as plain numbers, so that it can wait in a 
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,12 +51,29 @@ def quantize_weight(
     """
     canonical = layout.canonical(w)
     rounded = scheme.rounding(canonical, scheme.grid, scheme.groups, evidence=evidence, key=key)
+    return stored(canonical, rounded, scheme, layout, w.dtype, evidence)
+
+
+def stored(
+    canonical: Float[Array, "*batch out in"],
+    rounded: Rounded,
+    scheme: Scheme,
+    layout: Layout,
+    dtype: Any,
+    evidence: Evidence | None,
+) -> tuple[QTensor, dict[str, Array]]:
+    """What `quantize_weight` returns of a weight that has been rounded."""
     moment = None if evidence is None else evidence.second_moment
     info = dict(_errors(canonical, rounded, moment, scheme), **rounded.info)
     q = QTensor(
-        rounded.codes, dict(rounded.params), scheme.grid, scheme.groups, layout, jnp.dtype(w.dtype)
+        rounded.codes, dict(rounded.params), scheme.grid, scheme.groups, layout, jnp.dtype(dtype)
     )
     return q, info
+
+
+def key_of(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
+    """The key of one weight, from its name: adding a weight changes no other's."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def stored_bits(shape: Sequence[int], scheme: Scheme, layout: Layout | None = None) -> float:
@@ -120,6 +139,8 @@ class Outcome:
     dead: int
     failed: bool
     seconds: float
+    kept_at: int | None = None  # of a learned one, the step its codes are of
+    rounded: float | None = None  # the share of weights that needed no rounding at the end
 
     @staticmethod
     def of(info: Mapping[str, Array], evidence: Evidence | None, seconds: float) -> Outcome:
@@ -134,6 +155,8 @@ class Outcome:
             dead=int(found["dead"].sum()) if "dead" in found else 0,
             failed=bool(np.any(found.get("failed", 0))),
             seconds=seconds,
+            kept_at=int(found["kept_at"].min()) if "kept_at" in found else None,
+            rounded=float(found["rounded"].mean()) if "rounded" in found else None,
         )
 
     @staticmethod
@@ -141,6 +164,8 @@ class Outcome:
         """The outcome of a weight from those of its layers."""
         tokens = [part.tokens for part in parts if part.tokens is not None]
         damping = [part.damping for part in parts if part.damping is not None]
+        kept_at = [part.kept_at for part in parts if part.kept_at is not None]
+        rounded = [part.rounded for part in parts if part.rounded is not None]
         return Outcome(
             error=sum(part.error for part in parts),
             nearest_error=sum(part.nearest_error for part in parts),
@@ -150,6 +175,8 @@ class Outcome:
             dead=sum(part.dead for part in parts),
             failed=any(part.failed for part in parts),
             seconds=sum(part.seconds for part in parts),
+            kept_at=min(kept_at) if kept_at else None,
+            rounded=sum(rounded) / len(rounded) if rounded else None,
         )
 
     @property

@@ -4,7 +4,8 @@
 that a job of another kind is refused with the reason. `stage-00012.safetensors` holds the quantized
 weights of one stage and their outcomes; it appears whole or not at all. What was alive between the
 stages is not kept: the finished stages are run again with their quantized weights, which gives the
-same bits, and costs no more than a forward.
+same bits, and costs no more than a forward. `learning.safetensors` is what a learning on the whole
+network goes on from, as of its last look.
 """
 
 from __future__ import annotations
@@ -23,18 +24,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from jquant.errors import CheckpointError, WorkDirError
 from jquant.io import load, read_header, save
 from jquant.io.container import replace_file
 from jquant.lazy import Lazy
 from jquant.qtensor import QTensor
+from jquant.report import Trace
 from jquant.solve import Outcome
 
-_JOB, _STAGE = "job.json", "stage-{:05d}.safetensors"
+_JOB, _STAGE, _LEARNING = "job.json", "stage-{:05d}.safetensors", "learning.safetensors"
 _VERSION = 1
 # What a process that is killed while it writes leaves behind; see `replace_file`.
-_LEFTOVER = re.compile(r"\.(job\.json|stage-\d+\.safetensors)\.[0-9a-f]+\.tmp")
+_LEFTOVER = re.compile(r"\.(job\.json|(stage-\d+|learning)\.safetensors)\.[0-9a-f]+\.tmp")
 
 Record = dict[str, tuple[QTensor, Outcome]]  # by the name of the weight, or of the layer of it
 
@@ -87,6 +90,48 @@ class WorkDir:
         found = self.finished(stage, record)
         assert found is not None
         return found
+
+    def keep(self, state: PyTree, trace: Trace) -> None:
+        """Write what a learning goes on from, in place of what was there.
+
+        Raises:
+            WorkDirError: it cannot be written.
+        """
+        leaves = {f"{k:06}": leaf for k, leaf in enumerate(jax.tree.leaves(state))}
+        try:
+            said = {"trace": json.dumps(dataclasses.asdict(trace))}
+            save(self.path / _LEARNING, leaves, metadata=said)
+        except OSError as error:
+            raise WorkDirError(
+                f"{self.path}: what was learned up to step {len(trace.loss)} cannot be written "
+                f"({error.strerror or error}): make room, and start the same job again with this "
+                "work_dir"
+            ) from error
+
+    def restore(self, like: PyTree) -> tuple[Any, Trace] | None:
+        """What `keep` has written, with the sharding of `like`; None if there is nothing.
+
+        Raises:
+            CheckpointError: it is damaged, or of another learning.
+        """
+        file = self.path / _LEARNING
+        if not file.exists():
+            return None
+        with _saying_what_to_do():
+            trace = Trace(**json.loads(read_header(file).metadata.get("trace", "{}")))
+            found = load(file)
+            leaves, structure = jax.tree.flatten(like)
+            if len(found) != len(leaves) or any(
+                found[f"{k:06}"].shape != leaf.shape for k, leaf in enumerate(leaves)
+            ):
+                raise CheckpointError(f"{file}: not the record of this learning")
+        trace = dataclasses.replace(
+            trace,
+            names=tuple(trace.names),
+            looks={int(step): loss for step, loss in trace.looks.items()},
+        )
+        placed = [jax.device_put(found[f"{k:06}"], leaf.sharding) for k, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(structure, placed), trace
 
 
 def open_work_dir(path: str | os.PathLike[str], fingerprint: Mapping[str, str]) -> WorkDir:

@@ -10,7 +10,17 @@ import numpy as np
 
 from jquant.blocks import Blocks
 from jquant.grids import AF4, HQQ, MSE, MX, NF4, NV, Codebook, Float, Grid, KMeans, Power, Uniform
-from jquant.rounding import GPTQ, Nearest, Rounding, Stochastic
+from jquant.rounding import (
+    GPTQ,
+    NUPES,
+    AdaRound,
+    Descent,
+    DiscQuant,
+    Nearest,
+    Rounding,
+    SignRound,
+    Stochastic,
+)
 
 UNIFORM: dict[str, Uniform] = {
     "A1-2": Uniform(2),
@@ -62,7 +72,13 @@ ROUNDINGS: dict[str, Rounding] = {
     "gptq": GPTQ(),
     "gptq-natural": GPTQ(order="natural"),
     "gptq-dynamic": GPTQ(order="natural", groups="dynamic"),
+    "adaround": AdaRound(descent=Descent(30, 0.1)),
+    "discquant": DiscQuant(rho=1.0, unit="nearest", descent=Descent(30, 0.1)),
+    "nupes": NUPES(descent=Descent(30, 0.1)),
+    "signround": SignRound(descent=Descent(30, 1 / 30, "sign_sgd", "linear")),
 }
+# Of the learned ones, those that run on grids which search for their own ranges too.
+LEARNED = ("adaround", "discquant", "nupes")
 
 # (out, in) and groups: even, ragged, along either axis, and one group for all.
 BLOCKS: dict[str, tuple[tuple[int, int], Blocks]] = {

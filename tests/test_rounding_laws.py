@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BLOCKS, GRIDS, ROUNDINGS, floats, layer
+from cases import BLOCKS, GRIDS, LEARNED, ROUNDINGS, floats, layer
 
 from jquant.blocks import Blocks, from_blocks, to_blocks
 from jquant.distortion import bits_per_weight, mse, output_error, sqnr_db
@@ -19,6 +19,7 @@ PRODUCT = [
     *((r, "A1-4", b) for r, b in itertools.product(ROUNDINGS, BLOCKS)),
     *(("nearest", g, "in-ragged") for g in GRIDS),
     *(("gptq", g, "in-8") for g in ("A1-4-mse", "A3-3", "S1-4", "S3-5-bf16")),
+    *itertools.product(LEARNED, ("A4-4-hqq", "nv", "power-4", "nf4", "kmeans-2-bf16"), ("in-8",)),
 ]
 
 
@@ -48,7 +49,7 @@ def test_a_second_call_with_equal_shapes_does_not_compile(rounding, compiles):
     assert programs == []
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "adaround", "nupes"])
 def test_rounding_works_inside_jit(rounding):
     rounding, (w, moment) = ROUNDINGS[rounding], layer(12, 40)
     call = jax.jit(lambda w, h: rounding(w, Uniform(4), Blocks("in", 8), evidence=h).codes)

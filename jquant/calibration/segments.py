@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from jquant.calibration.stages import Segment, evaluate, read
 from jquant.calibration.weights import Sightings, sightings
 from jquant.interpreter import Walker, bind
 
-Doing = Literal["reading", "rounding", "advancing"]
+Doing = Literal["reading", "rounding", "advancing", "learning"]
 
 
 class Task(NamedTuple):
@@ -68,6 +69,28 @@ def advance(segment: Segment, key: Hashable) -> Callable[[list[Array]], list[Arr
         return [values[n] for n in outputs]
 
     return _program(("advance", key), lambda: jax.jit(run))
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A stage as a function of some of its weights; equal for equal stages.
+
+    `runs`: for the shapes of all other operands, the compiled program, and which operands the
+    weights are.
+    """
+
+    runs: tuple[tuple[Any, tuple[Callable[..., list[Array]], tuple[int, ...]]], ...]
+
+    def __call__(
+        self, weights: Sequence[Array], fixed: None, inputs: Sequence[Array | None]
+    ) -> list[Array]:
+        del fixed
+        operands: list[Any] = list(inputs)
+        shapes = tuple(x.shape for x in inputs if x is not None)
+        run, places = next(found for known, found in self.runs if known == shapes)
+        for place, weight in zip(places, weights, strict=True):
+            operands[place] = weight
+        return run(operands)
 
 
 Gather = Callable[..., tuple[Sightings, Bool[Array, " values"]]]

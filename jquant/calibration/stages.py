@@ -14,7 +14,8 @@ Values that take no more than arithmetic on the inputs (masks, positions) are no
 made again where they are needed.
 
 Where weights are to be compared (`subnets.py`), what that takes is kept alive too, and cut out: a
-`Comparison` starts where the weight's stage starts.
+`Comparison` starts where the weight's stage starts, and so does the reconstruction of a stage,
+which ends in all that its weights are compared on.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class Cut:
     alive: tuple[frozenset[int], ...]
     nested: Mapping[Piece, str] = field(default_factory=dict)  # piece → the loop its use is in
     comparisons: Mapping[Piece, Comparison] = field(default_factory=dict)
+    reconstructions: tuple[Segment, ...] = ()  # per stage, to what its weights are compared on
 
 
 def cut_at_weights(
@@ -99,8 +101,12 @@ def cut_at_weights(
     planned: Callable[[str], bool],
     granularity: Granularity,
     level: Level | None = None,
+    reconstruct: bool = False,
 ) -> Cut:
-    """Cut a flat function at the uses of the planned weights; `level`: to compare them there."""
+    """Cut a flat function at the uses of the planned weights.
+
+    `level`: to compare the weights there; `reconstruct`: to run each stage to where it joins.
+    """
     uses, nested = _uses(flat, planned)
     levels = _levels(flat.steps, uses)
     spans = _spans(flat.steps, uses, levels)
@@ -110,7 +116,7 @@ def cut_at_weights(
         )
         for low, high in _ranges([*spans.values(), *_blocks(flat, spans, granularity)])
     )
-    return _Cutter(flat, stages, uses, levels, level).cut(nested)
+    return _Cutter(flat, stages, uses, levels, level, reconstruct).cut(nested)
 
 
 Uses = dict[int, tuple[int, ...]]  # step → the weights it uses
@@ -259,6 +265,7 @@ class _Cutter:
         uses: Uses,
         levels: Mapping[int, int],
         level: Level | None,
+        reconstruct: bool,
     ):
         self.flat, self.stages, self.uses = flat, stages, uses
         self.light = _light(flat, uses)
@@ -274,6 +281,14 @@ class _Cutter:
             whole = self._segment(k, outputs=outputs, last=len(stages))
             self.until.update((n, max(self.until.get(n, 0), k)) for n in whole.sources)
             self.comparisons[flat.pieces[n]] = _split(whole, n, words)
+        self.reconstructions: list[Segment] = []
+        ends = compared(flat, uses, "residual") if reconstruct else {}
+        for k, stage in enumerate(stages, start=1) if reconstruct else ():
+            own = [ends[n].outputs for n, piece in flat.pieces.items() if piece in stage.pieces]
+            outputs = tuple(dict.fromkeys(n for some in own for n in some))
+            whole = self._segment(k, outputs=outputs, last=len(stages))
+            self.until.update((n, max(self.until.get(n, 0), k)) for n in whole.sources)
+            self.reconstructions.append(whole)
         for at in _needed(flat.steps, uses, self.until):
             for n in flat.steps[at].reads:
                 self.until[n] = max(self.until.get(n, 0), self.home[at])
@@ -297,7 +312,7 @@ class _Cutter:
             gathers.append(self._segment(k, roots=roots, watched=sorted(watched)))
         return Cut(
             self.flat, self.stages, advances[0], tuple(gathers), tuple(advances[1:]), alive,
-            nested, self.comparisons,
+            nested, self.comparisons, tuple(self.reconstructions),
         )  # fmt: skip
 
     def _segment(

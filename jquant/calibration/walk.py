@@ -25,7 +25,7 @@ from jquant.calibration.canonical import const_key, equation_key, literal_key, t
 from jquant.calibration.capture import Tally, in_words, kinds, not_taken
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.flat import Piece, flatten
-from jquant.calibration.segments import Task, segment_key
+from jquant.calibration.segments import Reconstruction, Task, segment_key
 from jquant.calibration.stages import Cut, Granularity, Segment, Stage, cut_at_weights
 from jquant.calibration.subnets import Level
 from jquant.errors import EvidenceError
@@ -66,12 +66,14 @@ class Walk:
         cuts: the cut function for every batch; batches of one shape share it.
         quantized, full: the values alive in the network with quantized weights, and in the one
             without if it is walked beside.
+        drift: whether evidence says how far the two are apart.
     """
 
     batches: list[list[Any]]
     cuts: list[Cut]
     quantized: Store
     full: Store | None
+    drift: bool = False
     _keys: dict[int, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -84,8 +86,9 @@ class Walk:
         granularity: Granularity,
         *,
         budget: int | None = None,
-        twin: bool = False,
+        drift: bool = False,
         level: Level | None = None,
+        reconstruct: bool = False,
     ) -> Walk:
         """Cut `fn` and check that all batches go through it in the same way; nothing is run.
 
@@ -97,8 +100,9 @@ class Walk:
             batches: each one array, or a tuple of inputs.
             granularity: what a stage is.
             budget: bytes of values kept on the device between stages; None: no limit.
-            twin: also walk the network with the weights it came with.
+            drift: also walk the network with the weights it came with, for evidence to compare.
             level: what `compare` compares weights on; None: they are not to be compared.
+            reconstruct: also walk the network with the weights it came with, for stages to aim at.
 
         Raises:
             EvidenceError: no batches, or batches that differ in more than their length.
@@ -112,7 +116,9 @@ class Walk:
             kind = jax.tree.structure(given), kinds(given)
             if kind not in flats:
                 try:
-                    flats[kind] = _cut(fn, shapes, structure, given, planned, granularity, level)
+                    flats[kind] = _cut(
+                        fn, shapes, structure, given, planned, granularity, level, reconstruct
+                    )
                 except Exception as error:  # whatever the function says: Flax has its own errors
                     if not cuts or isinstance(error, EvidenceError):
                         raise
@@ -131,7 +137,7 @@ class Walk:
         def store() -> Store:
             return Store(budget, [{} for _ in cuts])
 
-        return Walk(inputs, cuts, store(), store() if twin else None)
+        return Walk(inputs, cuts, store(), store() if drift or reconstruct else None, drift)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -177,7 +183,7 @@ class Walk:
             for stage, segment in enumerate(one.gathers):
                 run = segments.gather(segment, self._key(one, segment))
                 operands = [one.flat.shapes[n] for n in segment.sources]
-                full = None if self.full is None else operands
+                full = operands if self.drift else None
                 total = jax.eval_shape(run, None, operands, full)[0]
                 yield Task("reading", stage, run, (total, operands, full), times[kind])
             for stage, segment in enumerate((one.prologue, *one.advances)):
@@ -209,7 +215,8 @@ class Walk:
             run = segments.gather(segment, self._key(cut, segment))
             operands = self._operands(batch, segment, self.quantized, arrays, current)
             full = None
-            if self.full is not None:  # weights of this stage are still what they were
+            if self.drift:  # weights of this stage are still what they were
+                assert self.full is not None
                 full = self._operands(batch, segment, self.full, arrays, original)
             tally.add(run, operands, full)
             pieces = cut.flat.pieces
@@ -250,6 +257,33 @@ class Walk:
                 found = self._run(batch, one.varying, self.quantized, arrays, current, made)
                 sums[k] += float(_squares(found, wanted))
         return sums.tolist(), count
+
+    def reconstruction(
+        self, stage: int, learned: Sequence[Piece], current: Current, original: Current
+    ) -> tuple[Reconstruction, list[Any], list[list[Array]]]:
+        """A stage as a function of some of its weights, up to where it joins the rest.
+
+        Returns:
+            the function, per batch what it takes besides those weights, and per batch what the
+            network with the weights it came with has in the place of its outputs.
+        """
+        assert self.full is not None
+        runs: dict[Any, Any] = {}
+        inputs, wanted = [], []
+        now: dict[Piece, Array] = {}
+        before: dict[Piece, Array] = {}
+        for batch, cut in enumerate(self.cuts):
+            segment, pieces = cut.reconstructions[stage], cut.flat.pieces
+            places = {pieces[n]: k for k, n in enumerate(segment.sources) if n in pieces}
+            run = segments.advance(segment, self._key(cut, segment))
+            wanted.append(self._run(batch, segment, self.full, before, original))
+            operands = self._operands(batch, segment, self.quantized, now, current)
+            for piece in learned:
+                operands[places[piece]] = None
+            shapes = tuple(x.shape for x in operands if x is not None)
+            runs[shapes] = run, tuple(places[piece] for piece in learned)
+            inputs.append(operands)
+        return Reconstruction(tuple(runs.items())), inputs, wanted
 
     def advance(
         self, stage: int | None, current: Current, original: Current, told: Told | None = None
@@ -322,13 +356,14 @@ def _cut(
     planned: Mapping[str, Collection[int]],
     granularity: Granularity,
     level: Level | None,
+    reconstruct: bool,
 ) -> Cut:
     """Flatten and cut; a stack is taken as a whole unless every layer is used, and by itself."""
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.result_type(x)), inputs)
     shapes, stacks = dict(leaves), dict(planned)
     while True:
         flat = flatten(fn, leaves, structure, abstract, stacks)
-        found = cut_at_weights(flat, planned.__contains__, granularity, level)
+        found = cut_at_weights(flat, planned.__contains__, granularity, level, reconstruct)
         layers: dict[str, list[tuple[tuple[int, int], ...]]] = {}
         for stage in found.stages:
             for piece in stage.pieces:

@@ -1,8 +1,25 @@
 """Roundings: how a code is chosen for every weight. See `jquant.rounding.base` for what one is."""
 
+from jquant.rounding.adaround import AdaRound
 from jquant.rounding.base import Rounded, Rounding
+from jquant.rounding.descent import Descent
+from jquant.rounding.discquant import DiscQuant
 from jquant.rounding.elementwise import Nearest
 from jquant.rounding.gptq import GPTQ
+from jquant.rounding.nupes import NUPES
+from jquant.rounding.signround import SignRound
 from jquant.rounding.stochastic import Stochastic, stochastic_round
 
-__all__ = ["GPTQ", "Nearest", "Rounded", "Rounding", "Stochastic", "stochastic_round"]
+__all__ = [
+    "GPTQ",
+    "NUPES",
+    "AdaRound",
+    "Descent",
+    "DiscQuant",
+    "Nearest",
+    "Rounded",
+    "Rounding",
+    "SignRound",
+    "Stochastic",
+    "stochastic_round",
+]

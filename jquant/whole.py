@@ -1,0 +1,105 @@
+"""Learned roundings on the whole network: every weight moves with all others in sight.
+
+The network is the function itself, with learned weights in the places of the original ones and all
+other leaves as they are; what is wanted is what the original parameters give on the same batch,
+computed anew for every batch, as logits are too large to keep.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from jquant.calibration.evidence import Evidence
+from jquant.inference import apply
+from jquant.learning import Learned, Record, learn
+from jquant.objectives import Objective
+from jquant.qtensor import QTensor, is_qtensor
+from jquant.report import Trace
+from jquant.scheme import Plan
+from jquant.solve import Outcome
+
+
+@dataclass(frozen=True)
+class _Network:
+    """`fn` with some of its leaves, by number, taken from elsewhere."""
+
+    fn: Callable[..., Any]
+    structure: Any
+    places: tuple[int, ...]
+
+    def __call__(
+        self, weights: Sequence[Array], fixed: Sequence[Any], inputs: tuple[Any, ...]
+    ) -> Any:
+        leaves = list(fixed)
+        for place, weight in zip(self.places, weights, strict=True):
+            leaves[place] = weight
+        return self.fn(jax.tree.unflatten(self.structure, leaves), *inputs)
+
+
+@dataclass(frozen=True)
+class _Feed:
+    """Batches, with what the original parameters give on them."""
+
+    run: Callable[..., Any]
+    params: PyTree
+    batches: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int, /) -> tuple[Any, Any, tuple[Any, ...]]:
+        batch = self.batches[number]
+        inputs = batch if isinstance(batch, tuple) else (batch,)
+        return inputs, self.run(self.params, *inputs), inputs
+
+
+def learn_whole(
+    fn: Callable[..., Any],
+    params: PyTree,
+    leaves: Mapping[str, Any],
+    plan: Plan,
+    batches: Sequence[Any],
+    objective: Objective,
+    *,
+    evidence: Mapping[str, Evidence],
+    key: PRNGKeyArray | None,
+    record: Record | None,
+    told: Callable[[int], None] | None,
+) -> tuple[dict[str, tuple[QTensor, Outcome]], Trace]:
+    """Learn the weights of a plan together.
+
+    Args:
+        fn, params: the original function and its parameters, all in memory.
+        leaves: path → leaf, in the order of the tree, for all parameters; other weights may be
+            quantized already.
+        plan: the weights to learn, all of one rounding.
+        batches: as for `quantize`.
+        objective: of the function's outputs.
+        evidence: what is known of the inputs of weights, for grids that can use it.
+        key, record, told: see `learn`.
+    """
+    start = time.perf_counter()
+    run = apply(fn) if any(map(is_qtensor, leaves.values())) else fn
+    paths = list(leaves)
+    network = _Network(run, jax.tree.structure(params), tuple(paths.index(path) for path in plan))
+    weights = [
+        Learned(path, leaves[path], scheme, plan.weights[path].layout, evidence.get(path))
+        for path, scheme in plan.items()
+    ]
+    fixed = [None if path in plan else leaf for path, leaf in leaves.items()]
+    feed = _Feed(jax.jit(fn), params, batches)
+    found, trace = learn(
+        network, objective, weights, fixed, feed, key=key, record=record, told=told
+    )
+    jax.block_until_ready([q.codes for q, _ in found])
+    each = (time.perf_counter() - start) / len(weights)
+    return {
+        weight.name: (q, Outcome.of(info, weight.evidence, each))
+        for weight, (q, info) in zip(weights, found, strict=True)
+    }, trace
