@@ -20,6 +20,7 @@ from jquant.report import Report
 from jquant.rounding import stochastic_round
 from jquant.scheme import Plan, Scheme, keep
 from jquant.solve import quantize_weight
+from jquant.tuning import tune_scales
 
 __all__ = [
     "Blocks",
@@ -56,4 +57,5 @@ __all__ = [
     "save",
     "stochastic_round",
     "tree_map_weights",
+    "tune_scales",
 ]

@@ -150,7 +150,7 @@ def learn(
         tuple(weight.layout for weight in weights),
         tuple(jnp.dtype(weight.w.dtype) for weight in weights),
     )  # fmt: skip
-    rounded, trace = _descend(task, targets, fixed, feed, names, keys, record, told)
+    rounded, trace = descend(task, targets, fixed, feed, names, keys=keys, record=record, told=told)
     found = [
         stored(target.w, one, weight.scheme, weight.layout, weight.w.dtype, weight.evidence)
         for weight, target, one in zip(weights, targets, rounded, strict=True)
@@ -161,18 +161,19 @@ def learn(
 _fit = jax.jit(fit_grid, static_argnames=("grid", "blocks"))
 
 
-def _descend(
+def descend(
     task: Task,
-    targets: list[Target],
+    targets: Sequence[Any],
     fixed: Any,
     feed: Feed,
-    names: list[str],
-    keys: list[PRNGKeyArray] | None,
-    record: Record | None,
-    told: Callable[[int], None] | None,
+    names: Sequence[str],
+    *,
+    keys: Sequence[PRNGKeyArray] | None = None,
+    record: Record | None = None,
+    told: Callable[[int], None] | None = None,
 ) -> tuple[list[Rounded], Trace]:
-    """The loop."""
-    descent, programs = task.relaxation.descent, _programs(task)
+    """The loop; see `learn`. `targets` are what the relaxation of the task takes."""
+    descent, programs, targets = task.relaxation.descent, _programs(task), list(targets)
     looked = range(min(LOOKED_AT, len(feed)))
 
     def loss_of(rounded: list[tuple[Array, Params]]) -> float:
@@ -190,7 +191,7 @@ def _descend(
     size = float(sum(target.w.size for target in targets))
     unit = Unit(jnp.asarray(trace.looks[0] or 1.0, jnp.float32), size, step)
 
-    variables = programs.start(targets, keys)
+    variables = programs.start(targets, None if keys is None else list(keys))
     _check_gradient(
         lambda batch: programs.gradient(variables, targets, fixed, *feed[batch], np.float32(0))[1],
         looked, names,

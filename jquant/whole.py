@@ -8,7 +8,7 @@ computed anew for every batch, as logits are too large to keep.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,21 @@ from jquant.solve import Outcome
 
 
 @dataclass(frozen=True)
-class _Network:
+class Network:
     """`fn` with some of its leaves, by number, taken from elsewhere."""
 
     fn: Callable[..., Any]
     structure: Any
     places: tuple[int, ...]
+
+    @staticmethod
+    def of(
+        fn: Callable[..., Any], structure: Any, leaves: Mapping[str, Any], paths: Collection[str]
+    ) -> Network:
+        """The function of the leaves with these paths; the others may be quantized."""
+        run = apply(fn) if any(is_qtensor(x) for p, x in leaves.items() if p not in paths) else fn
+        numbers = {path: number for number, path in enumerate(leaves)}
+        return Network(run, structure, tuple(numbers[path] for path in paths))
 
     def __call__(
         self, weights: Sequence[Array], fixed: Sequence[Any], inputs: tuple[Any, ...]
@@ -43,7 +52,7 @@ class _Network:
 
 
 @dataclass(frozen=True)
-class _Feed:
+class Feed:
     """Batches, with what the original parameters give on them."""
 
     run: Callable[..., Any]
@@ -85,15 +94,13 @@ def learn_whole(
         key, record, told: see `learn`.
     """
     start = time.perf_counter()
-    run = apply(fn) if any(map(is_qtensor, leaves.values())) else fn
-    paths = list(leaves)
-    network = _Network(run, jax.tree.structure(params), tuple(paths.index(path) for path in plan))
+    network = Network.of(fn, jax.tree.structure(params), leaves, plan)
     weights = [
         Learned(path, leaves[path], scheme, plan.weights[path].layout, evidence.get(path))
         for path, scheme in plan.items()
     ]
     fixed = [None if path in plan else leaf for path, leaf in leaves.items()]
-    feed = _Feed(jax.jit(fn), params, batches)
+    feed = Feed(jax.jit(fn), params, batches)
     found, trace = learn(
         network, objective, weights, fixed, feed, key=key, record=record, told=told
     )

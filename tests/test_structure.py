@@ -24,6 +24,7 @@ RANKS = (
     ("allocation", "presets", "activations", "emulation", "inference", "io"),
     ("work", "learning"),
     ("job", "whole"),
+    ("tuning",),
     ("quantize",),
     ("evaluate", "recipes", "estimate"),
     ("models",),
