@@ -1,0 +1,141 @@
+"""Roundings that are learned, on a small trained network: KL on text it has not seen.
+
+    python -m benchmarks.learned                          # what is not there yet; hours on two
+    cores python -m benchmarks.learned --only "W3 row" --method DiscQuant --seed 0
+
+The network of the tests (1 M weights over bytes, `train_bytes`), all linears of its blocks on one
+asymmetric grid, float16 scales. Calibration: 512 windows of 256 bytes of the text it was trained
+on, another choice for every seed; evaluation: the 32 held-out windows of the tests. GPTQ takes all
+windows; a learned rounding takes STEPS steps of 8 windows each. *alone*: each weight on the squared
+error of its own outputs, stage by stage; *block*: the weights of a block on its outputs; *KL*: all
+on the whole network. `+ scales`: `jq.tune_scales` afterwards, SCALE_STEPS steps. DiscQuant's
+ablations leave out its linear term (through a ρ and κ that drown it) or its data (ρ = 0). Every run
+is a process of its own; results are added to `results/learned.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jquant as jq
+from benchmarks.harness import RESULTS, machine
+from benchmarks.train_bytes import WINDOW, split
+from jquant.grids import Power, Uniform
+from jquant.models import smollm2
+from jquant.objectives import KL, Stagewise
+from jquant.rounding import GPTQ, NUPES, AdaRound, Descent, DiscQuant, Nearest, SignRound
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the network lies with the tests
+from tests import trained  # noqa: E402
+
+PATH = RESULTS / "learned.json"
+WINDOWS, ROWS, STEPS, SCALE_STEPS = 512, 8, 160, 60
+SETTINGS: dict[str, tuple[int, int | None]] = {
+    "W3 row": (3, None),
+    "W3 g32": (3, 32),
+    "W2 row": (2, None),
+    "W2 g32": (2, 32),
+}
+STEADY = Descent(STEPS, 0.05, schedule="constant")
+SIGNS = Descent(STEPS, 1 / STEPS, "sign_sgd", "linear")
+COSINE = Descent(STEPS, 0.1, warmup=STEPS // 8)
+DISC = DiscQuant(rho=1.0, unit="nearest", descent=COSINE)
+
+# Name: rounding, objective, granularity, whether on a power grid.
+METHODS: dict[str, tuple[Any, Any, Any, bool]] = {
+    "nearest": (Nearest(), None, "weight", False),
+    "GPTQ, one pass": (GPTQ(), None, "all", False),
+    "GPTQ": (GPTQ(), None, "weight", False),
+    "GPTQ + QEP": (GPTQ(correction="qep"), None, "weight", False),
+    "AdaRound, alone": (AdaRound(), None, "weight", False),
+    "AdaRound, block": (AdaRound(descent=STEADY), Stagewise(), "block", False),
+    "SignRound, block": (SignRound(descent=SIGNS), Stagewise(), "block", False),
+    "SignRound, KL": (SignRound(descent=SIGNS), KL(), "weight", False),
+    "NUPES, KL": (NUPES(descent=STEADY), KL(), "weight", False),
+    "DiscQuant": (DISC, KL(), "weight", False),
+    "DiscQuant, ρ and κ as published": (DiscQuant(descent=COSINE), KL(), "weight", False),
+    "DiscQuant, no linear term": (
+        DiscQuant(rho=1e3, kappa=1e3, unit="nearest", descent=COSINE), KL(), "weight", False,
+    ),
+    "DiscQuant, no data": (DiscQuant(rho=0.0, descent=COSINE), KL(), "weight", False),
+    "PowerQuant": (Nearest(), None, "weight", True),
+    "power grid, GPTQ": (GPTQ(), None, "weight", True),
+    "NUPES on a power grid, KL": (NUPES(descent=STEADY), KL(), "weight", True),
+}  # fmt: skip
+
+
+def windows_of(seed: int) -> np.ndarray:
+    """Calibration windows `[WINDOWS, WINDOW]` of the text that the network was trained on."""
+    text, _ = split(np.frombuffer(smollm2.text().encode(), np.uint8))
+    starts = np.random.default_rng(seed).integers(0, len(text) - WINDOW, WINDOWS)
+    return np.stack([text[start : start + WINDOW] for start in starts]).astype(np.int32)
+
+
+def run(setting: str, method: str, seed: int) -> dict[str, Any]:
+    fn, params, _, evaluation = trained.load()
+    bits, group = SETTINGS[setting]
+    rounding, objective, granularity, power = METHODS[method]
+    grid = (Power if power else Uniform)(bits, scale_dtype="float16")
+    batches = list(windows_of(seed).reshape(-1, ROWS, WINDOW))
+    weights = jq.find_weights(fn, params, batches[0])
+    scheme = jq.Scheme(grid, group, rounding)
+    plan = jq.plan(weights, {trained.LINEARS: scheme, ".*": jq.keep})
+    start = time.perf_counter()
+    qparams, report = jq.quantize(
+        fn, params, plan, batches if rounding.needs or objective else None,
+        objective=objective, granularity=granularity, key=jax.random.key(seed),
+    )  # fmt: skip
+    spent = time.perf_counter() - start
+
+    def kl(q: Any) -> dict[str, float]:
+        found = {"calibration": batches[:4], "evaluation": [evaluation]}
+        return {name: jq.evaluate.kl(fn, params, q, data) for name, data in found.items()}
+
+    result = {"kl": kl(qparams), "seconds": spent, "bits_per_weight": report.bits_per_weight}
+    result["traces"] = report.to_json()["traces"]
+    start = time.perf_counter()
+    tuned, trace = jq.tune_scales(fn, params, qparams, batches, descent=Descent(SCALE_STEPS, 1e-3))
+    result["scales"] = {"kl": kl(tuned), "seconds": time.perf_counter() - start}
+    result["scales"]["kept_at"] = trace.kept_at
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Roundings that are learned.")
+    parser.add_argument("--only", choices=SETTINGS, action="append", help="settings to run")
+    parser.add_argument("--method", choices=METHODS, action="append", help="methods to run")
+    parser.add_argument("--seed", type=int, action="append")
+    parser.add_argument("--here", action="store_true", help="run in this process and print JSON")
+    options = parser.parse_args()
+    if options.here:
+        print(json.dumps(run(options.only[0], options.method[0], options.seed[0])))
+        return
+    rows = json.loads(PATH.read_text())["rows"] if PATH.exists() else {}
+    for seed in options.seed or range(3):
+        for setting in options.only or SETTINGS:
+            for method in options.method or METHODS:
+                done = rows.setdefault(setting, {}).setdefault(method, {})
+                if str(seed) in done and not options.method:
+                    continue
+                command = [sys.executable, "-m", "benchmarks.learned", "--here", "--only", setting]
+                command += ["--method", method, "--seed", str(seed)]
+                found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                done[str(seed)] = result = json.loads(found.stdout.splitlines()[-1])
+                said = {k: v for k, v in result.items() if k != "traces"}
+                print(setting, method, seed, said, flush=True)
+                steps = {"windows": WINDOWS, "rows": ROWS, "steps": STEPS, "scales": SCALE_STEPS}
+                written = {"machine": machine(), "settings": steps, "rows": rows}
+                PATH.write_text(json.dumps(written, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
