@@ -303,6 +303,8 @@ def _programs(task: Task) -> _Programs:
             values = [relaxation.relax(v, target, progress).value for v, target in pairs]
             return loss(values, fixed, inputs, wanted, said)
 
+        if relaxation.descent.remat:
+            at = jax.checkpoint(at, policy=jax.checkpoint_policies.dots_saveable)
         return jax.value_and_grad(at)(variables)
 
     def update(

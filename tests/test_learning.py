@@ -53,7 +53,7 @@ def fn(params, x):
 
 def planned(params, x, rounding, grid=Uniform(3), **rules):
     rules = {rf".*{name}": rule for name, rule in rules.items()}
-    scheme = jq.Scheme(grid, 8, rounding)
+    scheme = jq.Scheme(grid, getattr(grid, "group", None) or 8, rounding)
     return jq.plan(jq.find_weights(fn, params, x), rules | {".*": scheme})
 
 
@@ -190,6 +190,17 @@ def test_accumulated_batches_are_one_step():
 
     once = steps(1, [jnp.concatenate(batches[:2])])
     np.testing.assert_allclose(steps(2, batches[:2]), once, rtol=2e-3)
+
+
+def test_remat_changes_no_loss():
+    params, batches = network()
+    losses = []
+    for remat in (False, True):
+        rounding = DiscQuant(descent=Descent(3, 0.1, checks=1, remat=remat), start_at="original")
+        plan = planned(params, batches[0], rounding)
+        _, report = jq.quantize(fn, params, plan, batches, objective=KL())
+        losses.append(report.traces[0].loss)
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def MSE_ABSOLUTE(found, wanted, x):

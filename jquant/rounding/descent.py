@@ -32,6 +32,8 @@ class Descent:
         checks: how often the weights are rounded and their loss is taken; the best so far is kept.
             Nearest rounding is the first, the end is the last.
         state_dtype: of the optimizer's moments, `"float32"` or `"bfloat16"`.
+        remat: keep only the results of products for the backward pass, and compute all else again,
+            the weights among it: less memory, some more time. On batches only.
 
     Raises:
         ValueError: an argument is out of its set, or optax has no such optimizer.
@@ -49,6 +51,7 @@ class Descent:
     accumulate: int = 1
     checks: int = 8
     state_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("warmup", 0), ("accumulate", 1), ("checks", 1)):
