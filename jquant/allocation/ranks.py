@@ -67,7 +67,8 @@ def lorc_ranks(
         The plan with the ranks bought; a weight that got none has no compensation.
 
     Raises:
-        PlanError: no scheme has a compensation, or the bytes pay for no rank of any weight.
+        PlanError: no scheme has a compensation, `bytes` is no number of bytes, or they pay for no
+            rank of any weight.
         WeightError, EvidenceError: as `quantize`.
 
     Example:
@@ -81,6 +82,8 @@ def lorc_ranks(
         >>> sum(s.compensation.rank for s in plan.values())
         6
     """
+    if isinstance(bytes, bool) or not isinstance(bytes, int) or bytes < 1:
+        raise PlanError(f"bytes must be a whole number above 0, got {bytes!r}")
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     arrays, given = {path_of(keys): leaf for keys, leaf in leaves}, dict(evidence or {})
     check_weights(plan, arrays)
