@@ -78,7 +78,7 @@ class LowRank:
     def factors(self) -> tuple[Float[Array, "*batch out rank"], Float[Array, "*batch rank in"]]:
         """Both factors as float32 arrays."""
         left, right = (
-            dequantize_weight(factor) if is_qtensor(factor) else factor
+            dequantize_weight(factor) if isinstance(factor, QTensor) else factor
             for factor in (self.left, self.right)
         )
         return left.astype(jnp.float32), right.astype(jnp.float32)
