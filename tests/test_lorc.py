@@ -147,8 +147,8 @@ def test_randomized_is_within_a_few_percent_of_exact_on_a_flat_spectrum() -> Non
     error = jax.random.normal(jax.random.key(0), (300, 400))
     exact, fast = (LoRC(8, method=m, **FULL)(error) for m in ("exact", "randomized"))
     gained = [squared(error) - error_of(low, error) for low in (exact, fast)]
-    assert gained[1] <= gained[0] and gained[1] > 0.95 * gained[0]
-    assert ITERATIONS == 4  # with one it is 0.81, with none 0.53
+    assert gained[1] <= gained[0] and gained[1] > 0.94 * gained[0]
+    assert ITERATIONS == 4  # 0.951 of it; with one 0.81, with none 0.61
     again = LoRC(8, method="randomized", **FULL)(error)
     np.testing.assert_array_equal(again.left, fast.left)
 
