@@ -9,12 +9,13 @@ from jquant.allocation import plan
 from jquant.blocks import Blocks, Layout
 from jquant.calibration import Evidence, Weight, capture, find_weights
 from jquant.citations import cite
+from jquant.compensation import LoRC
 from jquant.estimate import Estimate, estimate
 from jquant.inference import apply
 from jquant.io import load, save
 from jquant.lazy import Lazy, realize
 from jquant.progress import Progress
-from jquant.qtensor import QTensor, dequantize, tree_map_weights
+from jquant.qtensor import LowRank, QTensor, dequantize, tree_map_weights
 from jquant.quantize import quantize
 from jquant.report import Report
 from jquant.rounding import stochastic_round
@@ -28,6 +29,8 @@ __all__ = [
     "Evidence",
     "Layout",
     "Lazy",
+    "LoRC",
+    "LowRank",
     "Plan",
     "Progress",
     "QTensor",

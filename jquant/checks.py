@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from jquant.calibration.evidence import Evidence
+from jquant.calibration.weights import Weight
 from jquant.errors import EvidenceError, PlanError, WeightError, near
 from jquant.objectives import Stagewise
 from jquant.qtensor import QTensor
@@ -43,10 +44,21 @@ def check_weights(plan: Mapping[str, Scheme], arrays: Mapping[str, Any]) -> None
             raise WeightError(f"weight {path!r} must be a float array, got {leaf.dtype}; keep it")
         if leaf.ndim < 2:
             raise WeightError(f"weight {path!r} has {leaf.ndim} axes, needs at least 2; keep it")
+        _check_rank(path, plan[path], plan.weights[path])
         if isinstance(leaf, jax.Array):  # what lies in a file is checked when it is read
             flags[path] = _finite(leaf)
     for path, flag in flags.items():
         _refuse_unless(path, flag)
+
+
+def _check_rank(path: str, scheme: Scheme, weight: Weight) -> None:
+    layout, choice = weight.layout, scheme.compensation
+    sides = layout.size("out"), layout.size("in")
+    if choice is not None and choice.rank > min(sides):
+        raise PlanError(
+            f"weight {path!r} is a matrix of {sides[0]} outputs and {sides[1]} inputs, so its "
+            f"compensation can have a rank of at most {min(sides)}, got {choice}"
+        )
 
 
 def check_finite(path: str, array: Array) -> None:
@@ -74,16 +86,20 @@ def check_needs(
     batches: bool,
     staged: bool,
 ) -> None:
-    """Refuse a plan whose roundings need what is not there."""
+    """Refuse a plan whose roundings and compensations need what is not there."""
     for path, scheme in plan.items():
-        needs, name = scheme.rounding.needs, type(scheme.rounding).__name__
+        needs, name = scheme.needs, type(scheme.rounding).__name__
+        instead = "use rounding.Nearest() or keep it"
+        if "moment" not in scheme.rounding.needs:
+            name, instead = "LoRC(metric='evidence')", "pass LoRC(metric='plain') or keep it"
         if "key" in needs and key is None:
-            raise PlanError(f"weight {path!r}: {name} is random; pass key=jax.random.key(seed)")
+            random = type(scheme.rounding).__name__
+            raise PlanError(f"weight {path!r}: {random} is random; pass key=jax.random.key(seed)")
         if "moment" in needs and path not in evidence:
             if not plan.weights[path].has_inputs:
                 raise EvidenceError(
                     f"weight {path!r} is only looked up, so it has no second moment, which {name} "
-                    "needs; use rounding.Nearest() or keep it"
+                    f"needs; {instead}"
                 )
             if not batches:
                 raise EvidenceError(
@@ -120,6 +136,12 @@ def check_objective(
             raise PlanError(
                 f"weights {first!r} and {path!r} are to be learned together, but by "
                 f"{learned[first].rounding} and {scheme.rounding}; pass one rounding for both"
+            )
+        choice = scheme.compensation
+        if choice is not None and (choice.rounds > 1 or choice.needs):
+            raise PlanError(
+                f"weight {path!r} is learned together with others, so {choice} cannot round it "
+                "again or ask for its inputs; pass LoRC(rank), or no objective"
             )
     if "key" in learned[first].rounding.needs and key is None:
         raise PlanError(
@@ -162,7 +184,7 @@ def check_evidence(plan: Plan, evidence: Mapping[str, Evidence]) -> None:
 
 def check_tokens(name: str, scheme: Scheme, evidence: Evidence) -> None:
     """Refuse a second moment of no tokens, warn of one of too few."""
-    if "moment" not in scheme.rounding.needs:
+    if "moment" not in scheme.needs:
         return
     tokens, width = np.asarray(evidence.count), evidence.second_moment.shape[-1]
     if tokens.max() <= 0:

@@ -104,6 +104,7 @@ def quantize_model(
     group: int | None = None,
     rule: Annotated[Sequence[str], Parameter(negative="", show_default=False)] = (),
     adadim: Annotated[bool, Parameter(negative="")] = False,
+    lorc: int | None = None,
     samples: Samples = 16,
     length: Length = 512,
     text: Text = None,
@@ -134,6 +135,8 @@ def quantize_model(
         matches decides, before the recipe. May be given several times.
     adadim
         First choose, weight by weight, whether groups run along inputs or outputs (AdaDim).
+    lorc
+        Rank of a term beside every weight that makes up for a part of its error (LoRC by QERA).
     force
         Replace what is in the folder.
     dry_run
@@ -156,12 +159,12 @@ def quantize_model(
     windows, _ = windows_of(tokenizer, length, text)
     windows = some(windows, samples)
     weights = find_weights(fn, params, jax.ShapeDtypeStruct((1, length), np.int32))
-    chosen = plan_of(weights, default, rules)
+    chosen = plan_of(weights, default, rules, lorc)
     batches = in_batches(windows)
     if adadim:
         with narrator.job("choosing axes") as move:
             chosen, choices = choose_axes(fn, params, chosen, batches, progress=move)
-    if not any(scheme.rounding.needs for scheme in chosen.values()):
+    if not any(scheme.needs for scheme in chosen.values()):
         batches = None
     if dry_run:
         narrator.say("compiling and timing every program of the job")
@@ -203,7 +206,7 @@ def recipes() -> None:
     for name, preset in presets().items():
         scheme = preset()
         bits = f"{stored_bits((4096, 4096), scheme):.2f}"
-        needs = "yes" if scheme.rounding.needs else "no"
+        needs = "yes" if scheme.needs else "no"
         first, _, _ = (preset.__doc__ or "").partition("\n\n")
         table.add_row(name, bits, needs, " ".join(first.split()))
     Narrator().show(table)
@@ -276,6 +279,7 @@ def inspect(source: Path, *, every: Annotated[bool, Parameter(negative="")] = Fa
     rows: dict[tuple[str, ...], list[Any]] = {}
     for name, leaf in header.leaves.items():
         grid = "–" if leaf.grid is None else _short(leaf.grid)
+        grid += f" + rank {leaf.rank}" if leaf.rank else ""
         blocks = "–" if leaf.blocks is None else f"{leaf.blocks.axis} {leaf.blocks.size or 'all'}"
         shape = "×".join(map(str, leaf.shape)) or "scalar"
         kind = (name if every else "", shape, leaf.dtype, grid, blocks)

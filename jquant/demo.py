@@ -104,7 +104,7 @@ def _quantize(
     narrator: Narrator, name: str, fn: Any, params: Any, chosen: Plan, calibration: np.ndarray
 ) -> Any:
     """Quantize by a plan, with a bar."""
-    needed = any(scheme.rounding.needs for scheme in chosen.values())
+    needed = any(scheme.needs for scheme in chosen.values())
     batches = in_batches(calibration) if needed else None
     with narrator.job(f"   {name}") as move:
         qparams, report = quantize(fn, params, chosen, batches, progress=move)

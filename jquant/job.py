@@ -25,13 +25,12 @@ from jquant.calibration.flat import Piece
 from jquant.calibration.onepass import OnePass
 from jquant.calibration.walk import Walk
 from jquant.checks import check_finite, check_tokens, not_used
-from jquant.distortion import bits_per_weight
-from jquant.errors import EvidenceError
+from jquant.errors import EvidenceError, WeightError
 from jquant.lazy import Lazy, read, realize
 from jquant.learning import Learned, is_learned, learn, relaxation_of
 from jquant.objectives import Objective
 from jquant.progress import Doing, Progress, Told
-from jquant.qtensor import QTensor, dequantize_weight
+from jquant.qtensor import QTensor, dequantize_weight, weight_bits
 from jquant.report import Report, Trace, WeightReport
 from jquant.scheme import Plan, Scheme
 from jquant.solve import Outcome, key_of, quantize_weight
@@ -114,10 +113,10 @@ class Job:
         evidence = self.known(piece, evidence)
         if evidence is not None:
             check_tokens(str(piece), scheme, evidence)
-        elif "moment" in scheme.rounding.needs:
+        elif "moment" in scheme.needs:
             raise EvidenceError(not_used(str(piece)))
         own = None
-        if "key" in scheme.rounding.needs and self.key is not None:
+        if "key" in scheme.needs and self.key is not None:
             own = key_of(self.key, str(piece))
         w = self.original(piece)
         q, info = quantize_weight(w, scheme, layout, evidence=evidence, key=own)
@@ -128,6 +127,11 @@ class Job:
                 f"weight {str(piece)!r}: its second moment could not be factorised at any damping "
                 "up to the cap; pass more calibration tokens, a larger damping, or "
                 "Scheme(..., fallback=True) to let nearest rounding stand in"
+            )
+        if scheme.compensation and not outcome.failed and not math.isfinite(outcome.error):
+            raise WeightError(
+                f"weight {str(piece)!r}: its error or its compensation is beyond float32; the "
+                "weight or its inputs are too large to square, so leave the compensation out"
             )
         return q, outcome
 
@@ -252,7 +256,7 @@ def row_of(path: str, scheme: Scheme, q: QTensor, outcome: Outcome, note: str) -
         path=path,
         shape=q.shape,
         scheme=scheme,
-        bits_per_weight=bits_per_weight(q.codes, q.params, scheme.grid.bits),
+        bits_per_weight=weight_bits(q),
         error=max(outcome.error, 0.0) / power,
         nearest_error=max(outcome.nearest_error, 0.0) / power,
         tokens=outcome.tokens,

@@ -4,7 +4,8 @@
 on every backend; `nbytes` does not know), and the grid's parameters per group. Static: the grid,
 the blocks, the layout that leads back to the original array, and the dtype it had. None of them
 stores a batch size, so a `QTensor` may be sliced by `scan`, `vmap` or `jax.tree.map(lambda a: a[0],
-q)`.
+q)`. A weight with a low-rank `compensation` stands for the sum of both; its factors have the same
+batch axes, so they are sliced along.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Integer
 
 from jquant.blocks import Blocks, Layout, from_blocks, to_blocks
+from jquant.distortion import bits_per_weight
 from jquant.grids.base import Grid, Params
 
 
@@ -32,6 +35,7 @@ class QTensor:
     blocks: Blocks = field(metadata={"static": True})
     layout: Layout = field(metadata={"static": True})
     dtype: Any = field(metadata={"static": True})
+    compensation: LowRank | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,6 +48,44 @@ class QTensor:
     @property
     def size(self) -> int:
         return self.codes.size
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank:
+    """A term `left @ right` of a weight in the canonical view, `[*batch, out, in]`.
+
+    Attributes:
+        left: `[*batch, out, rank]`, a float array or a `QTensor` that stands for one.
+        right: `[*batch, rank, in]`, likewise.
+    """
+
+    left: Float[Array, "*batch out rank"] | QTensor
+    right: Float[Array, "*batch rank in"] | QTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.left.shape[:-1], self.right.shape[-1])
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(jnp.float32)
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[-1]
+
+    def factors(self) -> tuple[Float[Array, "*batch out rank"], Float[Array, "*batch rank in"]]:
+        """Both factors as float32 arrays."""
+        left, right = (
+            dequantize_weight(factor) if isinstance(factor, QTensor) else factor
+            for factor in (self.left, self.right)
+        )
+        return left.astype(jnp.float32), right.astype(jnp.float32)
+
+    def product(self) -> Float[Array, "*batch out in"]:
+        """The whole term, float32."""
+        return jnp.matmul(*self.factors(), precision=lax.Precision.HIGHEST)
 
 
 def is_qtensor(leaf: object) -> bool:
@@ -60,6 +102,8 @@ def dequantize_weight(q: QTensor) -> Float[Array, ...]:
     codes = to_blocks(q.codes.astype(jnp.int32), q.blocks)
     length = q.codes.shape[-1 if q.blocks.axis == "in" else -2]
     canonical = from_blocks(q.grid.decode(codes, q.params), q.blocks, length)
+    if q.compensation is not None:
+        canonical = canonical + q.compensation.product()
     return q.layout.original(canonical).astype(q.dtype)
 
 
@@ -78,4 +122,33 @@ def dequantize(qparams: Any) -> Any:
     """
     return tree_map_weights(
         lambda leaf: dequantize_weight(leaf) if is_qtensor(leaf) else leaf, qparams
+    )
+
+
+def weight_bits(q: QTensor) -> float:
+    """Stored bits per weight: codes, group parameters, and the factors of a compensation.
+
+    Works on all that has shapes and dtypes.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> layout = Layout.of((4, 8), in_axes=(1,))
+        >>> params = {"scale": jnp.ones((4, 1), jnp.float16)}
+        >>> low = LowRank(jnp.ones((4, 1), jnp.float16), jnp.ones((1, 8), jnp.float16))
+        >>> q = QTensor(jnp.zeros((4, 8), jnp.int4), params, Uniform(4, True), Blocks(), layout,
+        ...             jnp.dtype("float32"), low)
+        >>> weight_bits(q)  # 4, a float16 for 8 of them, 12 float16 for 32 of them
+        12.0
+    """
+    plain = bits_per_weight(q.codes, q.params, q.grid.bits)
+    if q.compensation is None:
+        return plain
+    return plain + factor_bits(q.compensation) / q.size
+
+
+def factor_bits(low: LowRank) -> float:
+    """Stored bits of both factors."""
+    return sum(
+        weight_bits(f) * f.size if isinstance(f, QTensor) else f.size * jnp.finfo(f.dtype).bits
+        for f in (low.left, low.right)
     )

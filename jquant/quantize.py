@@ -236,7 +236,7 @@ def prepare(
         stacks = {path: plan.weights[path].stack_axes for path in plan}
         walk = Walk.start(
             fn, list(arrays.items()), structure, stacks, batches, granularity,
-            budget=budget, drift=any("drift" in scheme.rounding.needs for scheme in plan.values()),
+            budget=budget, drift=any("drift" in scheme.needs for scheme in plan.values()),
             reconstruct=objective is not None,
         )  # fmt: skip
         _check_reached(plan, walk)

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from jquant.allocation import plan
 from jquant.calibration import Weight
+from jquant.compensation import LoRC
+from jquant.grids import Uniform
 from jquant.presets import named
 from jquant.scheme import Keep, Plan, Scheme, keep
 
@@ -51,18 +54,33 @@ def read_rules(given: Sequence[str]) -> Rules:
     return rules
 
 
-def plan_of(weights: Mapping[str, Weight], default: Scheme, rules: Rules) -> Plan:
+def plan_of(
+    weights: Mapping[str, Weight], default: Scheme, rules: Rules, lorc: int | None = None
+) -> Plan:
     """`default` for every weight that no rule matches, except those of `KEPT`.
+
+    With `lorc`, every scheme gets a compensation of that rank: in the metric of the inputs, or for
+    weights that are only looked up in the plain one; with factors of 8 bits.
 
     Raises:
         PlanError: a rule decides nothing.
+        ValueError: `lorc` is no rank.
     """
     # Only the user's own rules can be mistakes, so ours are left out where they decide nothing.
     left = [path for path in weights if not any(re.fullmatch(rule, path) for rule in rules)]
     ours = {KEPT: [path for path in left if re.fullmatch(KEPT, path)]}
     ours[".*"] = [path for path in left if path not in ours[KEPT]]
     last: Rules = {KEPT: keep, ".*": default}
-    return plan(weights, {**rules, **{rule: last[rule] for rule, paths in ours.items() if paths}})
+    chosen = plan(weights, {**rules, **{rule: last[rule] for rule, paths in ours.items() if paths}})
+    if lorc is None:
+        return chosen
+    informed = LoRC(lorc, Uniform(8, symmetric=True), metric="evidence")
+    plain = replace(informed, metric="plain")
+    schemes = {
+        path: replace(scheme, compensation=informed if weights[path].has_inputs else plain)
+        for path, scheme in chosen.items()
+    }
+    return Plan(schemes, chosen.weights)
 
 
 def in_batches(windows: np.ndarray, most: int = 4) -> list[np.ndarray]:

@@ -18,10 +18,11 @@ class WeightReport:
 
     Attributes:
         path, shape, scheme: which weight, and what was asked.
-        bits_per_weight: stored bits, group parameters counted.
+        bits_per_weight: stored bits, group parameters and low-rank factors counted.
         error: relative squared error of the outputs `tr(E H Eᵀ) / tr(W H Wᵀ)` where evidence is
-            known, else of the weights, `|E|² / |W|²`.
-        nearest_error: the same for nearest rounding on the grid fitted to the original weight.
+            known, else of the weights, `|E|² / |W|²`. A compensation is part of the weight.
+        nearest_error: the same for nearest rounding on the grid fitted to the original weight,
+            without compensation.
         tokens: inputs seen, the fewest over batch axes (experts, layers); None without evidence.
         damping: relative damping used, the largest over batch axes; None where there is none.
         dead: inputs that were always zero, summed over batch axes.
@@ -188,7 +189,8 @@ def describe(scheme: Scheme) -> str:
     """A scheme in a few words: `Uniform 4b, in 64, GPTQ`."""
     groups = scheme.groups
     size = "all" if groups.size is None else groups.size
+    more = "" if scheme.compensation is None else f", LoRC {scheme.compensation.rank}"
     return (
         f"{type(scheme.grid).__name__} {scheme.grid.bits}b, {groups.axis} {size}, "
-        + type(scheme.rounding).__name__
+        f"{type(scheme.rounding).__name__}{more}"
     )

@@ -1,8 +1,8 @@
 """What to do with each weight: a `Scheme` per path, gathered in a `Plan`.
 
-A scheme is a grid × a rounding (compensations and activations join later), for groups of weights.
-Everything here is static: schemes print, compare, hash, and are written into checkpoints as they
-are.
+A scheme is a grid × a rounding × an optional compensation (activations join later), for groups of
+weights. Everything here is static: schemes print, compare, hash, and are written into checkpoints
+as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax
 
 from jquant.blocks import Blocks
 from jquant.calibration.weights import Weight
+from jquant.compensation import LoRC
 from jquant.grids.base import Grid
 from jquant.rounding.base import Rounding
 from jquant.rounding.elementwise import Nearest
@@ -30,8 +31,12 @@ class Scheme:
             of MX and NV; else the whole input axis, one group per output channel), an int (groups
             along the input axis) or `Blocks(axis, size)`.
         rounding: how codes are chosen, e.g. `rounding.GPTQ()`.
+        compensation: what makes up for the error that is left, `LoRC(rank)`, or None.
         fallback: whether nearest rounding may stand in where the rounding's factorisation fails at
             every damping; the report says where it did. Otherwise that is an error.
+
+    Raises:
+        ValueError: `compensation` is something else.
 
     Example:
         >>> from jquant.grids import Uniform
@@ -42,6 +47,7 @@ class Scheme:
     grid: Grid
     blocks: Blocks | int | None = None
     rounding: Rounding = Nearest()
+    compensation: LoRC | None = None
     fallback: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -49,12 +55,22 @@ class Scheme:
             object.__setattr__(self, "blocks", Blocks("in", getattr(self.grid, "group", None)))
         elif not isinstance(self.blocks, Blocks):
             object.__setattr__(self, "blocks", Blocks("in", self.blocks))
+        if not isinstance(self.compensation, LoRC | None):
+            raise ValueError(
+                f"Scheme.compensation must be a jq.LoRC or None, got {self.compensation!r}"
+            )
 
     @property
     def groups(self) -> Blocks:
         """The blocks, as `Blocks`."""
         assert isinstance(self.blocks, Blocks)
         return self.blocks
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What rounding and compensation must be told: a subset of `{"moment", "drift", "key"}`."""
+        more = frozenset() if self.compensation is None else self.compensation.needs
+        return self.rounding.needs | more
 
 
 @jax.tree_util.register_static

@@ -1,7 +1,8 @@
-"""One weight: a grid and a rounding meet here, and nowhere else.
+"""One weight: a grid, a rounding and a compensation meet here, and nowhere else.
 
-`quantize_weight` turns one array into a `QTensor`: canonical view, rounding, packing. `Outcome` is
-what the report needs to know of it, as plain numbers, so that it can wait in a file.
+`quantize_weight` turns one array into a `QTensor`: canonical view, rounding, what makes up for its
+error, packing. `Outcome` is what the report needs to know of it, as plain numbers, so that it can
+wait in a file.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jquant.blocks import Layout, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
-from jquant.distortion import bits_per_weight, output_error
+from jquant.distortion import output_error
 from jquant.grids.base import nearest
-from jquant.qtensor import QTensor
+from jquant.qtensor import LowRank, QTensor, weight_bits
 from jquant.rounding.base import Rounded
 from jquant.rounding.elementwise import Nearest
 from jquant.scheme import Scheme
@@ -42,16 +43,21 @@ def quantize_weight(
         scheme: what to do.
         layout: how `w` is read as `[*batch, out, in]`; see `Weight.layout`.
         evidence: what is known of its inputs.
-        key: randomness, for roundings that need it.
+        key: randomness, for roundings that need it; later rounds of a compensation fold in their
+            number.
 
     Returns:
         the quantized weight, and numbers per `[*batch]`: `error`, `nearest_error` and `power` (the
         output error of this and of nearest rounding, and of leaving the weight out; without
-        evidence those of the weights themselves), and what the rounding reports.
+        evidence those of the weights themselves), and what the rounding reports. The error is that
+        of codes and compensation together, nearest rounding has none.
+
+    Raises:
+        PlanError, EvidenceError: what rounding and compensation raise.
     """
     canonical = layout.canonical(w)
     rounded = scheme.rounding(canonical, scheme.grid, scheme.groups, evidence=evidence, key=key)
-    return stored(canonical, rounded, scheme, layout, w.dtype, evidence)
+    return stored(canonical, rounded, scheme, layout, w.dtype, evidence, key)
 
 
 def stored(
@@ -61,13 +67,19 @@ def stored(
     layout: Layout,
     dtype: Any,
     evidence: Evidence | None,
+    key: PRNGKeyArray | None = None,
 ) -> tuple[QTensor, dict[str, Array]]:
     """What `quantize_weight` returns of a weight that has been rounded."""
     moment = None if evidence is None else evidence.second_moment
     info = dict(_errors(canonical, rounded, moment, scheme), **rounded.info)
+    low = None
+    if scheme.compensation is not None:
+        rounded, low, found = _compensated(canonical, rounded, scheme, evidence, key)
+        info |= found
     q = QTensor(
-        rounded.codes, dict(rounded.params), scheme.grid, scheme.groups, layout, jnp.dtype(dtype)
-    )
+        rounded.codes, dict(rounded.params), scheme.grid, scheme.groups, layout,
+        jnp.dtype(dtype), low,
+    )  # fmt: skip
     return q, info
 
 
@@ -76,12 +88,104 @@ def key_of(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
+def remainder(
+    w: Float[Array, ...],
+    scheme: Scheme,
+    layout: Layout,
+    *,
+    evidence: Evidence | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "*batch out in"]:
+    """What the codes of a scheme leave of a weight for a compensation, float32; see above."""
+    canonical = layout.canonical(w)
+    rounded = scheme.rounding(canonical, scheme.grid, scheme.groups, evidence=evidence, key=key)
+    return _left(canonical if rounded.target is None else rounded.target, rounded, scheme)
+
+
+def _compensated(
+    w: Float[Array, "*batch out in"],
+    rounded: Rounded,
+    scheme: Scheme,
+    evidence: Evidence | None,
+    key: PRNGKeyArray | None,
+) -> tuple[Rounded, LowRank, dict[str, Array]]:
+    """Codes and the term beside them after the best round, and what that changes in the report.
+
+    Codes of later rounds are those of what the term leaves of the weight. What they and the term
+    together are to come near to stays the first round's target.
+    """
+    choice = scheme.compensation
+    assert choice is not None
+    moment = None if evidence is None else evidence.second_moment
+    target = w if rounded.target is None else rounded.target
+
+    def measured(rounded: Rounded) -> tuple[Rounded, LowRank, Array, Array]:
+        """With the term, and the squared error from the weight and from the target."""
+        low = choice(_left(target, rounded, scheme), evidence)
+        error = _size_left(w, rounded, low, moment, scheme)
+        aim = error if target is w else _size_left(target, rounded, low, moment, scheme)
+        return rounded, low, error, aim
+
+    best = last = measured(rounded)
+    for turn in range(1, choice.rounds):
+        own = None if key is None else jax.random.fold_in(key, turn)
+        rest = w.astype(jnp.float32) - last[1].product()
+        last = measured(
+            scheme.rounding(rest, scheme.grid, scheme.groups, evidence=evidence, key=own)
+        )
+        best = _better(last[3] < best[3], last, best)
+    rounded, low, error, _ = best
+    told = {name: value for name, value in rounded.info.items() if name != "nearest_error"}
+    if "failed" in told:  # such a moment measures nothing
+        error = jnp.where(told["failed"] > 0, jnp.nan, error)
+    return rounded, low, {**told, "error": error}
+
+
+@jax.jit(static_argnames="scheme")
+def _left(
+    target: Float[Array, "*batch out in"], rounded: Rounded, scheme: Scheme
+) -> Float[Array, "*batch out in"]:
+    """What codes leave of a target."""
+    blocks = scheme.groups
+    length = target.shape[-1 if blocks.axis == "in" else -2]
+    values = scheme.grid.decode(to_blocks(rounded.codes.astype(jnp.int32), blocks), rounded.params)
+    return target.astype(jnp.float32) - from_blocks(values, blocks, length)
+
+
+@jax.jit(static_argnames="scheme")
+def _size_left(
+    target: Float[Array, "*batch out in"],
+    rounded: Rounded,
+    low: LowRank,
+    moment: Float[Array, "*batch in in"] | None,
+    scheme: Scheme,
+) -> Float[Array, "*batch"]:
+    """The squared error of codes and compensation together."""
+    return _size(_left(target, rounded, scheme) - low.product(), moment)
+
+
+@jax.jit
+def _better(first: Float[Array, "*batch"], one: Any, two: Any) -> Any:
+    """For every weight of a batch `one` where `first` says so, else `two`."""
+
+    def pick(a: Array, b: Array) -> Array:
+        return jnp.where(first.reshape(first.shape + (1,) * (a.ndim - first.ndim)), a, b)
+
+    return jax.tree.map(pick, one, two)
+
+
+def _size(
+    e: Float[Array, "*batch out in"], moment: Float[Array, "*batch in in"] | None
+) -> Float[Array, "*batch"]:
+    return jnp.sum(e**2, (-2, -1)) if moment is None else output_error(e, moment)
+
+
 def stored_bits(shape: Sequence[int], scheme: Scheme, layout: Layout | None = None) -> float:
     """Bits per weight that a scheme stores of a weight, group parameters counted; nothing is run.
 
     Args:
         shape: of the weight.
-        scheme: grid and blocks count, the rounding does not.
+        scheme: grid, blocks and compensation count, the rounding does not.
         layout: how the weight is read; default as `[..., out, in]`.
 
     Example:
@@ -91,12 +195,15 @@ def stored_bits(shape: Sequence[int], scheme: Scheme, layout: Layout | None = No
     """
     rank = len(shape)
     layout = layout or Layout.of(shape, in_axes=(rank - 1,), batch_axes=tuple(range(rank - 2)))
-    nearest_only = dataclasses.replace(scheme, rounding=Nearest())
+    choice = scheme.compensation
+    if choice is not None:
+        choice = dataclasses.replace(choice, metric="plain", rounds=1)
+    nearest_only = dataclasses.replace(scheme, rounding=Nearest(), compensation=choice)
     q = jax.eval_shape(
         lambda w: quantize_weight(w, nearest_only, layout)[0],
         jax.ShapeDtypeStruct(tuple(shape), jnp.float32),
     )
-    return bits_per_weight(q.codes, q.params, scheme.grid.bits)
+    return weight_bits(q)
 
 
 @jax.jit(static_argnames="scheme")
@@ -110,20 +217,13 @@ def _errors(
     grid, blocks = scheme.grid, scheme.groups
     length = w.shape[-1 if blocks.axis == "in" else -2]
     w = w.astype(jnp.float32)
-
-    def size(e: Array) -> Array:
-        return jnp.sum(e**2, (-2, -1)) if moment is None else output_error(e, moment)
-
-    def decoded(codes: Array) -> Array:
-        return from_blocks(grid.decode(codes, rounded.params), blocks, length)
-
-    found = {"power": size(w)}
+    found = {"power": _size(w, moment)}
     if "error" not in rounded.info:
-        found["error"] = size(w - decoded(to_blocks(rounded.codes.astype(jnp.int32), blocks)))
+        found["error"] = _size(_left(w, rounded, scheme), moment)
     if "nearest_error" not in rounded.info:
-        found["nearest_error"] = size(
-            w - decoded(nearest(grid, to_blocks(w, blocks), rounded.params))
-        )
+        codes = nearest(grid, to_blocks(w, blocks), rounded.params)
+        values = from_blocks(grid.decode(codes, rounded.params), blocks, length)
+        found["nearest_error"] = _size(w - values, moment)
     return found
 
 

@@ -26,7 +26,7 @@ from jquant.errors import EvidenceError, PlanError
 from jquant.grids.base import Grid, Params
 from jquant.learning import Task, descend
 from jquant.objectives import KL, Objective
-from jquant.qtensor import QTensor, is_qtensor
+from jquant.qtensor import LowRank, QTensor, is_qtensor
 from jquant.report import Trace
 from jquant.rounding.descent import Descent
 from jquant.rounding.relaxed import Between, Unit, Variables
@@ -40,6 +40,7 @@ class _Coded:
 
     codes: Integer[Array, "*batch out in"]
     params: Params
+    low: LowRank | None  # a compensation stays as it is
     grid: Grid = field(metadata={"static": True})
     blocks: Blocks = field(metadata={"static": True})
 
@@ -53,7 +54,9 @@ class _Coded:
     def decode(self, codes: Array, params: Params | None = None) -> Float[Array, "*batch out in"]:
         groups = to_blocks(codes.astype(jnp.int32), self.blocks)
         values = self.grid.decode(groups, self.params if params is None else params)
-        return from_blocks(values, self.blocks, codes.shape[-1 if self.blocks.axis == "in" else -2])
+        length = codes.shape[-1 if self.blocks.axis == "in" else -2]
+        canonical = from_blocks(values, self.blocks, length)
+        return canonical if self.low is None else canonical + self.low.product()
 
 
 @jax.tree_util.register_static
@@ -163,7 +166,9 @@ def tune_scales(
         Network.of(fn, structure, leaves, quantized), _Scales(descent), objective,
         tuple(q.layout for q in quantized.values()), tuple(q.dtype for q in quantized.values()),
     )  # fmt: skip
-    targets = [_Coded(q.codes, q.params, q.grid, q.blocks) for q in quantized.values()]
+    targets = [
+        _Coded(q.codes, q.params, q.compensation, q.grid, q.blocks) for q in quantized.values()
+    ]
     fixed = [None if path in quantized else leaf for path, leaf in leaves.items()]
     feed = Feed(jax.jit(fn), params, batches)
     found, trace = descend(task, targets, fixed, feed, list(quantized), told=progress)

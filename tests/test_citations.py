@@ -15,6 +15,7 @@ from jquant.citations import entries
 
 CHOICES = [*GRIDS.values(), *ROUNDINGS.values(), jq.Blocks("out", 4)]
 CHOICES += [jq.rounding.GPTQ(correction=c) for c in ("qep", "gptaq")]
+CHOICES += [jq.LoRC(8), jq.LoRC(8, metric="evidence"), jq.LoRC(8, rounds=5)]
 CHOICES += [preset() for preset in jq.presets.presets().values()]
 
 
@@ -45,6 +46,11 @@ def test_a_plan_cites_what_is_in_it():
         "jquant", "lin2024awq", "heo2024adadim", "frantar2022gptq", "arai2025qep",
     ]  # fmt: skip
     assert keys(jq.cite(jq.Scheme(jq.grids.Uniform(4)))) == ["jquant", "frantar2022gptq"]
+    beside = jq.Scheme(jq.grids.NF4, compensation=jq.LoRC(8, better.grid, "evidence", rounds=2))
+    assert keys(jq.cite(beside)) == [
+        "jquant", "dettmers2023qlora", "yao2023zeroquantv2", "zhang2024qera", "liu2024eora",
+        "li2023loftq", "lin2024awq",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", ["int4-gptq", None, {"a": 1}])

@@ -185,6 +185,24 @@ def test_axes_are_chosen_and_told(model: Path, tmp_path: Path, capsys) -> None:
     assert 0 < outward < 14 and f"groups of {outward} weights along outputs" in out
 
 
+def test_terms_beside_all_weights(model: Path, tmp_path: Path, capsys) -> None:
+    """Of looked-up tables too; the model that is loaded back is the better for it."""
+    rule = ["--rule", "embed.*=int8-nearest", "-r", "int2-qep", *options(model)]
+    quality = {}
+    for name, more in (("without", []), ("with", ["--lorc", 8, "--report"])):
+        assert run("quantize", model, "-o", tmp_path / name, *more, *rule) == 0
+        out = capsys.readouterr().out
+        fn, qparams, _ = jq.models.load(tmp_path / name)
+        full_fn, params, _ = jq.models.load(model)
+        tokens = np.arange(12, dtype=np.int32).reshape(1, 12)
+        quality[name] = float(abs(jq.apply(fn)(qparams, tokens) - full_fn(params, tokens)).mean())
+    assert "LoRC 8" in out and quality["with"] < 0.8 * quality["without"]
+    assert run("inspect", tmp_path / "with") == 0
+    assert "rank 8" in capsys.readouterr().out
+    leaves = jq.io.read_header(tmp_path / "with" / "jquant.safetensors").leaves
+    assert sum(leaf.rank == 8 for leaf in leaves.values()) == 15
+
+
 def test_version(capsys) -> None:
     assert run("--version") == 0
     assert capsys.readouterr().out.strip()
@@ -208,6 +226,8 @@ WRONG = {
     "correction in one pass": (
         ("quantize", "MODEL", "-o", "OUT", "--granularity", "all"), 1, "correction needs the drift",
     ),
+    "no rank": (("quantize", "MODEL", "-o", "OUT", "--lorc", "0"), 1, "LoRC.rank must be"),
+    "too high a rank": (("quantize", "MODEL", "-o", "OUT", "--lorc", "17"), 1, "at most 16"),
     "group of none": (("quantize", "nope", "-o", "OUT", "--group", "0"), 1, "Blocks.size"),
     "rule without =": (("quantize", "MODEL", "-o", "OUT", "--rule", "x"), 1, "REGEX=RECIPE"),
     "rule of no recipe": (("quantize", "MODEL", "-o", "OUT", "--rule", ".*=x"), 1, "no preset"),

@@ -266,6 +266,11 @@ def test_objectives_that_cannot_be_descended_are_refused():
     with pytest.raises(PlanError, match="'head' and 'blocks/0/down' .* pass one rounding"):
         other = planned(params, batches[0], SIGN, head=jq.Scheme(Uniform(3), 8, DISC))
         jq.quantize(fn, params, other, batches, objective=KL(), key=KEY)
+    with pytest.raises(PlanError, match=r"'head' is learned together .* pass LoRC\(rank\)"):
+        again = jq.Scheme(Uniform(3), 8, SIGN, compensation=jq.LoRC(2, rounds=2))
+        jq.quantize(
+            fn, params, planned(params, batches[0], SIGN, head=again), batches, objective=KL()
+        )
     with pytest.raises(PlanError, match="starts at random; pass key"):
         jq.quantize(fn, params, planned(params, batches[0], DISC), batches, objective=KL())
     with pytest.raises(EvidenceError, match="descended on batches"):

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import floats
-from test_learning import fn, loss_of, network, planned
+from test_learning import SIGN, fn, loss_of, network, planned
 
 import jquant as jq
 from jquant.errors import EvidenceError, ObjectiveError, PlanError
 from jquant.grids import HQQ, MX, NF4, NV, KMeans, Power, Uniform
-from jquant.objectives import MSE
+from jquant.objectives import KL, MSE
 from jquant.qtensor import QTensor, is_qtensor
 from jquant.rounding import GPTQ, Descent, Nearest
 
@@ -73,6 +73,19 @@ def test_formats_with_8_bit_scales_are_left_alone():
     assert isinstance(q, QTensor) and isinstance(after, QTensor)
     same = {name: bool(jnp.all(q.params[name] == after.params[name])) for name in q.params}
     assert sorted(same.values()) == [False, True]  # the tensor's float32 scale moves
+
+
+def test_a_compensation_stays_and_counts():
+    params, batches = network()
+    low = jq.Scheme(Uniform(2), 8, SIGN, compensation=jq.LoRC(2))
+    plan = planned(params, batches[0], SIGN, Uniform(2), head=low)
+    qparams, report = jq.quantize(fn, params, plan, batches, objective=KL())
+    assert report["head"].bits_per_weight > report["blocks/0/up"].bits_per_weight
+    tuned, trace = jq.tune_scales(fn, params, qparams, batches, descent=SHORT)
+    np.testing.assert_allclose(loss_of(qparams, params, batches[:4]), trace.looks[0], rtol=1e-4)
+    np.testing.assert_array_equal(
+        tuned["head"].compensation.product(), qparams["head"].compensation.product()
+    )
 
 
 def test_refusals():

@@ -5,6 +5,10 @@ carries each `QTensor` through calls, scans, branches and views, and decodes it 
 that needs its values: at any moment the program holds the codes and the few weights in use. A view
 that cannot be expressed on codes waits beside them until then. Under a scan a quantized stack
 slices itself.
+
+A low-rank compensation enters a matrix product as two thin products beside it (`products.py`), a
+lookup as a thin product of the rows that were picked. Elsewhere (convolutions, `ragged_dot`, views
+that wait, products of a part of an axis) the weight is decoded with the term added in.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from jax import lax
 from jax.extend import core
 from jaxtyping import Array, Int32, PyTree
 
+from jquant.inference.products import beside
 from jquant.inference.views import view
 from jquant.interpreter import DESCENDED, VIEWS, Walker, bind, trace
 from jquant.qtensor import QTensor, dequantize_weight, is_qtensor, tree_map_weights
@@ -67,6 +72,9 @@ class _Decoder:
             (value,) = values
             views = value.views if isinstance(value, _Waiting) else ()
             return [_Waiting(value.q if isinstance(value, _Waiting) else value, (*views, eqn))]
+        split = beside(eqn, values, _decode)
+        if split is not None:
+            return [split]
         other = next((v for v in values if isinstance(v, jax.Array) and v.size), None)
         return bind(eqn, [_decode(v, other) if self.special(v) else v for v in values])
 
@@ -74,8 +82,12 @@ class _Decoder:
 def _decode(value: Any, after: jax.Array | None = None) -> jax.Array:
     """The array a special value stands for, computed not before `after` is there."""
     q, views = (value.q, value.views) if isinstance(value, _Waiting) else (value, ())
-    if after is not None:
+    if after is not None and after.size:
         late = _zero(lax.stop_gradient(after))
+        if q.compensation is not None:
+            q = replace(
+                q, compensation=jax.tree.map(lambda leaf: _plus(leaf, late), q.compensation)
+            )
         if jax.tree.leaves(q.params):
             q = replace(q, params=jax.tree.map(lambda leaf: _plus(leaf, late), q.params))
         else:

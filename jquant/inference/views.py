@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 from jquant.blocks import Factor, Layout, from_blocks, to_blocks
@@ -28,13 +29,15 @@ def view(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any | None:
     return rule(values[0], values[1:], eqn)
 
 
-def _own(q: QTensor) -> Layout:
+def own_layout(q: QTensor) -> Layout:
+    """The layout of the batch axes that are left."""
     return q.layout.trimmed(q.codes.ndim - 2)
 
 
 def _leaves(q: QTensor, function: Any, layout: Layout) -> QTensor:
-    codes, params = jax.tree.map(function, (q.codes, q.params))
-    return replace(q, codes=codes, params=params, layout=layout)
+    # Factors have the weight's batch axes, so what is done to those of the codes is done to theirs.
+    codes, params, low = jax.tree.map(function, (q.codes, q.params, q.compensation))
+    return replace(q, codes=codes, params=params, layout=layout, compensation=low)
 
 
 def _convert(q: QTensor, _: Sequence[Any], eqn: core.JaxprEqn) -> QTensor | None:
@@ -47,7 +50,7 @@ def _convert(q: QTensor, _: Sequence[Any], eqn: core.JaxprEqn) -> QTensor | None
 
 
 def _transpose(q: QTensor, _: Sequence[Any], eqn: core.JaxprEqn) -> QTensor:
-    axes = [_own(q).axes[k] for k in eqn.params["permutation"]]
+    axes = [own_layout(q).axes[k] for k in eqn.params["permutation"]]
     places = [f.place for axis in axes for f in axis if f.role == "batch"]
     named = [
         tuple(Factor("batch", places.index(f.place), 0) if f.role == "batch" else f for f in axis)
@@ -67,7 +70,7 @@ def _batch_place(layout: Layout, axis: int) -> int | None:
 
 
 def _slice(q: QTensor, _: Sequence[Any], eqn: core.JaxprEqn) -> QTensor | None:
-    layout, index = _own(q), [slice(None)] * (q.codes.ndim - 2)
+    layout, index = own_layout(q), [slice(None)] * (q.codes.ndim - 2)
     bounds = zip(eqn.params["start_indices"], eqn.params["limit_indices"], q.shape, strict=True)
     strides = eqn.params["strides"] or [1] * q.ndim
     for axis, (start, stop, size) in enumerate(bounds):
@@ -80,7 +83,7 @@ def _slice(q: QTensor, _: Sequence[Any], eqn: core.JaxprEqn) -> QTensor | None:
 
 
 def _squeeze(q: QTensor, _: Sequence[Any], eqn: core.JaxprEqn) -> QTensor | None:
-    layout, gone = _own(q), eqn.params["dimensions"]
+    layout, gone = own_layout(q), eqn.params["dimensions"]
     places = [_batch_place(layout, axis) for axis in gone]
     if None in places:
         return None
@@ -96,7 +99,7 @@ def _squeeze(q: QTensor, _: Sequence[Any], eqn: core.JaxprEqn) -> QTensor | None
 def _gather(q: QTensor, rest: Sequence[Any], eqn: core.JaxprEqn) -> jax.Array | None:
     """Rows of a table `[rows, features]`, decoded after they were picked."""
     numbers, params = eqn.params["dimension_numbers"], eqn.params
-    plain = [tuple(f.role for f in axis) for axis in _own(q).axes] == [("out",), ("in",)]
+    plain = [tuple(f.role for f in axis) for axis in own_layout(q).axes] == [("out",), ("in",)]
     rows = numbers.collapsed_slice_dims == (0,) and numbers.operand_batching_dims == ()
     whole = params["slice_sizes"] == (1, q.shape[-1])
     last = eqn.outvars[0].aval.ndim - 1  # type: ignore[attr-defined]
@@ -118,7 +121,11 @@ def _gather(q: QTensor, rest: Sequence[Any], eqn: core.JaxprEqn) -> jax.Array | 
     codes = pick(q.codes)
     grid_params = {name: x[0] if len(x) == 1 else pick(x) for name, x in q.params.items()}
     values = q.grid.decode(to_blocks(codes.astype(jnp.int32), q.blocks), grid_params)
-    return from_blocks(values, q.blocks, q.shape[-1]).astype(q.dtype)
+    values = from_blocks(values, q.blocks, q.shape[-1])
+    if q.compensation is not None:
+        left, right = q.compensation.factors()
+        values = values + jnp.matmul(pick(left), right, precision=lax.Precision.HIGHEST)
+    return values.astype(q.dtype)
 
 
 _VIEWS = {

@@ -43,13 +43,17 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Stored:
-    """One weight or array of a file: its original shape and dtype, its bytes, its grid if any."""
+    """One weight or array of a file: its original shape and dtype, its bytes, its grid if any.
+
+    `rank` is that of its compensation, 0 where it has none.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     bytes: int
     grid: Any = None
     blocks: Any = None
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -207,5 +211,7 @@ def _stored(decoder: Decoder, node: Any) -> Stored:
     leaf = decoder.abstract(node)
     size = decoder.size(node)
     if isinstance(leaf, QTensor):
-        return Stored(leaf.shape, jax.numpy.dtype(leaf.dtype).name, size, leaf.grid, leaf.blocks)
+        rank = 0 if leaf.compensation is None else leaf.compensation.rank
+        dtype = jax.numpy.dtype(leaf.dtype).name
+        return Stored(leaf.shape, dtype, size, leaf.grid, leaf.blocks, rank)
     return Stored(leaf.shape, leaf.dtype.name, size)

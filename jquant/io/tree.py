@@ -45,6 +45,11 @@ def _fields(kind: type) -> tuple[list[str], list[str]]:
     return [f.name for f in fields if f.name not in static], static
 
 
+def _optional(kind: type) -> set[str]:
+    """The fields that are left out of a file where they are None."""
+    return {f.name for f in dataclasses.fields(kind) if f.default is None}
+
+
 class Encoder:
     """Builds the JSON of a pytree, and gathers its tensors and its distinct static choices."""
 
@@ -87,7 +92,8 @@ class Encoder:
                 self._index[choices] = len(self.statics) - 1
         except ValueError as error:
             raise ValueError(f"{_at(path)}: {error}") from None
-        fields = {n: self._field(value, n, path) for n in arrays}
+        absent = {n for n in _optional(type(value)) if getattr(value, n) is None}
+        fields = {n: self._field(value, n, path) for n in arrays if n not in absent}
         return {"class": type(value).__name__, "static": self._index[choices], "fields": fields}
 
     def _field(self, value: Any, name: str, path: tuple[str, ...]) -> Any:
@@ -208,21 +214,24 @@ class Decoder:
         choices = self.statics[index]
         if (
             not isinstance(fields, dict)
-            or set(fields) != set(arrays)
+            or not set(arrays) - _optional(kind) <= set(fields) <= set(arrays)
             or set(choices) != set(static)
         ):
             raise CheckpointError(f"a {kind.__name__} has not the fields {arrays + static}")
-        return kind(**{name: build(fields[name]) for name in arrays}, **choices)
+        return kind(**{name: build(child) for name, child in fields.items()}, **choices)
 
     def _check_weight(self, weight: Any, node: Any) -> None:
-        """Whether a weight of abstract arrays dequantizes to the shape and dtype it claims."""
-        if not isinstance(weight, qtensor.QTensor):
-            return
+        """Whether a weight of abstract arrays dequantizes to the shape and dtype it claims.
+
+        Of a low-rank term, whether it has factors that can be multiplied.
+        """
         leaves, tree = jax.tree.flatten(weight)
         try:
             if not all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
                 raise TypeError("it holds another weight")
             self._sound(tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+            if not isinstance(weight, qtensor.QTensor):
+                return
             low, high = weight.grid.codes
         except _REFUSALS as error:
             raise CheckpointError(f"a weight of the file makes no sense: {error!s:.200}") from error
@@ -244,6 +253,9 @@ _REFUSALS = (
 def _sound(tree: Any, leaves: tuple[tuple[tuple[int, ...], Any], ...]) -> None:
     """Raise if a weight of this structure cannot be what it says; nothing is computed."""
     weight = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(s, d) for s, d in leaves])
+    if isinstance(weight, qtensor.LowRank):
+        _sound_factors(weight)
+        return
     layout, codes = weight.layout, weight.codes
     factors = [factor for axis in layout.axes for factor in axis]
     if not all(f.role in ("batch", "out", "in") and f.size >= 0 <= f.place for f in factors):
@@ -254,9 +266,29 @@ def _sound(tree: Any, leaves: tuple[tuple[tuple[int, ...], Any], ...]) -> None:
         raise ValueError(f"codes {codes.shape} have more batch axes than the layout")
     if not jnp.issubdtype(codes.dtype, jnp.integer) or not isinstance(weight.grid.codes[0], int):
         raise TypeError("codes must be integers")
+    low = weight.compensation
+    if low is not None and (
+        not isinstance(low, qtensor.LowRank) or tuple(low.shape) != tuple(codes.shape)
+    ):
+        raise ValueError(f"its compensation does not fit codes {codes.shape}")
     whole = jax.eval_shape(qtensor.dequantize_weight, weight)
     if whole.shape != weight.shape or whole.dtype != weight.dtype:
         raise ValueError(f"it dequantizes to {whole.shape}, not to {weight.shape}")
+
+
+def _sound_factors(low: qtensor.LowRank) -> None:
+    for factor in (low.left, low.right):
+        if not isinstance(factor, jax.ShapeDtypeStruct | qtensor.QTensor):
+            raise TypeError("a factor must be an array or a weight")
+        if isinstance(factor, qtensor.QTensor) and (
+            factor.compensation is not None or factor.shape != factor.codes.shape
+        ):
+            raise ValueError("a quantized factor must lie as it is used")
+        if not jnp.issubdtype(factor.dtype, jnp.floating):
+            raise TypeError("factors must be floats")
+    left, right = low.left.shape, low.right.shape
+    if len(left) < 2 or left[:-2] != right[:-2] or left[-1] != right[-2]:
+        raise ValueError(f"factors {left} and {right} have no product")
 
 
 def _check_container(node: dict[str, Any]) -> None:

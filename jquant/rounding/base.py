@@ -19,11 +19,16 @@ from jquant.grids.base import Grid, Params
 
 
 class Rounded(NamedTuple):
-    """Codes, the group parameters they refer to, and what happened (scalars per `[*batch]`)."""
+    """Codes, the group parameters they refer to, and what happened (scalars per `[*batch]`).
+
+    `target` is the weight that the codes are to come near to, where that is another than the one
+    given: what makes up for their error must know.
+    """
 
     codes: Integer[Array, "*batch out in"]
     params: Params  # leaves [*batch, rows, n] or [*batch, rows, n, k]
     info: Mapping[str, Array]
+    target: Float[Array, "*batch out in"] | None = None
 
 
 @runtime_checkable

@@ -144,12 +144,13 @@ class GPTQ:
             key: not used.
 
         Returns:
-            Codes and parameters, and in `info`, float32 `[*batch]`: `damping` (as used, relative),
-            `dead` (inputs with `H_jj = 0`), `failed` (0 or 1), `error` = `tr((W - Q) H (W - Q)ᵀ)`
-            and `nearest_error`, the same for nearest rounding on the static grid,
-            to within 1e-3. Both are NaN after a failure: such an H measures nothing. Both are of
-            the given W on the grid fitted to it, also with a correction, whose aim is another: what
-            it gains, `‖W X_full - Q X_q‖²`, cannot be had from H and Δ, and `error` rises with it.
+            Codes and parameters, with a correction the target, and in `info`, float32 `[*batch]`:
+            `damping` (as used, relative), `dead` (inputs with `H_jj = 0`), `failed` (0 or 1),
+            `error` = `tr((W - Q) H (W - Q)ᵀ)` and `nearest_error`, the same for nearest rounding
+            on the static grid, to within 1e-3. Both are NaN after a failure: such an H measures
+            nothing. Both are of the given W on the grid fitted to it, also with a correction, whose
+            aim is another: what it gains, `‖W X_full - Q X_q‖²`, cannot be had from H and Δ, and
+            `error` rises with it.
 
         Raises:
             EvidenceError: no evidence, or of the wrong shape, or a correction and no drift.
@@ -327,4 +328,5 @@ def _round_one(
         "nearest_error": total(plain_loss),
     }
     info = {name: value.astype(jnp.float32) for name, value in info.items()}
-    return Rounded(codes.astype(code_dtype(grid)), static, info)
+    moved = None if target is w else target
+    return Rounded(codes.astype(code_dtype(grid)), static, info, moved)

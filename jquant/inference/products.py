@@ -1,0 +1,124 @@
+"""A product with a compensated weight: beside that with the codes, two thin ones.
+
+    x · (Q + left @ right)  =  x · Q  +  (x · right) · left
+
+for any `dot_general` that contracts the weight's whole input axis, or (as a tied embedding may be
+used) its whole output axis, and runs along all of its batch axes. The sum of codes and factors is
+never made: it would be as large as the weight. A product that cannot be split so (a part of an axis
+is contracted, or both operands are compensated weights) is left to the caller, who decodes the
+weight with the term added in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from jquant.blocks import Factor, Layout
+from jquant.inference.views import own_layout
+from jquant.interpreter import bind
+from jquant.qtensor import QTensor
+
+Role = Literal["out", "in"]
+
+
+class _Axes(NamedTuple):
+    """Where a product finds a weight: its contracted axes, its batch axes, in the other's order."""
+
+    contracted: tuple[int, ...]
+    batch: tuple[int, ...]
+    role: Role  # of all contracted axes
+
+
+def beside(
+    eqn: core.JaxprEqn, values: Sequence[Any], decode: Callable[[QTensor, Any], jax.Array]
+) -> jax.Array | None:
+    """The result of a `dot_general` of a compensated weight and an array, without their sum.
+
+    Args:
+        eqn: any equation.
+        values: its operands, quantized weights among them.
+        decode: gives the array of a weight, computed after the other operand.
+
+    Returns:
+        The result, or None where the equation is another one or cannot be split.
+    """
+    if eqn.primitive.name != "dot_general":
+        return None
+    weights = [k for k, v in enumerate(values) if isinstance(v, QTensor) and v.compensation]
+    if len(weights) != 1:
+        return None
+    at = weights[0]
+    q, x = values[at], values[1 - at]
+    if not isinstance(x, jax.Array) or not jnp.issubdtype(x.dtype, jnp.floating):
+        return None
+    layout, axes = own_layout(q), _axes(eqn, at, own_layout(q))
+    if axes is None:
+        return None
+    operands = [x, x]
+    operands[at] = decode(replace(q, compensation=None), x)
+    (main,) = bind(eqn, operands)
+    free: Role = "in" if axes.role == "out" else "out"
+    left, right = q.compensation.factors()
+    thin = {"out": left.astype(q.dtype), "in": right.astype(q.dtype)}
+    wide = x.dtype if x.dtype.itemsize > 4 else jnp.dtype(jnp.float32)
+
+    def product(role: Role, other: jax.Array, dims: Any) -> jax.Array:
+        """With the factor of the axes of one role; operands stand as in the equation."""
+        factor = _spread(thin[role], layout, role)
+        pair = (factor, other) if at == 0 else (other, factor)
+        numbers = dims if at == 0 else tuple(part[::-1] for part in dims)
+        return lax.dot_general(
+            *pair, numbers, precision=eqn.params["precision"], preferred_element_type=wide
+        )
+
+    (contract, batch) = eqn.params["dimension_numbers"]
+    here = _places(layout, axes.role)
+    dims = (
+        ([here[k] for k in axes.contracted], contract[1 - at]),
+        ([here[k] for k in axes.batch], batch[1 - at]),
+    )
+    inner = product(axes.role, x, dims).astype(x.dtype)
+    # Batch axes come first; of the others, those of the factor stand where the factor stands.
+    count, there = len(axes.batch), _places(layout, free)
+    rank_at = count if at == 0 else inner.ndim - 1
+    dims = (([len(there)], [rank_at]), ([there[k] for k in axes.batch], list(range(count))))
+    return main + product(free, inner, dims).astype(main.dtype)
+
+
+def _axes(eqn: core.JaxprEqn, at: int, layout: Layout) -> _Axes | None:
+    """The axes that operand `at` gives, if each plays one role and the factors can follow."""
+    (contract, batch) = eqn.params["dimension_numbers"]
+    contracted, batched = tuple(contract[at]), tuple(batch[at])
+    roles: dict[str, list[int]] = {"batch": [], "out": [], "in": []}
+    for number, axis in enumerate(layout.axes):
+        kinds = {f.role for f in axis}
+        if len(kinds) != 1 or (kinds == {"batch"} and len(axis) > 1):
+            return None
+        roles[kinds.pop()].append(number)
+    if sorted(batched) != roles["batch"]:
+        return None
+    for role in ("in", "out"):
+        if sorted(contracted) == roles[role] and contracted:
+            return _Axes(contracted, batched, role)
+    return None
+
+
+def _places(layout: Layout, role: Role) -> dict[int, int]:
+    """For each axis of the weight that the factor of `role` has: where it has it."""
+    kept = [k for k, axis in enumerate(layout.axes) if axis[0].role in ("batch", role)]
+    return {axis: place for place, axis in enumerate(kept)}
+
+
+def _spread(factor: jax.Array, layout: Layout, role: Role) -> jax.Array:
+    """A factor with the axes that the weight has for `role` and its batch, and the rank last."""
+    rank = factor.shape[-1 if role == "out" else -2]
+    kept = tuple(axis for axis in layout.axes if axis[0].role in ("batch", role))
+    other = Factor("in" if role == "out" else "out", 0, rank)
+    return Layout((*kept, (other,))).original(factor)
