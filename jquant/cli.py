@@ -27,7 +27,7 @@ from jquant import models
 from jquant.allocation import adadim as choose_axes
 from jquant.calibration import find_weights
 from jquant.calibration.stages import Granularity
-from jquant.console import Narrator, megabytes
+from jquant.console import Narrator, megabytes, summary
 from jquant.demo import run_demo
 from jquant.estimate import estimate
 from jquant.evaluate import compare, perplexity
@@ -35,7 +35,7 @@ from jquant.io import read_header
 from jquant.models.quantized import CHECKPOINT
 from jquant.presets import named, presets
 from jquant.quantize import quantize
-from jquant.recipes import in_batches, plan_of, read_rules
+from jquant.recipes import Aim, in_batches, objective_of, plan_of, read_rules
 from jquant.solve import stored_bits
 from jquant.texts import need_tokenizer, some, windows_of
 
@@ -105,6 +105,7 @@ def quantize_model(
     rule: Annotated[Sequence[str], Parameter(negative="", show_default=False)] = (),
     adadim: Annotated[bool, Parameter(negative="")] = False,
     lorc: int | None = None,
+    objective: Aim = "own",
     samples: Samples = 16,
     length: Length = 512,
     text: Text = None,
@@ -137,6 +138,9 @@ def quantize_model(
         First choose, weight by weight, whether groups run along inputs or outputs (AdaDim).
     lorc
         Rank of a term beside every weight that makes up for a part of its error (LoRC by QERA).
+    objective
+        What recipes that learn (int3-discquant, …) descend: the error of each weight's own outputs,
+        of its stage, or the KL divergence of the whole model.
     force
         Replace what is in the folder.
     dry_run
@@ -164,8 +168,10 @@ def quantize_model(
     if adadim:
         with narrator.job("choosing axes") as move:
             chosen, choices = choose_axes(fn, params, chosen, batches, progress=move)
-    if not any(scheme.needs for scheme in chosen.values()):
+    if objective == "own" and not any(scheme.needs for scheme in chosen.values()):
         batches = None
+    if dry_run and objective != "own":
+        raise ValueError(f"--dry-run cannot tell what --objective {objective} takes; leave out one")
     if dry_run:
         narrator.say("compiling and timing every program of the job")
         found = estimate(fn, params, chosen, batches, granularity=granularity)
@@ -173,8 +179,9 @@ def quantize_model(
         return
     with narrator.job("quantizing") as move:
         qparams, found = quantize(
-            fn, params, chosen, batches, granularity=granularity, work_dir=work_dir, progress=move
-        )
+            fn, params, chosen, batches, granularity=granularity, work_dir=work_dir, progress=move,
+            objective=objective_of(objective), key=jax.random.key(0),
+        )  # fmt: skip
     checkpoint = models.save_quantized(output, fn, qparams, tokenizer)
     (output / "report.json").write_text(json.dumps(found.to_json(), indent=1, default=str), "utf-8")
     before = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -183,17 +190,8 @@ def quantize_model(
     if report:
         narrator.show(found.table())
     narrator.show(f"{source} → {output}")  # a title would be folded to the table's width
-    table = Table(show_header=False)
-    table.add_row("quantized", f"{len(chosen)} weights, {found.bits_per_weight:.2f} bits each")
-    table.add_row("kept", ", ".join(found.kept) or "none")
-    if adadim:
-        outward = sum(choice.axis == "out" for choice in choices.values())
-        table.add_row("axes", f"groups of {outward} weights along outputs, of the others inputs")
-    table.add_row("error", f"{found.ratio:.3f} of that of nearest rounding (geometric mean)")
-    table.add_row("bytes", f"{megabytes(before)} → {megabytes(checkpoint.stat().st_size)}")
-    if found.fallbacks:
-        table.add_row("rounded to nearest instead", ", ".join(found.fallbacks))
-    narrator.show(table)
+    size = checkpoint.stat().st_size
+    narrator.show(summary(found, before, size, choices if adadim else None))
 
 
 @app.command

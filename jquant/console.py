@@ -24,8 +24,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bar
+from rich.table import Table
 
+from jquant.allocation.choices import Choices
 from jquant.progress import Progress
+from jquant.report import Report
 
 EVERY = 10.0  # seconds between the lines of a stage where there is no terminal
 _LOG_WIDTH = 110  # columns of tables where there is no terminal to ask
@@ -148,3 +151,25 @@ def megabytes(count: float) -> str:
         ('56.7 MB', '0.9 kB')
     """
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def summary(report: Report, before: int, after: int, choices: Choices | None) -> Table:
+    """What a quantization has come to, in a few lines; bytes before and after, axes if chosen."""
+    table = Table(show_header=False)
+    table.add_row("quantized", f"{len(report)} weights, {report.bits_per_weight:.2f} bits each")
+    table.add_row("kept", ", ".join(report.kept) or "none")
+    if choices is not None:
+        outward = sum(choice.axis == "out" for choice in choices.values())
+        table.add_row("axes", f"groups of {outward} weights along outputs, of the others inputs")
+    table.add_row("error", f"{report.ratio:.3f} of that of nearest rounding (geometric mean)")
+    looks = [(trace.looks[0], trace.looks[trace.kept_at]) for trace in report.traces]
+    if looks:
+        first, last = (sum(column) for column in zip(*looks, strict=True))
+        table.add_row("objective", f"{first:.4g} → {last:.4g}, from nearest rounding to the best")
+    for trace in report.traces:
+        if trace.stopped:
+            table.add_row("stopped early", f"{trace.names[0]} …: {trace.stopped}")
+    table.add_row("bytes", f"{megabytes(before)} → {megabytes(after)}")
+    if report.fallbacks:
+        table.add_row("rounded to nearest instead", ", ".join(report.fallbacks))
+    return table

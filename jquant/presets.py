@@ -21,7 +21,7 @@ from dataclasses import replace
 from jquant.blocks import Blocks
 from jquant.errors import near
 from jquant.grids import MSE, MX, NF4, NV, Float, MinMax, Power, Uniform
-from jquant.rounding import GPTQ, Nearest
+from jquant.rounding import GPTQ, NUPES, AdaRound, DiscQuant, Nearest, SignRound
 from jquant.scheme import Scheme
 
 __all__ = [  # the best first
@@ -45,6 +45,10 @@ __all__ = [  # the best first
     "nvfp4",
     "nvfp4_gptq",
     "power4",
+    "power4_nupes",
+    "int4_adaround",
+    "int4_signround",
+    "int3_discquant",
     "named",
 ]
 
@@ -171,6 +175,38 @@ def nvfp4_gptq() -> Scheme:
 def power4(group: int | None = None) -> Scheme:
     """PowerQuant's 4-bit power grid, one scale per output channel, its exponent searched."""
     return Scheme(Power(4), group, Nearest())
+
+
+def power4_nupes(group: int | None = None) -> Scheme:
+    """NUPES: codes and exponent of `power4` learned by gradients."""
+    return Scheme(Power(4), group, NUPES())
+
+
+def int4_adaround(group: int | None = 64) -> Scheme:
+    """AdaRound: up or down of every weight learned by gradients, on the error of its outputs."""
+    return Scheme(_affine(4), group, AdaRound())
+
+
+def int4_signround(group: int | None = 64) -> Scheme:
+    """SignRound, AutoRound's algorithm: shifts and ranges learned by signs of gradients.
+
+    Meant for blocks: `quantize(..., objective=objectives.Stagewise(), granularity="block")`.
+    """
+    return Scheme(_affine(4), group, SignRound())
+
+
+def int3_discquant(group: int | None = 64) -> Scheme:
+    """DiscQuant on the paper's 3.25 bits, learned by gradients.
+
+    Meant for the whole network: `quantize(..., objective=objectives.KL(), key=)`. The unit is that
+    of nearest rounding, in which one ρ suits networks of all sizes.
+
+    Example:
+        >>> int3_discquant().rounding.unit
+        'nearest'
+    """
+    grid = Uniform(3, symmetric=True, scale_dtype="float16")
+    return Scheme(grid, group, DiscQuant(rho=1.0, unit="nearest"))
 
 
 def presets() -> Mapping[str, Callable[..., Scheme]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -18,12 +19,19 @@ from jquant.allocation import plan
 from jquant.calibration import Weight
 from jquant.compensation import LoRC
 from jquant.grids import Uniform
+from jquant.objectives import KL, Objective, Stagewise
 from jquant.presets import named
 from jquant.scheme import Keep, Plan, Scheme, keep
 
 KEPT = "embed.*|head.*"  # what small models can least spare, unless a rule says otherwise
 
 Rules = dict[str, Scheme | Keep]
+Aim = Literal["own", "stage", "kl"]
+
+
+def objective_of(aim: Aim) -> Objective | None:
+    """What learned roundings descend, by its word."""
+    return {"own": None, "stage": Stagewise(), "kl": KL()}[aim]
 
 
 def read_rules(given: Sequence[str]) -> Rules:

@@ -203,6 +203,18 @@ def test_terms_beside_all_weights(model: Path, tmp_path: Path, capsys) -> None:
     assert sum(leaf.rank == 8 for leaf in leaves.values()) == 15
 
 
+def test_weights_are_learned_on_an_objective(model: Path, tmp_path: Path, capsys) -> None:
+    status = run(
+        "quantize", model, "-o", tmp_path / "out", "--recipe", "int4-signround", "--group", "8",
+        "--objective", "kl", *options(model),
+    )  # fmt: skip
+    out, err = capsys.readouterr()
+    assert status == 0 and "learning" in err and "objective" in out
+    (trace,) = json.loads((tmp_path / "out" / "report.json").read_text())["traces"]
+    assert len(trace["loss"]) == 200
+    assert min(trace["looks"].values()) < 0.9 * trace["looks"]["0"]
+
+
 def test_version(capsys) -> None:
     assert run("--version") == 0
     assert capsys.readouterr().out.strip()
@@ -229,6 +241,15 @@ WRONG = {
     "no rank": (("quantize", "MODEL", "-o", "OUT", "--lorc", "0"), 1, "LoRC.rank must be"),
     "too high a rank": (("quantize", "MODEL", "-o", "OUT", "--lorc", "17"), 1, "at most 16"),
     "group of none": (("quantize", "nope", "-o", "OUT", "--group", "0"), 1, "Blocks.size"),
+    "nothing to learn": (
+        ("quantize", "MODEL", "-o", "OUT", "--objective", "kl", "--text", "MODEL/text.txt",
+         "--length", "16"), 1, "a rounding that is learned",
+    ),
+    "no such objective": (("quantize", "MODEL", "-o", "OUT", "--objective", "x"), 2, "own"),
+    "a dry run of a learning": (
+        ("quantize", "MODEL", "-o", "OUT", "--objective", "kl", "--dry-run", "--text",
+         "MODEL/text.txt", "--length", "16"), 1, "--dry-run cannot tell",
+    ),
     "rule without =": (("quantize", "MODEL", "-o", "OUT", "--rule", "x"), 1, "REGEX=RECIPE"),
     "rule of no recipe": (("quantize", "MODEL", "-o", "OUT", "--rule", ".*=x"), 1, "no preset"),
     "rule of no regex": (("quantize", "MODEL", "-o", "OUT", "--rule", "(=keep"), 1, "regular"),
