@@ -107,6 +107,15 @@ def test_without_a_loss_discquant_is_nearest_rounding():
         np.testing.assert_array_equal(np.asarray(codes)[near], np.asarray(target.nearest())[near])
 
 
+def test_kappa_bounds_what_the_loss_may_say():
+    w, _ = layer(6, 16)
+    target, unit = target_of(w, Uniform(3)), Unit(jnp.float32(1), 1.0, jnp.float32(0.5))
+    gradient = {"x": jnp.linspace(-1.0, 1.0, w.size).reshape(w.shape)}
+    found = DiscQuant(rho=4.0, kappa=0.5).direction(gradient, gradient, target, unit, 0.0)["x"]
+    pull = np.asarray(found) - (1 - 2 * np.asarray(target.cell().y))
+    np.testing.assert_allclose(pull, np.clip(8 * np.asarray(gradient["x"]), -0.5, 0.5), atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["discquant-original", "adaround"])
 def test_the_first_weights_are_the_original_ones(name):
     w, _ = layer(12, 40)
