@@ -4,11 +4,12 @@ A quantized weight is a grid × a rounding × an optional compensation, chosen p
 informed by evidence that jquant reads out of any JAX function, and run by that same function.
 """
 
-from jquant import allocation, errors, evaluate, grids, models, presets, rounding
+from jquant import allocation, distances, errors, evaluate, grids, models, presets, rounding
 from jquant.allocation import plan
 from jquant.blocks import Blocks, Layout
 from jquant.calibration import Evidence, Weight, capture, find_weights
 from jquant.citations import cite
+from jquant.emulation import emulate
 from jquant.estimate import Estimate, estimate
 from jquant.inference import apply
 from jquant.io import load, save
@@ -38,6 +39,8 @@ __all__ = [
     "capture",
     "cite",
     "dequantize",
+    "distances",
+    "emulate",
     "errors",
     "estimate",
     "evaluate",
