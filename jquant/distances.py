@@ -1,8 +1,8 @@
 """How far apart two climates are: the 1-Wasserstein distance between clouds of states.
 
 `W1(P, Q) = min E |X - Y|` over all joint distributions with marginals P and Q: the work of moving
-one distribution onto the other, in units of the states. Unlike a difference of trajectories it means
-something for chaotic systems, and unlike a difference of means it sees the whole distribution.
+one distribution onto the other, in units of the states. Unlike a difference of trajectories it
+means something for chaotic systems, and unlike a difference of means it sees all of a distribution.
 
     wasserstein   one dimension, exact: the area between the two distribution functions; in JAX
     transport     any dimension, exact: a linear program (SciPy), or network simplex (POT)
@@ -10,9 +10,8 @@ something for chaotic systems, and unlike a difference of means it sees the whol
     sinkhorn      any dimension, large: entropic, approximate (ott-jax)
 
 Two runs of the *same* model from other starts have a distance too, as samples are finite. `band`
-takes it from pairs of runs in double precision, and a low-precision run is as good as double where its
-distances lie inside (Paxton et al. 2022). Everything but `wasserstein` and `band` works on
-the host.
+takes it from pairs of runs in double precision, and a low-precision run is as good as double where
+its distances lie inside (Paxton et al. 2022). Everything but `wasserstein` works on the host.
 
 References: Paxton et al., Climate modeling in low precision, J. Climate 35, 2022; Peyré and Cuturi,
 Computational optimal transport, 2019.
@@ -31,7 +30,7 @@ from jaxtyping import Array, Float, Shaped
 Solver = Literal["scipy", "pot"]
 
 
-def wasserstein(x: Shaped[Array, "n"], y: Shaped[Array, "m"]) -> Float[Array, ""]:
+def wasserstein(x: Shaped[Array, " n"], y: Shaped[Array, " m"]) -> Float[Array, ""]:
     """W1 between two sets of numbers, exact: `∫ |F(t) - G(t)| dt`.
 
     For many at once (grid points, variables) use `jax.vmap`. Equal numbers of samples cost a sort.
@@ -77,7 +76,7 @@ class Histogram(NamedTuple):
 
 
 def histogram(samples: Any, width: Any) -> Histogram:
-    """Samples counted in bins; a bin stands at its lower edge, and the edges at multiples of `width`.
+    """Samples counted in bins. A bin stands at its lower edge, edges are multiples of `width`.
 
     Two histograms of one width have common bins, which is what makes distances between them cheap.
 
@@ -136,7 +135,7 @@ def transport(x: Any, y: Any, *, solver: Solver = "scipy") -> float:
     have, want = surplus[left], -surplus[right]
     costs = np.linalg.norm(points[left, None] - points[None, right], axis=-1)
     moved = have.sum()
-    return moved * _SOLVERS[solver](have / moved, want / want.sum(), costs)
+    return float(moved) * _SOLVERS[solver](have / moved, want / want.sum(), costs)
 
 
 def _scipy(have: np.ndarray, want: np.ndarray, costs: np.ndarray) -> float:
@@ -145,9 +144,9 @@ def _scipy(have: np.ndarray, want: np.ndarray, costs: np.ndarray) -> float:
 
     n, m = costs.shape
     rows = sparse.kron(sparse.eye(n), np.ones((1, m)))
-    columns = sparse.kron(np.ones((1, n)), sparse.eye(m))
     # The last equation follows from the others, but for rounding errors.
-    constraints = sparse.vstack([rows, columns], format="csr")[:-1]
+    columns = sparse.kron(np.ones((1, n)), sparse.eye(m - 1, m))
+    constraints = sparse.vstack([rows, columns], format="csr")
     found = linprog(
         costs.reshape(-1), A_eq=constraints, b_eq=np.concatenate([have, want[:-1]]), method="highs"
     )
@@ -158,7 +157,7 @@ def _scipy(have: np.ndarray, want: np.ndarray, costs: np.ndarray) -> float:
 
 def _pot(have: np.ndarray, want: np.ndarray, costs: np.ndarray) -> float:
     try:
-        import ot
+        import ot  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError(
             "transport(solver='pot') needs the Python Optimal Transport library: "
@@ -225,9 +224,13 @@ def sinkhorn(
             f"x has {x.points.shape[1]} dimensions and y {y.points.shape[1]}; they must agree"
         )
     try:
-        from ott.geometry import costs, pointcloud
-        from ott.problems.linear import linear_problem
-        from ott.solvers.linear import sinkhorn as solver
+        from ott.geometry import costs, pointcloud  # pyright: ignore[reportMissingImports]
+        from ott.problems.linear import (  # pyright: ignore[reportMissingImports]
+            linear_problem,
+        )
+        from ott.solvers.linear import (  # pyright: ignore[reportMissingImports]
+            sinkhorn as solver,
+        )
     except ImportError:
         raise ImportError(
             "sinkhorn needs ott-jax: pip install 'jquant-jax[sinkhorn]', or use transport"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -110,4 +111,6 @@ def onto_steps(
 
 
 def _as(number: Number, dtype: np.dtype) -> Array | np.ndarray:
-    return np.array(number, dtype) if isinstance(number, int) else jnp.asarray(number).astype(dtype)
+    if isinstance(number, jax.Array):
+        return number.astype(dtype)
+    return np.asarray(number).astype(dtype)

@@ -35,8 +35,8 @@ RANKS = (
 
 # Installed only with an extra, so imported only inside the functions that need them.
 OPTIONAL = {
-    "beartype", "chex", "equinox", "haiku", "hypothesis", "matplotlib", "orbax", "pandas", "pytest",
-    "tensorstore", "torch",
+    "beartype", "chex", "equinox", "haiku", "hypothesis", "matplotlib", "orbax", "ot", "ott",
+    "pandas", "pytest", "tensorstore", "torch",
 }  # fmt: skip
 
 # Running what a file says, or reading arrays that may hold objects.
