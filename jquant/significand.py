@@ -90,24 +90,31 @@ def _below(word: UInt32[Array, "*s"], layout: Layout) -> Integer[Array, "*s"]:
 def onto_steps(
     x: Float[Array, "*s"], step: float, word: UInt32[Array, "*s"] | None = None
 ) -> Float[Array, "*s"]:
-    """`x` as a multiple of `step`, a power of two, with its sign; for `|x| < step * 2^mantissa`.
+    """`x >= 0` as a multiple of `step`, a power of two; for `x < step * 2^mantissa`.
 
     To nearest, ties to even, or with `word` at random.
     """
-    layout = LAYOUTS[x.dtype.name]
-    size, unit = jnp.abs(x), np.array(step, x.dtype)
+    layout, unit = LAYOUTS[x.dtype.name], np.array(step, x.dtype)
     if word is None:
         # Where the last place of the dtype is the step, adding rounds to it.
         lift = np.array(step * 2.0**layout.mantissa, x.dtype)
         signed = np.dtype(f"i{layout.words.itemsize}")
-        count = lax.bitcast_convert_type(size + lift, signed) - lift.view(signed)
+        count = lax.bitcast_convert_type(x + lift, signed) - lift.view(signed)
         count = count.astype(x.dtype)
     else:
-        share = size / unit
+        share = x / unit
         count = jnp.floor(share)  # and the rest is exact: what lies on a step stays
         luck = (word >> np.uint32(8)).astype(x.dtype) * np.array(2.0**-24, x.dtype)
         count = count + (luck < share - count).astype(x.dtype)
-    return jnp.copysign(count * unit, x)
+    return count * unit
+
+
+def with_sign(size: Float[Array, "*s"], x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """`size >= 0`, or NaN, with the sign of `x`, zeros included."""
+    words = LAYOUTS[x.dtype.name].words
+    sign = np.array(1 << (8 * words.itemsize - 1), words)
+    bits = lax.bitcast_convert_type(x, words) & sign
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(size, words) | bits, x.dtype)
 
 
 def _as(number: Number, dtype: np.dtype) -> Array | np.ndarray:

@@ -67,12 +67,13 @@ def run_lorenz(members: int = 64, units: int = 400, seeds: int = 3) -> dict[str,
     keys = jax.random.split(KEY, seeds)
 
     def states(start):
-        records = lorenz.integrate(lorenz.lorenz63, start, 100 * units, 5)
+        records = jnp.stack(lorenz.integrate(lorenz.lorenz63, start, 100 * units, 5), -1)
         return records[len(records) // 2 :].reshape(-1, 3)
 
-    starts = jnp.stack([lorenz.start(key, members) for key in keys])
-    other = jnp.stack([lorenz.start(key, members) for key in jax.random.split(keys[0], seeds)])
-    double = jax.jit(jax.vmap(states))(jnp.concatenate([starts, other]))
+    each = jax.vmap(lambda key: lorenz.start(key, members))
+    starts = each(keys)
+    others = each(jnp.concatenate([keys, jax.random.split(keys[0], seeds)]))
+    double = jax.jit(jax.vmap(states))(others)
 
     def seeded(start, key):
         return both(lambda: states(start), bits, key[None])
@@ -105,12 +106,12 @@ def run_lorenz96(members: int = 16, units: int = 60) -> dict[str, Any]:
     keys = jax.random.split(KEY, 4)
 
     def states(start):
-        records = lorenz.integrate(lorenz.lorenz96, start, 100 * units, 20)
+        (records,) = lorenz.integrate(lorenz.lorenz96, start, 100 * units, 20)
         return records[len(records) // 3 :].reshape(-1)
 
-    starts = jnp.stack([lorenz.start(key, members, 40) for key in keys])
-    double = jax.jit(jax.vmap(states))(starts)
-    near, random = jax.jit(lambda: both(lambda: states(starts[0]), bits, keys[:1]))()
+    double = jax.jit(jax.vmap(lambda key: states(lorenz.start96(key, members))))(keys)
+    start = lorenz.start96(keys[0], members)
+    near, random = jax.jit(lambda: both(lambda: states(start), bits, keys[:1]))()
     distance = jax.jit(jq.distances.wasserstein)
     rows = {
         str(b): {

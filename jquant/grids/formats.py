@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
-from jquant.significand import LAYOUTS, cut, nearest_bits, onto_steps
+from jquant.significand import LAYOUTS, cut, nearest_bits, onto_steps, with_sign
 
 Special = Literal["none", "nan", "ieee"]
 Overflow = Literal["saturate", "infinity"]
@@ -96,17 +96,18 @@ class Format(NamedTuple):
         gives. See `jquant.grids.Float.round`. With random `word`s, as one of its two neighbours.
         float64 stays float64, so that nothing is rounded twice; all else becomes float32."""
         x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-        value = cut(x, self.mantissa_bits, word)
+        size = jnp.abs(x)
+        value = cut(size, self.mantissa_bits, word)
         if self.bias != LAYOUTS[x.dtype.name].bias:  # else the subnormals are the dtype's own
-            low = jnp.abs(x) < np.array(2.0 ** (1 - self.bias), x.dtype)
-            value = jnp.where(low, onto_steps(x, self.smallest, word), value)
+            low = size < np.array(2.0 ** (1 - self.bias), x.dtype)
+            value = jnp.where(low, onto_steps(size, self.smallest, word), value)
         beyond = {"none": self.largest, "nan": np.nan, "ieee": np.inf}[self.special]
         beyond = self.largest if overflow == "saturate" else beyond
-        far = jnp.copysign(np.array(beyond, x.dtype), x)
-        value = jnp.where(jnp.abs(value) > np.array(self.largest, x.dtype), far, value)
+        most = np.array(self.largest, x.dtype)
+        value = jnp.where(value > most, np.array(beyond, x.dtype), value)
         if not self.signed:
-            value = jnp.where(jnp.signbit(x) & ~jnp.isnan(x), np.zeros((), x.dtype), value)
-        return value
+            return jnp.where(jnp.signbit(x) & ~jnp.isnan(x), np.zeros((), x.dtype), value)
+        return with_sign(value, x)
 
 
 FORMATS: dict[str, Format] = {

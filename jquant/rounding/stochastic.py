@@ -28,7 +28,7 @@ from jquant.calibration.evidence import Evidence
 from jquant.grids.base import Grid, Params, code_dtype
 from jquant.rounding.base import Rounded
 from jquant.rounding.elementwise import fit_grid, second_moment
-from jquant.significand import cut, onto_steps
+from jquant.significand import cut, onto_steps, with_sign
 
 
 @jax.tree_util.register_static
@@ -172,7 +172,7 @@ def _to_floating(x: Float[Array, ...], word: Shaped[Array, ...], dtype: Any) -> 
     info = jnp.finfo(dtype)
     y = cut(x, info.nmant, word)
     if info.minexp > -126:  # below its least normal number the dtype's steps no longer shrink
-        low = onto_steps(x, 2.0 ** (info.minexp - info.nmant), word)
-        y = jnp.where(jnp.abs(x) < 2.0**info.minexp, low, y)
+        low = onto_steps(jnp.abs(x), 2.0 ** (info.minexp - info.nmant), word)
+        y = jnp.where(jnp.abs(x) < 2.0**info.minexp, with_sign(low, x), y)
     y = jnp.clip(y, float(info.min), float(info.max))
     return jnp.where(jnp.isfinite(x), y, x).astype(dtype)
