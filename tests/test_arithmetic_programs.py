@@ -106,7 +106,7 @@ def test_water_at_rest_stays_and_mass_is_kept(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_wind_makes_a_flow_that_rounding_changes_little() -> None:
     def water():
-        return shallow_water.integrate(shallow_water.rest(), 6, shallow_water.STEPS_PER_DAY)
+        return shallow_water.integrate(shallow_water.rest(), 3, shallow_water.STEPS_PER_DAY)
 
     full, near = jax.jit(water)(), jq.emulate(water, 10)()
     random = jq.emulate(water, 10, "stochastic")(KEY)

@@ -63,18 +63,18 @@ def chopped(fn: Callable[[Any], Any], mode: int) -> Callable[[Any], Any]:
 def programs() -> dict[str, tuple[Callable[[Any], Any], Any, int]]:
     """Name → function, input, steps."""
     members = lorenz.start(jax.random.key(0), 4096)
-    steps = 2000
+    steps = 500
     flow = jax.tree.map(lambda a: a.astype(jnp.float32), shallow_water.rest())
 
     def ensemble(s):
         return lorenz.integrate(lorenz.lorenz63, s, steps, steps)
 
     def water(flow):
-        return shallow_water.integrate(flow, 1, 500)
+        return shallow_water.integrate(flow, 1, 100)
 
     return {
         "lorenz63, 4096 members": (ensemble, members, steps),
-        "shallow water": (water, flow, 500),
+        "shallow water": (water, flow, 100),
     }
 
 
