@@ -252,8 +252,12 @@ def arithmetic(result: dict[str, Any]) -> str:
         names = ("u (m/s)", "v (m/s)", "η (m)")
         head = [f"{v}, {r}" for v in names for r in ("nearest", "stochastic")]
         said.append(table([f"shallow water, {water['days']} days: W1 per point", *head], rows))
-    if "overhead" in parts:
-        cost = {k: v for k, v in parts["overhead"].items() if isinstance(v, dict)}
+    cost = {
+        name.removeprefix("overhead_").replace("_", " "): part
+        for name, part in parts.items()
+        if name.startswith("overhead")
+    }
+    if cost:
         names = list(next(iter(cost.values()))["rows"])
         rows = []
         for name in names:

@@ -73,7 +73,7 @@ def programs() -> dict[str, tuple[Callable[[Any], Any], Any, int]]:
         return shallow_water.integrate(flow, 1, 100)
 
     return {
-        "lorenz63, 4096 members": (ensemble, members, steps),
+        "Lorenz 63, 4096 members": (ensemble, members, steps),
         "shallow water": (water, flow, 100),
     }
 
@@ -103,9 +103,10 @@ def timed(run: Callable[[Any], Any], x: Any) -> float:
     return time.process_time() - begun
 
 
-def measure() -> dict[str, Any]:
+def measure(name: str) -> dict[str, Any]:
+    """All variants of one program."""
     with jax.enable_x64(False):
-        return {name: _measure(*program) for name, program in programs().items()}
+        return _measure(*programs()[name])
 
 
 def _measure(fn: Callable[[Any], Any], x: Any, steps: int) -> dict[str, Any]:
@@ -113,6 +114,7 @@ def _measure(fn: Callable[[Any], Any], x: Any, steps: int) -> dict[str, Any]:
     for name, run in list(runs.items()):
         try:
             rows[name] = {"first_call_s": timed(run, x), "seconds": []}
+            print(name, rows[name]["first_call_s"], flush=True)
         except Exception as error:  # whatever another tool says
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             del runs[name]

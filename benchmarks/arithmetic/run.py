@@ -1,10 +1,10 @@
 """The climate study with `jq.emulate`: heat column, Lorenz, shallow water; writes arithmetic.json.
 
     python -m benchmarks.arithmetic.run                 # all parts, ~15 minutes on one core
-    python -m benchmarks.arithmetic.run heat overhead   # some
+    python -m benchmarks.arithmetic.run heat lorenz     # some
 
 Bits of significand are a traced number: one compiled program gives all precisions. Carried by
-float64, but for shallow water's; `overhead` is in float32, and beside pychop where it is installed.
+float64, but for shallow water's; overheads are in float32, beside pychop where it is installed.
 """
 
 from __future__ import annotations
@@ -182,7 +182,8 @@ PARTS = {
     "lorenz": run_lorenz,
     "lorenz96": run_lorenz96,
     "shallow_water": run_shallow_water,
-    "overhead": measure_overhead,
+    "overhead_lorenz": lambda: measure_overhead("Lorenz 63, 4096 members"),
+    "overhead_shallow_water": lambda: measure_overhead("shallow water"),
 }
 
 
