@@ -265,6 +265,72 @@ def encode(result: dict[str, Any]) -> str:
     )
 
 
+def arithmetic(result: dict[str, Any]) -> str:
+    parts = result["parts"]
+    said = [
+        "**Arithmetic.** The study of Paxton et al. (2022) with `jq.emulate`: bits of significand, "
+        "every result rounded to nearest or at random (*stochastic*). Ranges are over keys and "
+        "starts; the *band* is the distance between double-precision runs from other starts.\n"
+    ]
+    if "heat" in parts:
+        rows = []
+        for bits, row in parts["heat"]["rmse"].items():
+            last = row[f"{parts['heat']['years']} years"]
+            low, high = min(last["stochastic"]), max(last["stochastic"])
+            rows.append([bits, f"{last['nearest']:.2f} K", f"{low:.2g} to {high:.2g} K"])
+        head = [f"heat column, {parts['heat']['years']} years: RMSE", "nearest", "stochastic"]
+        said.append(table(head, rows))
+    if "lorenz" in parts:
+        rows, band = [], parts["lorenz"]["band"]["z"]
+        for bits, row in parts["lorenz"]["rows"].items():
+            cells = []
+            for name in ("nearest", "stochastic"):
+                unique, far = row[name]["unique"], row[name]["w1"]["z"]
+                cells += [f"{middle(unique):,.0f}", f"{min(far):.3f} to {max(far):.3f}"]
+            rows.append([bits, *cells])
+        head = [
+            f"Lorenz 63: of {parts['lorenz']['states']:,} states; W1 of z, "
+            f"band {band[0]:.3f} to {band[2]:.3f}",
+            "unique, nearest",
+            "W1",
+            "unique, stochastic",
+            "W1",
+        ]
+        said.append(table(head, rows))
+    if "shallow_water" in parts:
+        water, rows = parts["shallow_water"], []
+        for bits, row in water["w1"].items():
+            cells = [f"{row[r][v]:.4f}" for v in "u v eta".split() for r in row]
+            rows.append([bits, *cells])
+        bands = [f"{water['band'][v][0]:.4f} to {water['band'][v][-1]:.4f}" for v in water["band"]]
+        rows.append(["band", *(cell for band in bands for cell in (band, ""))])
+        names = ("u (m/s)", "v (m/s)", "η (m)")
+        head = [f"{v}, {r}" for v in names for r in ("nearest", "stochastic")]
+        said.append(table([f"shallow water, {water['days']} days: W1 per point", *head], rows))
+    cost = {
+        name.removeprefix("overhead_").replace("_", " "): part
+        for name, part in parts.items()
+        if name.startswith("overhead")
+    }
+    if cost:
+        names = list(next(iter(cost.values()))["rows"])
+        rows = []
+        for name in names:
+            cells = []
+            for row in cost.values():
+                found = row["rows"].get(name)
+                cells.append(
+                    f"{found['us_per_step']:.0f} µs, {found['times_plain']:.1f} ×" if found else "–"
+                )
+            rows.append([name, *cells])
+        said.append(table(["time per step and times plain, float32, 10 bits", *cost], rows))
+    return "\n".join(said) + f"\n{ran(result)}.\n"
+
+
+def middle(numbers: Sequence[float]) -> float:
+    return sorted(numbers)[len(numbers) // 2]
+
+
 SECTIONS = {
     "quality": quality,
     "stages": stages,
@@ -276,6 +342,7 @@ SECTIONS = {
     "minilm": minilm,
     "gptq_solver": solver,
     "capture": capture,
+    "arithmetic": arithmetic,
 }
 
 

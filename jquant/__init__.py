@@ -4,12 +4,23 @@ A quantized weight is a grid × a rounding × an optional compensation, chosen p
 informed by evidence that jquant reads out of any JAX function, and run by that same function.
 """
 
-from jquant import allocation, errors, evaluate, grids, models, objectives, presets, rounding
+from jquant import (
+    allocation,
+    distances,
+    errors,
+    evaluate,
+    grids,
+    models,
+    objectives,
+    presets,
+    rounding,
+)
 from jquant.allocation import plan
 from jquant.blocks import Blocks, Layout
 from jquant.calibration import Evidence, Weight, capture, find_weights
 from jquant.citations import cite
 from jquant.compensation import LoRC
+from jquant.emulation import emulate
 from jquant.estimate import Estimate, estimate
 from jquant.inference import apply
 from jquant.io import load, save
@@ -42,6 +53,8 @@ __all__ = [
     "capture",
     "cite",
     "dequantize",
+    "distances",
+    "emulate",
     "errors",
     "estimate",
     "evaluate",

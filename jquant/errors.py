@@ -28,7 +28,11 @@ class ObjectiveError(ValueError):
 
 
 class UnsupportedPrimitiveError(ValueError):
-    """A weight enters an operation that jquant cannot read evidence through."""
+    """An operation that a weight enters, or a program to emulate has, is not understood."""
+
+
+class FormatError(ValueError):
+    """Numbers cannot be rounded to a format, or a rule for formats decides nothing."""
 
 
 class CheckpointError(ValueError):

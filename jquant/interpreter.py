@@ -14,6 +14,9 @@ A rule may `emit` values under a key `(name, ...)`. They leave the function besi
 added up with the client's `merge` over loops and branches, and stacked along a new leading axis by
 a scan that slices a special value of that name. Only public JAX is used; what differs between JAX
 versions is in `scan_parts`.
+
+A client that is asked about every equation (`Walker(client, every=True)`) has no special values and
+emits nothing. For it loops count their steps, and it sees the program's constants.
 """
 
 from __future__ import annotations
@@ -59,12 +62,33 @@ class Client(Protocol):
 
 
 class Walker:
-    """Evaluates equations for one client. One walker serves one trace."""
+    """Evaluates equations for one client. One walker serves one trace.
 
-    def __init__(self, client: Client):
+    Args:
+        client: see there.
+        every: ask `client.rule` about all equations, not only those with special operands.
+        constant: what to put in place of a constant of the program: `(value, type, walker)`.
+
+    Attributes:
+        site: where we are: positions of the enclosing equations and of this one.
+        within: the enclosing equations and this one.
+        steps: with `every`, the numbers of the current steps of the enclosing loops, uint32.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        every: bool = False,
+        constant: Callable[[Any, Any, Walker], Any] = lambda value, kind, walker: value,
+    ):
         self.client = client
+        self.every = every
+        self.constant = constant
         self.emitted: Emissions = {}
-        self.site: tuple[int, ...] = ()  # where we are: positions of the enclosing equations
+        self.site: tuple[int, ...] = ()
+        self.within: tuple[core.JaxprEqn, ...] = ()
+        self.steps: tuple[jax.Array, ...] = ()
         self._shared: dict[Any, Any] = {}  # of one level of control flow
 
     def emit(self, key: Any, value: Any) -> None:
@@ -82,24 +106,30 @@ class Walker:
     def run(self, closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
         """Evaluate a closed jaxpr; arguments and results may be special."""
         jaxpr, env = closed.jaxpr, {}
-        env.update(zip(jaxpr.constvars, closed.consts, strict=True))
+        for var, value in zip(jaxpr.constvars, closed.consts, strict=True):
+            env[var] = self.constant(value, var.aval, self)
         env.update(zip(jaxpr.invars, args, strict=True))
         last = {var: at for at, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn.invars)}
         kept = set(_variables(jaxpr.outvars))
-        outer = self.site
+        outer, within = self.site, self.within
         for at, eqn in enumerate(jaxpr.eqns):
-            self.site = (*outer, at)
-            results = self.evaluate(eqn, [_read(env, atom) for atom in eqn.invars])
+            self.site, self.within = (*outer, at), (*within, eqn)
+            results = self.evaluate(eqn, [self._read(env, atom) for atom in eqn.invars])
             env.update(zip(eqn.outvars, results, strict=True))
             for var in _variables(eqn.invars):
                 if last[var] == at and var not in kept:
                     env.pop(var, None)
-        self.site = outer
-        return [_read(env, atom) for atom in jaxpr.outvars]
+        self.site, self.within = outer, within
+        return [self._read(env, atom) for atom in jaxpr.outvars]
+
+    def _read(self, env: dict[Any, Any], atom: Any) -> Any:
+        if isinstance(atom, core.Literal):
+            return self.constant(atom.val, atom.aval, self)
+        return env[atom]
 
     def evaluate(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
         """The results of one equation; operands and results may be special."""
-        if any(map(self.client.special, values)):
+        if self.every or any(map(self.client.special, values)):
             results = self.client.rule(eqn, values, self)
             return self.descend(eqn, values) if results is None else results
         if eqn.primitive.name in VIEWS and len(values) == 1:
@@ -118,16 +148,25 @@ class Walker:
         return bind(eqn, self._plain(values, eqn))
 
     def _nested(
-        self, closed: core.ClosedJaxpr, values: list[Any], body: int = 0
+        self,
+        closed: core.ClosedJaxpr,
+        values: list[Any],
+        body: int = 0,
+        step: jax.Array | None = None,
     ) -> tuple[list[Any], Emissions]:
         """Evaluate a loop's or branch's body number `body`; return its emissions, file none."""
-        outer, shared, site = self.emitted, self._shared, self.site
-        self.emitted, self._shared, self.site = {}, {}, (*site, body)
+        outer = self.emitted, self._shared, self.site, self.steps, self.within
+        self.emitted, self._shared, self.site = {}, {}, (*self.site, body)
+        self.steps = self.steps if step is None else (*self.steps, step)
         try:
             results = self.run(closed, values)
             return results, self.emitted
         finally:
-            self.emitted, self._shared, self.site = outer, shared, site
+            self.emitted, self._shared, self.site, self.steps, self.within = outer
+
+    def _count(self) -> jax.Array | None:
+        """The number of a loop's first step, where steps are counted."""
+        return jnp.uint32(0) if self.every else None
 
     def _plain(self, values: Sequence[Any], eqn: core.JaxprEqn) -> list[Any]:
         return [self.client.drop(v, eqn) if self.client.special(v) else v for v in values]
@@ -136,6 +175,8 @@ class Walker:
         self, closed: core.ClosedJaxpr, values: list[Any], body: int = 0
     ) -> Emissions:
         """Shapes of what a body would emit; nothing is computed."""
+        if self.every:
+            return {}
         shapes: list[Emissions] = []
 
         def probe(values: list[Any]) -> Any:
@@ -173,20 +214,20 @@ class Walker:
         zeros = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[key]) for key in summed]
         groups: list[list[int]] = []  # emissions that are one object leave the loop as one array
 
-        def step(state: tuple[list[Any], list[Any]], xs: list[Any]) -> Any:
-            carry, sums = state
-            results, emitted = self._nested(closed, [*consts, *rest(carry), *xs])
+        def step(state: tuple[list[Any], list[Any], Any], xs: list[Any]) -> Any:
+            carry, sums, count = state
+            results, emitted = self._nested(closed, [*consts, *rest(carry), *xs], step=count)
             sums = [self.client.merge(s, emitted[k]) for s, k in zip(sums, summed, strict=True)]
             results = self._plain([*_pick(results[:num_carry], init), *results[num_carry:]], eqn)
             rows, group = _unique([emitted[key] for key in emitted if key not in summed])
             groups.append(group)
             keys.append([key for key in emitted if key not in summed])
-            return (results[:num_carry], sums), (results[num_carry:], rows)
+            return (results[:num_carry], sums, _next(count)), (results[num_carry:], rows)
 
         keys: list[list[Any]] = []
-        (carry, sums), (ys, rows) = lax.scan(
+        (carry, sums, _), (ys, rows) = lax.scan(
             step,
-            (init, zeros),
+            (init, zeros, self._count()),
             xs,
             length=params["length"],
             reverse=params["reverse"],
@@ -225,17 +266,19 @@ class Walker:
         shapes = self._emission_shapes(body, [*body_consts, *rest(init)])
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), list(shapes.values()))
 
-        def test(state: tuple[list[Any], list[Any]]) -> Any:
-            (result,), emitted = self._nested(cond, [*cond_consts, *rest(state[0])], 1)
+        def test(state: Any) -> Any:
+            carry, _, count = state
+            (result,), emitted = self._nested(cond, [*cond_consts, *rest(carry)], 1, count)
             assert not emitted, "a loop's condition used a weight"
             return result
 
-        def step(state: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
-            results, emitted = self._nested(body, [*body_consts, *rest(state[0])])
-            sums = [self.client.merge(s, emitted[k]) for s, k in zip(state[1], shapes, strict=True)]
-            return self._plain(_pick(results, init), eqn), sums
+        def step(state: Any) -> Any:
+            carry, sums, count = state
+            results, emitted = self._nested(body, [*body_consts, *rest(carry)], 0, count)
+            sums = [self.client.merge(s, emitted[k]) for s, k in zip(sums, shapes, strict=True)]
+            return self._plain(_pick(results, init), eqn), sums, _next(count)
 
-        carry, sums = lax.while_loop(test, step, (init, zeros))
+        carry, sums, _ = lax.while_loop(test, step, (init, zeros, self._count()))
         for key, value in zip(shapes, sums, strict=True):
             self.emit(key, value)
         return rest(carry)
@@ -315,8 +358,8 @@ def _variables(atoms: Sequence[Any]) -> list[Any]:
     return [atom for atom in atoms if not isinstance(atom, core.Literal)]
 
 
-def _read(env: dict[Any, Any], atom: Any) -> Any:
-    return atom.val if isinstance(atom, core.Literal) else env[atom]
+def _next(count: jax.Array | None) -> jax.Array | None:
+    return None if count is None else count + jnp.uint32(1)
 
 
 def _pick(values: list[Any], like: list[Any]) -> list[Any]:

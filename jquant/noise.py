@@ -24,6 +24,11 @@ from jaxtyping import Array, Float32, PRNGKeyArray, UInt32
 Source = Literal["hash", "threefry"]
 SOURCES = get_args(Source)
 
+Seed = tuple[UInt32[Array, ""], UInt32[Array, ""]]
+
+_GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: multiples are far apart
+_SILVER = 0x85EBCA6B  # odd, so that streams differ
+
 
 def words(
     key: PRNGKeyArray, shape: Sequence[int], source: Source = "hash"
@@ -47,13 +52,40 @@ def words(
         return jax.random.bits(key, shape, jnp.uint32)
     if source != "hash":
         raise ValueError(f"source must be one of {SOURCES}, got {source!r}")
+    return hashed(seed(key), shape)
+
+
+def seed(key: PRNGKeyArray) -> Seed:
+    """What a key is to `hashed`: two words."""
     one, two = jax.random.bits(key, (2,), jnp.uint32)
+    return one, two
+
+
+def fold(seed: Seed, number: UInt32[Array, ""]) -> Seed:
+    """Another seed for every number, at the price of a few operations: for the steps of a loop.
+
+    Different numbers give different seeds, which have nothing else in common; what
+    `jax.random.fold_in` is to keys, as far as `hashed` is a generator.
+    """
+    one, two = seed
+    spread = number * jnp.uint32(_GOLDEN)
+    return _mixed(one + spread), _mixed(_mixed(spread ^ two) + one)
+
+
+def hashed(seed: Seed, shape: Sequence[int], stream: int = 0) -> UInt32[Array, "*shape"]:
+    """Uniform 32-bit words for a seed, a number of the stream, and each element's place.
+
+    Streams of one seed share the first of the two rounds, which a compiler computes once: for the
+    many operations of one step that need a word for every element.
+    """
+    one, two = seed
     # An index beyond 32 bits is that of a row, and one within it.
     split = next(k for k in range(len(shape) + 1) if math.prod(shape[k:]) <= 2**32)
     within = _index(shape, range(split, len(shape)))
     if split:
         one = _mixed(_index(shape, range(split)) + one)
-    return _mixed(_mixed(within * jnp.uint32(0x9E3779B9) + one) + two)
+    two = two + jnp.uint32(stream * _SILVER % 2**32)
+    return _mixed(_mixed(within * jnp.uint32(_GOLDEN) + one) + two)
 
 
 def uniform(

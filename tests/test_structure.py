@@ -13,7 +13,16 @@ PACKAGE = Path(__file__).parents[1] / "jquant"
 # A module or folder imports only from the rows above its own. Inside a folder, imports must not
 # form a cycle. `jquant/__init__.py` is not here: it gathers the public names and holds nothing.
 RANKS = (
-    ("errors", "blocks", "distortion", "lazy", "noise", "objectives"),
+    (
+        "errors",
+        "blocks",
+        "distortion",
+        "distances",
+        "lazy",
+        "noise",
+        "objectives",
+        "significand",
+    ),  # fmt: skip
     ("interpreter",),
     ("grids",),
     ("qtensor",),
@@ -36,8 +45,8 @@ RANKS = (
 
 # Installed only with an extra, so imported only inside the functions that need them.
 OPTIONAL = {
-    "beartype", "chex", "equinox", "haiku", "hypothesis", "matplotlib", "orbax", "pandas", "pytest",
-    "tensorstore", "torch",
+    "beartype", "chex", "equinox", "haiku", "hypothesis", "matplotlib", "orbax", "ot", "ott",
+    "pandas", "pytest", "tensorstore", "torch",
 }  # fmt: skip
 
 # Running what a file says, or reading arrays that may hold objects.

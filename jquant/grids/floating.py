@@ -126,14 +126,15 @@ class Float:
         top = self.format.top
         return -top if self.signed else 0, top
 
-    def round(self, x: Real[Array, "*s"]) -> Float32[Array, "*s"]:
+    def round(self, x: Real[Array, "*s"]) -> Real[Array, "*s"]:
         """Every number as the nearest one of the format, ties to even; the scale has no part.
 
         Args:
-            x: any shape; arithmetic in float32, which is exact for narrower types.
+            x: any shape; arithmetic in float32, which is exact for narrower types, or float64.
 
         Returns:
-            float32, with the sign of zeros kept, NaN where `x` is NaN, and `overflow` as chosen.
+            float32, or float64 if `x` is, with the sign of zeros kept, NaN where `x` is NaN, and
+            `overflow` as chosen.
 
         Example:
             >>> Float(5, 10, overflow="infinity").round(jnp.array([1e-8, 65519.0, 7e4])).tolist()

@@ -21,8 +21,11 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, UInt32
+
+from jquant.significand import LAYOUTS, cut, nearest_bits, onto_steps, with_sign
 
 Special = Literal["none", "nan", "ieee"]
 Overflow = Literal["saturate", "infinity"]
@@ -61,13 +64,10 @@ class Format(NamedTuple):
     def rank(self, x: Float32[Array, "*s"]) -> Int32[Array, "*s"]:
         """The rank of the magnitude nearest to `|x|`, ties to the even rank; beyond `top` as if
         magnitudes went on, and far beyond for infinity and NaN."""
+        # Infinity stands for NaN: the largest NaN would carry into the sign.
+        bits = jnp.minimum(lax.bitcast_convert_type(x, jnp.int32) & _MAGNITUDE, 0x7F800000)
         drop = 23 - self.mantissa_bits
-        bits = lax.bitcast_convert_type(x, jnp.int32) & _MAGNITUDE
-        rank = bits
-        if drop:
-            # Infinity stands for NaN: the largest NaN would carry into the sign.
-            bits = jnp.minimum(bits, 0x7F800000)
-            rank = (bits + ((1 << (drop - 1)) - 1) + ((bits >> drop) & 1)) >> drop
+        rank = nearest_bits(bits, drop) >> drop
         if self.bias == 127:
             return rank  # float32's own exponents, subnormal ones included
         # Where the last place of float32 is the format's least magnitude, adding rounds to it.
@@ -86,21 +86,28 @@ class Format(NamedTuple):
         low = rank.astype(jnp.float32) * 2.0 ** (1 - self.bias - self.mantissa_bits)
         return jnp.where(rank < (1 << self.mantissa_bits), low, normal)
 
-    def round(self, x: Float[Array, "*s"], overflow: Overflow = "saturate") -> Float32[Array, "*s"]:
+    def round(
+        self,
+        x: Float[Array, "*s"],
+        overflow: Overflow = "saturate",
+        word: UInt32[Array, "*s"] | None = None,
+    ) -> Float[Array, "*s"]:
         """Every number as the nearest one of the format, ties to even: what a cast there and back
-        gives. See `jquant.grids.Float.round`."""
-        x = x.astype(jnp.float32)
-        rank = self.rank(x)
-        value = self.magnitude(jnp.minimum(rank, self.top))
-        if overflow == "infinity" and self.special != "none":
-            beyond = jnp.inf if self.special == "ieee" else jnp.nan
-            value = jnp.where(rank > self.top, beyond, value)
-        bits = lax.bitcast_convert_type(value, jnp.int32)
-        sign = lax.bitcast_convert_type(x, jnp.int32) & ~_MAGNITUDE
+        gives. See `jquant.grids.Float.round`. With random `word`s, as one of its two neighbours.
+        float64 stays float64, so that nothing is rounded twice; all else becomes float32."""
+        x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+        size = jnp.abs(x)
+        value = cut(size, self.mantissa_bits, word)
+        if self.bias != LAYOUTS[x.dtype.name].bias:  # else the subnormals are the dtype's own
+            low = size < np.array(2.0 ** (1 - self.bias), x.dtype)
+            value = jnp.where(low, onto_steps(size, self.smallest, word), value)
+        beyond = {"none": self.largest, "nan": np.nan, "ieee": np.inf}[self.special]
+        beyond = self.largest if overflow == "saturate" else beyond
+        most = np.array(self.largest, x.dtype)
+        value = jnp.where(value > most, np.array(beyond, x.dtype), value)
         if not self.signed:
-            bits, sign = jnp.where(sign < 0, 0, bits), 0
-        value = lax.bitcast_convert_type(bits | sign, jnp.float32)
-        return jnp.where(jnp.isnan(x), jnp.nan, value)
+            return jnp.where(jnp.signbit(x) & ~jnp.isnan(x), np.zeros((), x.dtype), value)
+        return with_sign(value, x)
 
 
 FORMATS: dict[str, Format] = {

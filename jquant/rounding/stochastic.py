@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from jquant import noise
@@ -29,6 +28,7 @@ from jquant.calibration.evidence import Evidence
 from jquant.grids.base import Grid, Params, code_dtype
 from jquant.rounding.base import Rounded
 from jquant.rounding.elementwise import fit_grid, second_moment
+from jquant.significand import cut, onto_steps, with_sign
 
 
 @jax.tree_util.register_static
@@ -169,19 +169,10 @@ def _limits(dtype: Any) -> tuple[float, float]:
 
 
 def _to_floating(x: Float[Array, ...], word: Shaped[Array, ...], dtype: Any) -> Shaped[Array, ...]:
-    """By arithmetic on the bits: a random number below the last kept bit is added, the rest cut.
-
-    The bits of a float32 are a sign and a magnitude that counts the numbers from zero up, so this
-    is right across powers of two as well.
-    """
     info = jnp.finfo(dtype)
-    drop = 23 - info.nmant
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    kept = (bits + (word >> (32 - drop))) & jnp.uint32(2**32 - 2**drop)
-    y = lax.bitcast_convert_type(kept, jnp.float32)
+    y = cut(x, info.nmant, word)
     if info.minexp > -126:  # below its least normal number the dtype's steps no longer shrink
-        step = jnp.float32(2.0 ** (info.minexp - info.nmant))
-        low = jnp.floor(jnp.abs(x) / step + (word >> 8).astype(jnp.float32) * 2.0**-24) * step
-        y = jnp.where(jnp.abs(x) < 2.0**info.minexp, jnp.copysign(low, x), y)
+        low = onto_steps(jnp.abs(x), 2.0 ** (info.minexp - info.nmant), word)
+        y = jnp.where(jnp.abs(x) < 2.0**info.minexp, with_sign(low, x), y)
     y = jnp.clip(y, float(info.min), float(info.max))
     return jnp.where(jnp.isfinite(x), y, x).astype(dtype)
