@@ -224,6 +224,12 @@ PROGRAMS = {
         0, 2, lambda _, x: body(x), x), x), 6),
     "cond": (lambda x: lax.cond(x[0] > 0, twice, lambda x: x, x), 2),
     "after cond": (lambda x: body(lax.cond(x[0] > 0, twice, lambda x: x, x)), 3),
+    "after cond in a loop": (
+        lambda x: lax.fori_loop(
+            0, 3, lambda _, x: body(lax.cond(x[0] > 0, body, lambda x: x, x)), x
+        ),
+        6,
+    ),
     "after remat": (lambda x: body(jax.checkpoint(twice)(x)), 3),
     "switch": (lambda x: lax.switch(2, [jnp.sin, jnp.cos, body], x), 1),
     "remat": (jax.checkpoint(twice), 2),
