@@ -23,6 +23,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
@@ -235,11 +236,12 @@ def sinkhorn(
         raise ImportError(
             "sinkhorn needs ott-jax: pip install 'jquant-jax[sinkhorn]', or use transport"
         ) from None
-    cloud = pointcloud.PointCloud(
-        jnp.asarray(x.points), jnp.asarray(y.points), cost_fn=costs.Euclidean(), epsilon=epsilon
-    )
-    problem = linear_problem.LinearProblem(cloud, jnp.asarray(x.masses), jnp.asarray(y.masses))
-    found = solver.Sinkhorn(threshold=tolerance, max_iterations=steps)(problem)
+    with jax.numpy_dtype_promotion("standard"):  # which ott-jax counts on
+        cloud = pointcloud.PointCloud(
+            jnp.asarray(x.points), jnp.asarray(y.points), cost_fn=costs.Euclidean(), epsilon=epsilon
+        )
+        problem = linear_problem.LinearProblem(cloud, jnp.asarray(x.masses), jnp.asarray(y.masses))
+        found = solver.Sinkhorn(threshold=tolerance, max_iterations=steps)(problem)
     if not bool(found.converged):
         raise RuntimeError(f"no convergence in {steps} steps; raise epsilon, tolerance or steps")
     return float(found.primal_cost)

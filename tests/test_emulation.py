@@ -223,6 +223,14 @@ PROGRAMS = {
     "nested": (lambda x: lax.fori_loop(0, 3, lambda _, x: lax.fori_loop(
         0, 2, lambda _, x: body(x), x), x), 6),
     "cond": (lambda x: lax.cond(x[0] > 0, twice, lambda x: x, x), 2),
+    "after cond": (lambda x: body(lax.cond(x[0] > 0, twice, lambda x: x, x)), 3),
+    "after cond in a loop": (
+        lambda x: lax.fori_loop(
+            0, 3, lambda _, x: body(lax.cond(x[0] > 0, body, lambda x: x, x)), x
+        ),
+        6,
+    ),
+    "after remat": (lambda x: body(jax.checkpoint(twice)(x)), 3),
     "switch": (lambda x: lax.switch(2, [jnp.sin, jnp.cos, body], x), 1),
     "remat": (jax.checkpoint(twice), 2),
     "custom_jvp": (custom, 1),
@@ -407,7 +415,7 @@ def test_numbers_of_the_format_stay(format):
 
 def test_subnormal_halves_stay_and_have_the_right_mean():
     step = 2.0**-24
-    x = jnp.arange(1024, dtype=jnp.float32) * step
+    x = jnp.broadcast_to(jnp.arange(1024, dtype=jnp.float32) * step, (256, 1024))
     run = jq.emulate(lambda x: x * 1, Float(5, 10), "stochastic", operations="arithmetic")
     for seed in range(8):
         assert_same(run(jax.random.key(seed), x), x)
