@@ -143,6 +143,12 @@ def test_of_unequal_prices_it_misses_by_less_than_one_rank() -> None:
         assert worth(offers, found) >= best - missed - 1e-9
 
 
+def test_cheap_ranks_come_before_a_dear_one_that_gains_more() -> None:
+    offers = {"dear": Offer((3.0,), ((0.0, 80.0),)), "cheap": Offer((2.0,) * 5, ((0.0, 8.0),))}
+    assert _buy(offers, 10) == {"dear": 0, "cheap": 5}
+    assert _buy(offers, 15) == {"dear": 1, "cheap": 5}
+
+
 def test_more_bytes_are_never_worth_less_and_give_ranks_where_errors_are() -> None:
     plan = plan_of(LoRC(7))
     sizes = [ranks(lorc_ranks(PARAMS, plan, budget)) for budget in range(200, 1600, 200)]
