@@ -1,5 +1,6 @@
 """Compensated weights in use: run beside, sliced, stored, joined, walked stage by stage."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -350,6 +351,11 @@ def test_files_that_lie_about_factors(tmp_path: Path) -> None:
     for edit in (swapped, broadcast, nested, no_term, missing, dropped, statics):
         refuse(tmp_path / "x", forge(raw, edit))
     low = quantized(plain, {"w": W["w"]}, _normal(9, 7, 20))["w"].compensation
+    q = quantized(plain, {"w": W["w"]}, _normal(9, 7, 20))["w"]
+    row = dataclasses.replace(q, compensation=LowRank(low.left[:, :1], low.right))
+    jq.save(tmp_path / "w", {"w": row})  # would be added to every row
+    with pytest.raises(CheckpointError, match="its compensation does not fit codes"):
+        jq.load(tmp_path / "w")
     ints = LowRank(low.left.astype(jnp.int32), low.right)
     jq.save(tmp_path / "w", {"low": ints})
     with pytest.raises(CheckpointError, match="factors must be floats"):

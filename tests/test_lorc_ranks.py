@@ -126,13 +126,27 @@ def test_of_unequal_prices_it_misses_by_less_than_one_rank() -> None:
         offers = []
         for _ in range(3):
             gains = np.sort(random.exponential(size=random.integers(1, 4)))[::-1]
-            offers.append(Offer(tuple(gains), ((0.0, 8.0 * random.integers(1, 6)),)))
-        budget = int(random.integers(1, 20))
+            offers.append(Offer(tuple(gains), ((0.0, 8.0 * random.integers(1, 13)),)))
+        budget = int(random.integers(1, 30))
         found = list(_buy(dict(zip("xyz", offers, strict=True)), budget).values())
         every = itertools.product(*(range(len(offer.gains) + 1) for offer in offers))
         best = max(worth(offers, ranks) for ranks in every if price(offers, ranks) <= budget)
         assert price(offers, found) <= budget
-        assert worth(offers, found) >= best - max(offer.gains[0] for offer in offers) - 1e-9
+        # The best ranks per byte, until one does not fit: its worth is what may be missed.
+        items = [(gain / o.price(1), o.price(1), gain) for o in offers for gain in o.gains]
+        missed, left = 0.0, budget
+        for _, cost, gain in sorted(items, reverse=True):
+            left -= cost
+            if left < 0:
+                missed = gain
+                break
+        assert worth(offers, found) >= best - missed - 1e-9
+
+
+def test_cheap_ranks_come_before_a_dear_one_that_gains_more() -> None:
+    offers = {"dear": Offer((3.0,), ((0.0, 80.0),)), "cheap": Offer((2.0,) * 5, ((0.0, 8.0),))}
+    assert _buy(offers, 10) == {"dear": 0, "cheap": 5}
+    assert _buy(offers, 15) == {"dear": 1, "cheap": 5}
 
 
 def test_more_bytes_are_never_worth_less_and_give_ranks_where_errors_are() -> None:
