@@ -71,7 +71,10 @@ def test_never_worse_than_without_the_search(bits, dtype, w, seed):
             loss(w, fit_weighed(w, h, grid), grid, 0.7, 1.0 if h is None else h)
             for grid in (searched, plain)
         ]
-        assert (losses[0] <= losses[1] * (1 + 1e-4) + 1e-4 * np.abs(w).max(-1) ** 0.7).all()
+        # Weights that both grids hold are off by some units of the last place, to the power 0.7.
+        last = (8 * np.finfo(np.float32).eps * np.abs(w).max(-1)) ** 0.7
+        spare = last * (w.shape[-1] if h is None else h.sum(-1))
+        assert (losses[0] <= losses[1] * (1 + 1e-4) + spare).all()
 
 
 @pytest.mark.parametrize("unit", [1.0, 0.02])
