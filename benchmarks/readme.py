@@ -199,6 +199,17 @@ def grids(result: dict[str, Any]) -> str:
                 cells.append(f"**{said}**" if kl == lowest[method] else said)
             lines.append([name, f"{row['nearest']['bits_per_weight']:.2f}", *cells])
         parts.append(table([bits, "bits stored", *methods], lines))
+        least = min(row["nearest"]["bits_per_weight"] for row in rows.values())
+        slim = {k: v for k, v in rows.items() if v["nearest"]["bits_per_weight"] < least + 0.25}
+        for method in methods:
+            ranked = sorted(
+                (row[method]["kl"], name) for name, row in rows.items() if method in row
+            )
+            best = min((row[method]["kl"], name) for name, row in slim.items() if method in row)
+            said = f"At {bits}, {method}: *{ranked[0][1]}* is best"
+            if best != ranked[0]:
+                said += f", and *{best[1]}* of those within a quarter of a bit of the smallest"
+            parts.append(said + ".\n")
     return (
         "**Grids.** The same model and one-pass evidence, 8 held-out windows: KL at about equal "
         "bits per weight, everything stored counted. Scales are float16 and groups of 64 where the "
@@ -206,6 +217,33 @@ def grids(result: dict[str, Any]) -> str:
         "*Float*, *MX* and *NV* hold E2M0. Lowest of a column in bold. The downloaded weights lie "
         "on a 4-bit grid of 32 with zeros between codes, which favours *HQQ*.\n\n"
         + "\n".join(parts)
+        + f"\n{ran(result)}.\n"
+    )
+
+
+def learned(result: dict[str, Any]) -> str:
+    def cell(numbers: Sequence[float]) -> str:
+        middle = f"{sum(numbers) / len(numbers):.4f}"
+        return middle if len(numbers) == 1 else f"{middle} ({min(numbers):.4f}–{max(numbers):.4f})"
+
+    lines, runs = [], 0
+    for setting, rows in result["rows"].items():
+        for method, seeds in rows.items():
+            if not seeds:
+                continue
+            runs = max(runs, len(seeds))
+            found = [cell([run["kl"][text] for run in seeds.values()]) for text in
+                     ("calibration", "evaluation")]  # fmt: skip
+            tuned = cell([run["scales"]["kl"]["evaluation"] for run in seeds.values()])
+            lines.append([setting, method, *found, tuned])
+    settings = result["settings"]
+    return (
+        "**Learned roundings.** A byte-level network of a million weights, trained; one asymmetric "
+        f"grid for all; {settings['windows']} windows of 256 bytes, {settings['steps']} steps of "
+        f"{settings['rows']} windows where there are steps; KL in nats per byte, mean (range) of up "
+        f"to {runs} seeds. *Scales*: {settings['scales']} steps of `tune_scales` afterwards. "
+        "SignRound learns ranges too.\n\n"
+        + table(["", "rounding", "calibration text", "held-out text", "and scales"], lines)
         + f"\n{ran(result)}.\n"
     )
 
@@ -335,6 +373,7 @@ SECTIONS = {
     "quality": quality,
     "stages": stages,
     "grids": grids,
+    "learned": learned,
     "adadim": adadim,
     "encode": encode,
     "total_time": total_time,
