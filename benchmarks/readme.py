@@ -238,8 +238,8 @@ def learned(result: dict[str, Any]) -> str:
             lines.append([setting, method, *found, tuned])
     settings = result["settings"]
     return (
-        "**Learned roundings.** A byte-level network of a million weights, trained; one asymmetric "
-        f"grid for all; {settings['windows']} windows of 256 bytes, {settings['steps']} steps of "
+        "**Learned roundings.** A byte-level network of a million weights, trained; one "
+        f"asymmetric grid for all; {settings['windows']} windows of 256 bytes, {settings['steps']} steps of "
         f"{settings['rows']} windows where there are steps; KL in nats per byte, mean (range) of up "
         f"to {runs} seeds. *Scales*: {settings['scales']} steps of `tune_scales` afterwards. "
         "SignRound learns ranges too.\n\n"
