@@ -239,9 +239,10 @@ def learned(result: dict[str, Any]) -> str:
     settings = result["settings"]
     return (
         "**Learned roundings.** A byte-level network of a million weights, trained; one "
-        f"asymmetric grid for all; {settings['windows']} windows of 256 bytes, {settings['steps']} steps of "
-        f"{settings['rows']} windows where there are steps; KL in nats per byte, mean (range) of up "
-        f"to {runs} seeds. *Scales*: {settings['scales']} steps of `tune_scales` afterwards. "
+        f"asymmetric grid for all; {settings['windows']} windows of 256 bytes, "
+        f"{settings['steps']} steps of {settings['rows']} windows where there are steps; KL in "
+        f"nats per byte, mean (range) of up to {runs} seeds. *Scales*: {settings['scales']} steps "
+        "of `tune_scales` afterwards. "
         "SignRound learns ranges too.\n\n"
         + table(["", "rounding", "calibration text", "held-out text", "and scales"], lines)
         + f"\n{ran(result)}.\n"
