@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SECONDS_PER_CELL = 300  # many times what the longest takes, a download included
+SECONDS_PER_CELL = 900  # many times what the longest takes, also beside other tests
 LARGEST = 1_000_000  # bytes
 # What a machine leaves behind: folders of a system or a user, addresses of objects.
 TRACES = r"/home/|/Users/|/root/|/opt/|/tmp/|/work/|site-packages|[A-Z]:\\\\|\bat 0x[0-9a-f]{6}"
