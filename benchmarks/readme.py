@@ -257,6 +257,8 @@ def adadim(result: dict[str, Any]) -> str:
         for rounding in roundings:
             found = [rows.get(f"{rounding} {axis}", {}).get("kl") for axis in axes]
             known = [kl for kl in found if kl is not None]
+            if not known:
+                continue
             cells = ["–" if kl is None else f"{kl:.4f}" for kl in found]
             cells = [
                 f"**{c}**" if kl == min(known) else c for c, kl in zip(cells, found, strict=True)
