@@ -1,7 +1,7 @@
 """Trains the small network of the tests: a byte-level decoder on Python's help text.
 
     python -m benchmarks.train_bytes                 # about 8 minutes on two cores
-    python -m benchmarks.train_bytes --steps 20 --to /tmp/try.safetensors
+    python -m benchmarks.train_bytes --steps 20 --to try.safetensors
 
 Methods that learn a rounding need a network whose weights mean something, and tests need one that
 runs in seconds and comes with the repository. This one is the reference decoder with 1 M weights
