@@ -169,7 +169,9 @@ def test_layers_are_taken_one_by_one(method, grid) -> None:
     choice = LoRC(3, grid, metric="evidence", method=method)
     together = choice(error, moment)
     alone = choice(error[1, 2], moment[1, 2])
-    np.testing.assert_allclose(together.product()[1, 2], alone.product(), atol=2e-3)
+    # Sums in another order may move a factor over the middle between two codes: one step of it.
+    atol = 2e-3 if grid is None else float(jnp.max(jnp.abs(alone.product()))) / 127
+    np.testing.assert_allclose(together.product()[1, 2], alone.product(), atol=atol)
     sliced = jax.tree.map(lambda leaf: leaf[1, 2], together)
     np.testing.assert_array_equal(sliced.product(), together.product()[1, 2])
     assert sliced.shape == (24, 40) and together.shape == (2, 3, 24, 40)
