@@ -1,7 +1,7 @@
 """Roundings that are learned, on a small trained network: KL on text it has not seen.
 
-    python -m benchmarks.learned                          # what is not there yet; hours on two
-    cores python -m benchmarks.learned --only "W3 row" --method DiscQuant --seed 0
+    python -m benchmarks.learned                   # what is not there yet: hours on two cores
+    python -m benchmarks.learned --only "W3 row" --method DiscQuant --seed 0
 
 The network of the tests (1 M weights over bytes, `train_bytes`), all linears of its blocks on one
 asymmetric grid, float16 scales. Calibration: 512 windows of 256 bytes of the text it was trained
@@ -9,15 +9,14 @@ on, another choice for every seed; evaluation: the 32 held-out windows of the te
 windows; a learned rounding takes STEPS steps of 8 windows each. *alone*: each weight on the squared
 error of its own outputs, stage by stage; *block*: the weights of a block on its outputs; *KL*: all
 on the whole network. `+ scales`: `jq.tune_scales` afterwards, SCALE_STEPS steps. DiscQuant's
-ablations leave out its linear term (through a ρ and κ that drown it) or its data (ρ = 0). Every run
-is a process of its own; results are added to `results/learned.json`.
+ablations leave out its linear term (through a ρ and κ that drown it) or its data (ρ = 0). Results are
+added to `results/learned.json` as they come.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -40,6 +39,7 @@ from tests import trained  # noqa: E402
 PATH = RESULTS / "learned.json"
 WINDOWS, ROWS, STEPS, SCALE_STEPS = 512, 8, 160, 60
 SETTINGS: dict[str, tuple[int, int | None]] = {
+    "W4 row": (4, None),
     "W3 row": (3, None),
     "W3 g32": (3, 32),
     "W2 row": (2, None),
@@ -70,6 +70,22 @@ METHODS: dict[str, tuple[Any, Any, Any, bool]] = {
     "PowerQuant": (Nearest(), None, "weight", True),
     "power grid, GPTQ": (GPTQ(), None, "weight", True),
     "NUPES on a power grid, KL": (NUPES(descent=STEADY), KL(), "weight", True),
+}  # fmt: skip
+
+ALWAYS = [
+    "nearest",
+    "GPTQ, one pass",
+    "GPTQ",
+    "AdaRound, block",
+    "SignRound, KL",
+    "NUPES, KL",
+    "DiscQuant",
+]
+POWERS = ["PowerQuant", "power grid, GPTQ", "NUPES on a power grid, KL"]
+RUNS = {
+    "W4 row": ["nearest", "NUPES, KL", *POWERS],
+    "W3 row": list(METHODS),
+    "W3 g32": ALWAYS, "W2 row": ALWAYS, "W2 g32": ALWAYS,
 }  # fmt: skip
 
 
@@ -109,32 +125,36 @@ def run(setting: str, method: str, seed: int) -> dict[str, Any]:
     return result
 
 
+def keep(setting: str, method: str, seed: int, result: dict[str, Any]) -> None:
+    """Add a result to those that lie there now: two processes may run, each on its own core."""
+    rows = rows_now()
+    rows.setdefault(setting, {}).setdefault(method, {})[str(seed)] = result
+    order = {name: {m: rows[name][m] for m in METHODS if m in rows[name]} for name in SETTINGS
+             if name in rows}  # fmt: skip
+    steps = {"windows": WINDOWS, "rows": ROWS, "steps": STEPS, "scales": SCALE_STEPS}
+    written = {"machine": machine(), "settings": steps, "rows": order}
+    PATH.write_text(json.dumps(written, indent=1) + "\n")
+
+
+def rows_now() -> dict[str, Any]:
+    return json.loads(PATH.read_text())["rows"] if PATH.exists() else {}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Roundings that are learned.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=SETTINGS, action="append", help="settings to run")
     parser.add_argument("--method", choices=METHODS, action="append", help="methods to run")
-    parser.add_argument("--seed", type=int, action="append")
-    parser.add_argument("--here", action="store_true", help="run in this process and print JSON")
+    parser.add_argument("--seed", type=int, action="append", help="seeds to run (default: 0 1 2)")
     options = parser.parse_args()
-    if options.here:
-        print(json.dumps(run(options.only[0], options.method[0], options.seed[0])))
-        return
-    rows = json.loads(PATH.read_text())["rows"] if PATH.exists() else {}
-    for seed in options.seed or range(3):
-        for setting in options.only or SETTINGS:
-            for method in options.method or METHODS:
-                done = rows.setdefault(setting, {}).setdefault(method, {})
-                if str(seed) in done and not options.method:
+    for setting in options.only or SETTINGS:
+        for method in options.method or RUNS[setting]:
+            for seed in options.seed or range(3):
+                if str(seed) in rows_now().get(setting, {}).get(method, {}):
                     continue
-                command = [sys.executable, "-m", "benchmarks.learned", "--here", "--only", setting]
-                command += ["--method", method, "--seed", str(seed)]
-                found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                done[str(seed)] = result = json.loads(found.stdout.splitlines()[-1])
+                result = run(setting, method, seed)
+                keep(setting, method, seed, result)
                 said = {k: v for k, v in result.items() if k != "traces"}
                 print(setting, method, seed, said, flush=True)
-                steps = {"windows": WINDOWS, "rows": ROWS, "steps": STEPS, "scales": SCALE_STEPS}
-                written = {"machine": machine(), "settings": steps, "rows": rows}
-                PATH.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

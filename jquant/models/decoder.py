@@ -272,11 +272,18 @@ def _string_keys(tree: Any) -> Any:
 
 
 def _dot(x: Array, kernel: Array, kernel_axis: int) -> Array:
-    """Contract the last axis of `x` with one axis of `kernel`, in x's dtype, into float32."""
-    contract = (((x.ndim - 1,), (kernel_axis,)), ((), ()))
-    return jax.lax.dot_general(
-        x, kernel.astype(x.dtype), contract, preferred_element_type=jnp.float32
+    """Contract the last axis of `x` with one axis of `kernel`, in x's dtype, into float32.
+
+    Rows and steps are one axis: gradients that sum over two take 2.5 times as long on XLA:CPU.
+    """
+    contract = (((1,), (kernel_axis,)), ((), ()))
+    y = jax.lax.dot_general(
+        x.reshape(-1, x.shape[-1]),
+        kernel.astype(x.dtype),
+        contract,
+        preferred_element_type=jnp.float32,
     )
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _rotate(x: Float[Array, "b t h d"], rope: Rope) -> Float[Array, "b t h d"]:
