@@ -9,8 +9,8 @@ on, another choice for every seed; evaluation: the 32 held-out windows of the te
 windows; a learned rounding takes STEPS steps of 8 windows each. *alone*: each weight on the squared
 error of its own outputs, stage by stage; *block*: the weights of a block on its outputs; *KL*: all
 on the whole network. `+ scales`: `jq.tune_scales` afterwards, SCALE_STEPS steps. DiscQuant's
-ablations leave out its linear term (through a ρ and κ that drown it) or its data (ρ = 0). Results are
-added to `results/learned.json` as they come.
+ablations leave out its linear term (through a ρ and κ that drown it) or its data (ρ = 0). Results
+are added to `results/learned.json` as they come.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -105,23 +104,19 @@ def run(setting: str, method: str, seed: int) -> dict[str, Any]:
     weights = jq.find_weights(fn, params, batches[0])
     scheme = jq.Scheme(grid, group, rounding)
     plan = jq.plan(weights, {trained.LINEARS: scheme, ".*": jq.keep})
-    start = time.perf_counter()
     qparams, report = jq.quantize(
         fn, params, plan, batches if rounding.needs or objective else None,
         objective=objective, granularity=granularity, key=jax.random.key(seed),
     )  # fmt: skip
-    spent = time.perf_counter() - start
 
     def kl(q: Any) -> dict[str, float]:
         found = {"calibration": batches[:4], "evaluation": [evaluation]}
         return {name: jq.evaluate.kl(fn, params, q, data) for name, data in found.items()}
 
-    result = {"kl": kl(qparams), "seconds": spent, "bits_per_weight": report.bits_per_weight}
+    result = {"kl": kl(qparams), "bits_per_weight": report.bits_per_weight}
     result["traces"] = report.to_json()["traces"]
-    start = time.perf_counter()
     tuned, trace = jq.tune_scales(fn, params, qparams, batches, descent=Descent(SCALE_STEPS, 1e-3))
-    result["scales"] = {"kl": kl(tuned), "seconds": time.perf_counter() - start}
-    result["scales"]["kept_at"] = trace.kept_at
+    result["scales"] = {"kl": kl(tuned), "kept_at": trace.kept_at}
     return result
 
 
@@ -141,7 +136,7 @@ def rows_now() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Roundings that are learned.")
     parser.add_argument("--only", choices=SETTINGS, action="append", help="settings to run")
     parser.add_argument("--method", choices=METHODS, action="append", help="methods to run")
     parser.add_argument("--seed", type=int, action="append", help="seeds to run (default: 0 1 2)")

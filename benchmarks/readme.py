@@ -7,6 +7,7 @@ python -m benchmarks.readme --check   # exit 1 if it is not up to date
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -222,29 +223,51 @@ def grids(result: dict[str, Any]) -> str:
 
 
 def learned(result: dict[str, Any]) -> str:
-    def cell(numbers: Sequence[float]) -> str:
-        middle = f"{sum(numbers) / len(numbers):.4f}"
-        return middle if len(numbers) == 1 else f"{middle} ({min(numbers):.4f}–{max(numbers):.4f})"
+    rows, settings = result["rows"], result["settings"]
 
-    lines, runs = [], 0
-    for setting, rows in result["rows"].items():
-        for method, seeds in rows.items():
-            if not seeds:
-                continue
-            runs = max(runs, len(seeds))
-            found = [cell([run["kl"][text] for run in seeds.values()]) for text in
-                     ("calibration", "evaluation")]  # fmt: skip
-            tuned = cell([run["scales"]["kl"]["evaluation"] for run in seeds.values()])
-            lines.append([setting, method, *found, tuned])
-    settings = result["settings"]
+    def cell(seeds: dict[str, Any]) -> str:
+        if not seeds:
+            return "–"
+        found = [run["kl"]["evaluation"] for run in seeds.values()]
+        tuned = [run["scales"]["kl"]["evaluation"] for run in seeds.values()]
+        spread = f" ± {statistics.stdev(found):.4f}" if len(set(found)) > 1 else ""
+        return f"{statistics.mean(found):.4f}{spread}, {statistics.mean(tuned):.4f}"
+
+    methods = list(dict.fromkeys(method for found in rows.values() for method in found))
+    lines = [[m, *(cell(rows[name].get(m, {})) for name in rows)] for m in methods]
     return (
         "**Learned roundings.** A byte-level network of a million weights, trained; one "
-        f"asymmetric grid for all; {settings['windows']} windows of 256 bytes, "
-        f"{settings['steps']} steps of {settings['rows']} windows where there are steps; KL in "
-        f"nats per byte, mean (range) of up to {runs} seeds. *Scales*: {settings['scales']} steps "
-        "of `tune_scales` afterwards. "
-        "SignRound learns ranges too.\n\n"
-        + table(["", "rounding", "calibration text", "held-out text", "and scales"], lines)
+        f"asymmetric grid for all but the power grids; {settings['windows']} windows of 256 bytes, "
+        f"{settings['steps']} steps of {settings['rows']} windows where there are steps. KL on "
+        "held-out text in nats per byte: mean ± deviation over up to 3 seeds (of the data, and of "
+        f"random starts), then the mean after {settings['scales']} steps of `tune_scales`. "
+        "SignRound learns ranges too; *block* learns blocks on their outputs, *KL* and DiscQuant "
+        "all weights on the network's.\n\n"
+        + table(["rounding", *rows], lines)
+        + f"\n{ran(result)}.\n"
+    )
+
+
+def learned_smollm2(result: dict[str, Any]) -> str:
+    settings, lines = result["settings"], []
+    for name, row in result["rows"].items():
+        cells = [f"{row[key]:.4f}" for key in ("calibration_kl", "kl")]
+        lines.append([name, *cells, f"{row['seconds'] / 60:.1f}"])
+    said = ""
+    if step := result.get("step"):
+        parts = sum(step["parts_bytes"].values())
+        said = (
+            f" A step of DiscQuant on {step['tokens']} tokens takes {step['seconds']:.1f} s, its "
+            f"products alone {step['ideal_seconds']:.1f} s; the process's memory peaks at "
+            f"{step['peak_bytes'] / 1e9:.1f} GB, of which parameters, positions, moments, gradient "
+            f"and logits are {parts / 1e9:.1f} GB."
+        )
+    return (
+        "**Learned on SmolLM2.** 3 bits in groups of 64, one static grid, 64 windows of 512 "
+        f"tokens; {settings['steps']} steps of {settings['rows']} windows on the whole network's "
+        f"KL, or {settings['block_steps']} for every block: KL on text it learned from, on 16 held-out "
+        f"windows, and minutes.{said}\n\n"
+        + table(["rounding", "calibration text", "held-out text", "minutes"], lines)
         + f"\n{ran(result)}.\n"
     )
 
@@ -377,6 +400,7 @@ SECTIONS = {
     "stages": stages,
     "grids": grids,
     "learned": learned,
+    "learned_smollm2": learned_smollm2,
     "adadim": adadim,
     "encode": encode,
     "total_time": total_time,
