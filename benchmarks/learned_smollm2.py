@@ -7,7 +7,7 @@
 Model, tokens and evaluation are those of `quality`: 64 windows of 512 tokens, 16 held-out ones. One
 static grid for all, the asymmetric one with minimum and maximum (SignRound moves its ranges). GPTQ
 goes by activation order with static groups. Learned on the whole network's KL are STEPS steps of 4
-windows (four times through the text), block by block BLOCK_STEPS. Every run is a process of its
+windows (three times through the text), block by block BLOCK_STEPS. Every run is a process of its
 own; seconds are those of `jq.quantize`, with compiling. Results go to
 `results/learned_smollm2.json` one by one.
 
@@ -39,7 +39,7 @@ from jquant.objectives import KL, Stagewise
 from jquant.rounding import GPTQ, NUPES, Descent, DiscQuant, Nearest, SignRound
 
 PATH = RESULTS / "learned_smollm2.json"
-BITS, GROUP, ROWS, STEPS, BLOCK_STEPS = 3, 64, 4, 64, 64
+BITS, GROUP, ROWS, STEPS, BLOCK_STEPS = 3, 64, 4, 48, 48
 SIGNS = Descent(BLOCK_STEPS, 1 / BLOCK_STEPS, "sign_sgd", "linear", checks=4)
 DISC = DiscQuant(
     1.0, unit="nearest", start_at="original", descent=Descent(STEPS, 0.1, warmup=8, checks=4)
