@@ -6,8 +6,9 @@
 
 Model, tokens and evaluation are those of `quality`: 64 windows of 512 tokens, 16 held-out ones. One
 static grid for all, the asymmetric one with minimum and maximum (SignRound moves its ranges). GPTQ
-goes by activation order with static groups. Learned on the whole network's KL are STEPS steps of 4
-windows (three times through the text), block by block BLOCK_STEPS. Every run is a process of its
+goes by activation order with static groups. Learned on the whole network's KL are STEPS steps of
+one window (three times through the text: many small steps gain more than few large ones), block by
+block BLOCK_STEPS. Every run is a process of its
 own; seconds are those of `jq.quantize`, with compiling. Results go to
 `results/learned_smollm2.json` one by one.
 
@@ -39,10 +40,13 @@ from jquant.objectives import KL, Stagewise
 from jquant.rounding import GPTQ, NUPES, Descent, DiscQuant, Nearest, SignRound
 
 PATH = RESULTS / "learned_smollm2.json"
-BITS, GROUP, ROWS, STEPS, BLOCK_STEPS = 3, 64, 4, 48, 48
+BITS, GROUP, ROWS, STEPS, BLOCK_STEPS = 3, 64, 1, 192, 192
 SIGNS = Descent(BLOCK_STEPS, 1 / BLOCK_STEPS, "sign_sgd", "linear", checks=4)
 DISC = DiscQuant(
-    1.0, unit="nearest", start_at="original", descent=Descent(STEPS, 0.1, warmup=8, checks=4)
+    1.0,
+    unit="nearest",
+    start_at="original",
+    descent=Descent(STEPS, 0.1, warmup=STEPS // 8, checks=4),
 )
 
 STEADY = Descent(STEPS, 0.05, schedule="constant", checks=4)
@@ -83,7 +87,7 @@ def run(method: str) -> dict[str, Any]:
     q, report = quantize(method, fn, params, batches)
     seconds = time.perf_counter() - start
     found = jq.evaluate.compare(fn, params, q, evaluation.reshape(-1, 2, 512))
-    learned = jq.evaluate.kl(fn, params, q, batches[:4])
+    learned = jq.evaluate.kl(fn, params, q, batches[:16])
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return vars(found) | {
         "seconds": seconds,
