@@ -229,7 +229,7 @@ WRONG = {
     "no output": (("quantize", "MODEL"), 2, "--output"),
     "no prompt": (("generate", "MODEL"), 2, "--prompt"),
     "no such command": (("quantise", "MODEL"), 2, "quantise"),
-    "no such option": (("quantize", "MODEL", "-o", "OUT", "--bits", "4"), 2, "--bits"),
+    "no such option": (("quantize", "MODEL", "-o", "OUT", "--widths", "4"), 2, "--widths"),
     "not a number": (("quantize", "MODEL", "-o", "OUT", "--samples", "x"), 2, "samples"),
     "no such recipe": (("quantize", "nope", "-o", "OUT", "-r", "int5"), 1, "'int4-qep'"),
     "group of a format": (

@@ -191,7 +191,7 @@ def allocate(
     paths = list(candidates)
     sizes = [candidates.bytes(path) for path in paths]
     numbers = [candidates.size(path) for path in paths]
-    budget = _budget(bits, bytes, sizes, sum(numbers))
+    budget = budget_bytes(candidates, bits=bits, bytes=bytes)
     known = losses.losses(candidates) if isinstance(losses, Sensitivity) else losses
     found = [_losses(path, known, len(candidates[path])) for path in paths]
     if method == "auto":
@@ -219,8 +219,15 @@ def allocate(
     return plan, Allocation(shares, budget, method, by)
 
 
-def _budget(bits: Any, bytes: Any, sizes: Sequence[Sequence[int]], numbers: int) -> int:
-    """The budget in bytes."""
+def budget_bytes(
+    candidates: Candidates, *, bits: float | None = None, bytes: int | None = None
+) -> int:
+    """The budget in bytes, checked: what `allocate` refuses, before anything is measured.
+
+    Raises:
+        PlanError: no budget or two, or one below the smallest possible.
+    """
+    numbers = sum(map(candidates.size, candidates))
     if (bits is None) == (bytes is None):
         raise PlanError(f"pass bits or bytes, exactly one; got bits={bits!r}, bytes={bytes!r}")
     if bytes is not None:
@@ -228,11 +235,10 @@ def _budget(bits: Any, bytes: Any, sizes: Sequence[Sequence[int]], numbers: int)
             raise PlanError(f"bytes must be a whole number above 0, got {bytes!r}")
         budget = bytes
     else:
-        real = isinstance(bits, int | float) and not isinstance(bits, bool)
-        if not (real and math.isfinite(bits) and bits > 0):
+        if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < math.inf:
             raise PlanError(f"bits must be a number above 0, got {bits!r}")
         budget = math.floor(bits * numbers / 8 + 1e-6)  # 4.3125 bits may come as 4.3124999…
-    least = sum(some[0] for some in sizes)
+    least = sum(candidates.bytes(path)[0] for path in candidates)
     if budget < least:
         raise PlanError(
             f"a budget of {budget} bytes, {8 * budget / numbers:.4g} bits per weight, is below the "

@@ -151,7 +151,7 @@ class Sensitivity:
             lengths = {path: 1 if schemes is None else len(schemes[path]) for path in values}
             if any(len(values[path]) != count for path, count in lengths.items()):
                 raise ValueError("numbers and schemes do not match")
-            words = (str(data[name]) for name in ("name", "units", "how"))
-            return Sensitivity(*words, values, schemes, data["blocks"])
+            name, units, how = (str(data[word]) for word in ("name", "units", "how"))
+            return Sensitivity(name, units, how, values, schemes, data["blocks"])
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"this is not what Sensitivity.to_json gives: {error!r}") from error
