@@ -121,16 +121,12 @@ def lagrange(losses: Numbers, sizes: Sizes, budget: int) -> list[int]:
     def fits(choice: list[int]) -> bool:
         return sum(bytes_[at] for bytes_, at in zip(sizes, choice, strict=True)) <= budget
 
+    losses = _normal(losses)
     best = chosen(0.0)
     if fits(best):
         return best
     best = [0] * len(losses)
-    high = 1.0 + max(
-        (some[0] - loss) / max(size - bytes_[0], 1)
-        for some, bytes_ in zip(losses, sizes, strict=True)
-        for loss, size in zip(some, bytes_, strict=True)
-    )
-    low = 0.0
+    low, high = 0.0, 2.0  # no byte is worth more than the largest loss
     for _ in range(200):
         middle = (low + high) / 2
         choice = chosen(middle)
@@ -149,15 +145,18 @@ def _room(sizes: Sizes, budget: int) -> tuple[int, int]:
     return unit, min(budget - sum(some[0] for some in sizes), most) // unit
 
 
+def _normal(losses: Numbers) -> list[list[float]]:
+    """Losses times a power of two, the largest from a half to one; nothing is rounded but what is
+    too small to matter."""
+    _, exponent = math.frexp(max(max(some) for some in losses))
+    return [[math.ldexp(loss, -exponent) for loss in some] for some in losses]
+
+
 def _whole(losses: Numbers) -> list[list[int]]:
-    """Losses as whole numbers whose sum fits 62 bits; the largest has all of them."""
-    largest = max(max(some) for some in losses)
-    if largest <= 0:
-        return [[0] * len(some) for some in losses]
-    scale = 2.0 ** (61 - math.ceil(math.log2(len(losses) + 1))) / largest
-    if not math.isfinite(scale):
-        return _whole([[loss * 2.0**512 for loss in some] for some in losses])
-    return [[round(loss * scale) for loss in some] for some in losses]
+    """Losses as whole numbers whose sum fits 62 bits. The scale is a power of two, so that floats
+    of about one size stay what they are, and so do their sums."""
+    bits = 61 - math.ceil(math.log2(len(losses) + 1))
+    return [[round(math.ldexp(loss, bits)) for loss in some] for some in _normal(losses)]
 
 
 def _hull(losses: Sequence[float], sizes: Sequence[int]) -> list[int]:

@@ -165,8 +165,8 @@ def _scheme(path: str, own: Scheme, option: object) -> Scheme:
         raise PlanError(f"a candidate must be a width in bits or a jq.Scheme, got {option!r}")
     if "bits" not in {field.name for field in fields(own.grid) if field.init}:  # type: ignore[arg-type]
         raise PlanError(
-            f"weight {path!r}: a {type(own.grid).__name__} grid has no width to choose; pass schemes "
-            "as candidates, or plan a grid such as Uniform(4)"
+            f"weight {path!r}: a {type(own.grid).__name__} grid has no width to choose; pass "
+            "schemes as candidates, or plan a grid such as Uniform(4)"
         )
     try:
         return replace(own, grid=replace(own.grid, bits=option))  # type: ignore[type-var]
