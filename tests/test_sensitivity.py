@@ -104,7 +104,7 @@ def test_scores_are_data_that_do_not_depend_on_the_order_of_batches(name: str) -
     assert list(found.values) == PATHS
     for path, numbers in found.values.items():
         assert len(numbers) == (1 if found.schemes is None else 3)
-        np.testing.assert_allclose(numbers, turned.values[path], rtol=2e-5, atol=1e-9)
+        np.testing.assert_allclose(numbers, turned.values[path], rtol=2e-5, atol=1e-6)
     again = Sensitivity.from_json(json.loads(json.dumps(found.to_json())))
     assert again == found and again.table().row_count == 4
     assert found.by_block().keys() == {"blocks/0", "blocks/1"}
@@ -391,7 +391,7 @@ def test_layers_of_a_stack_are_pruned_each_for_itself() -> None:
 def test_noise_is_added_to_the_first_matrix_of_a_block() -> None:
     flat = tdmpq(fn, PARAMS, CHOICE, TOKENS, key=KEY, noise=0.0)
     loss = np.mean([float(next_token_loss(fn(PARAMS, t), t)) for t in TOKENS])
-    assert {n for (n,) in flat.values.values()} == {pytest.approx(loss, rel=1e-5)}
+    assert [n for (n,) in flat.values.values()] == pytest.approx([loss] * 4, rel=1e-5)
     found = tdmpq(fn, PARAMS, CHOICE, TOKENS, key=KEY)
     # the noise is that of the block's name, whatever else is measured
     fewer = candidates(PLAN, (2, 3, 4), paths=["blocks/1/down", "blocks/1/up"])

@@ -26,7 +26,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.gradients import Loss, next_token_loss
 from jquant.allocation.sensitivity import Sensitivity
-from jquant.allocation.trials import Told, Trials, divergence, mean, outputs, rows
+from jquant.allocation.trials import Told, Trials, divergence, mean
 from jquant.blocks import Layout
 from jquant.errors import PlanError
 
@@ -82,9 +82,8 @@ def pmpq(
     found: dict[str, list[float]] = {name: [] for name in units}
     counts: list[int] = []
     total, done = len(units) * len(trials.batches), 0
-    for inputs in trials.batches:
-        wanted = outputs(fn, trials.params, inputs)
-        counts.append(rows(wanted))
+    for inputs, wanted, count in trials.wanted(fn):
+        counts.append(count)
         for name, paths in units.items():
             pruned = {
                 path: _pruned(trials.leaves[path], fraction, candidates.weights[path].layout)

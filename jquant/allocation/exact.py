@@ -19,7 +19,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.sensitivity import Sensitivity
-from jquant.allocation.trials import Told, Trials, divergence, mean, outputs, rows
+from jquant.allocation.trials import Told, Trials, divergence, mean
 from jquant.calibration.evidence import Evidence
 from jquant.errors import PlanError
 
@@ -72,9 +72,8 @@ def exact_kl(
     values = {path: [[] for _ in candidates[path]] for path in trials.free}
     counts: list[int] = []
     total, done = len(trials.batches) * sum(map(len, run.values())), 0
-    for inputs in trials.batches:
-        wanted = outputs(fn, trials.params, inputs)
-        counts.append(rows(wanted))
+    for inputs, wanted, count in trials.wanted(fn):
+        counts.append(count)
         for path, positions in run.items():
             for at in positions:
                 w = trials.quantized(path, candidates[path][at])

@@ -31,10 +31,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.exact import scaled
 from jquant.allocation.sensitivity import Sensitivity
-from jquant.allocation.trials import Told, Trials, mean, outputs, rows, swapped
+from jquant.allocation.trials import Told, Trials, mean, swapped
 from jquant.calibration.evidence import Evidence
 from jquant.errors import PlanError
-from jquant.objectives import KL
+from jquant.objectives import KL, logits_of
 
 Loss = Callable[..., Array]
 
@@ -219,10 +219,9 @@ def kl_gradient(
     at = {path: _low(path, candidates, low) for path in trials.free}
     coarse = {path: trials.quantized(path, candidates[path][k]) for path, k in at.items()}
     counts, gradients = [], {path: jnp.zeros(w.shape, jnp.float32) for path, w in coarse.items()}
-    for done, inputs in enumerate(trials.batches, start=1):
-        wanted = outputs(fn, trials.params, inputs)
+    for done, (inputs, wanted, count) in enumerate(trials.wanted(fn), start=1):
         gradient = _gradient(fn, KL(), coarse, trials.params, inputs, wanted)
-        counts.append(rows(wanted))
+        counts.append(count)
         gradients = _summed(gradients, gradient, jnp.float32(counts[-1]))
         if progress is not None:
             progress(done, len(trials.batches))
@@ -290,7 +289,7 @@ def _score(
 
     def at(wide: dict[str, Array]) -> tuple[Array, int]:
         now = {path: w.astype(weights[path].dtype) for path, w in wide.items()}
-        (logits,) = jax.tree.leaves(fn(swapped(params, now), *inputs))
+        (logits,) = logits_of(fn(swapped(params, now), *inputs))
         flat = logits.reshape(-1, logits.shape[-1]).astype(jnp.float32)
         labels = jax.random.categorical(key, jax.lax.stop_gradient(flat))
         log_p = jnp.take_along_axis(jax.nn.log_softmax(flat), labels[:, None], -1)

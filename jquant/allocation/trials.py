@@ -8,7 +8,7 @@ batch. All parameters are in memory, and the logits of one batch in full precisi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from jquant.calibration.weights import path_of
 from jquant.checks import check_evidence, check_needs, check_weights
 from jquant.errors import EvidenceError, PlanError
 from jquant.lazy import realize
-from jquant.objectives import KL
+from jquant.objectives import KL, logits_of
 from jquant.qtensor import dequantize_weight
 from jquant.scheme import Scheme
 from jquant.solve import key_of, quantize_weight
@@ -76,6 +76,18 @@ class Trials:
             raise EvidenceError("got no batches; pass at least one array or tuple of inputs")
         self.params = realize(params)
         self.leaves = dict(zip(shapes, jax.tree.leaves(self.params), strict=True))
+
+    def wanted(self, fn: Callable[..., Any]) -> Iterator[tuple[Inputs, Any, int]]:
+        """For every batch its inputs, the logits of the network as it came, and their tokens."""
+        for number, inputs in enumerate(self.batches):
+            found = outputs(fn, self.params, inputs)
+            count = rows(found)
+            if _lost(found):  # a divergence from NaN would be taken for zero
+                raise EvidenceError(
+                    f"the logits of batch {number} hold NaN or infinity; look for such weights, "
+                    "and for tokens outside the vocabulary"
+                )
+            yield inputs, found, count
 
     @property
     def free(self) -> tuple[str, ...]:
@@ -141,7 +153,7 @@ def divergence(
 
 def rows(logits: Any) -> int:
     """How many tokens there are logits of."""
-    (leaf,) = jax.tree.leaves(logits)
+    (leaf,) = logits_of(logits)
     return leaf.size // leaf.shape[-1]
 
 
@@ -149,6 +161,13 @@ def mean(values: Sequence[float], counts: Sequence[int]) -> float:
     """The mean over batches by their tokens, in the same bits whatever their order."""
     total = math.fsum(v * n for v, n in zip(values, counts, strict=True))
     return total / math.fsum(counts)
+
+
+@jax.jit
+def _lost(logits: Any) -> Array:
+    """Whether a logit is NaN or infinite; minus infinity is a word that cannot be."""
+    (leaf,) = jax.tree.leaves(logits)
+    return jnp.any(jnp.isnan(leaf) | (leaf == jnp.inf))
 
 
 @partial(jax.jit, static_argnames=("scheme", "layout"))
