@@ -63,7 +63,7 @@ def share_bits(
             key=jax.random.key(0), progress=lambda done, total: update(done),
         )  # fmt: skip
     plan, found = allocate(scores.losses(drafts), real, bytes=budget)
-    return plan, replace(found, by=scores.name)
+    return plan, replace(found, by=scores.name, papers=scores.papers)
 
 
 def _cheap(scheme: Scheme) -> Scheme:

@@ -95,6 +95,11 @@ MEASURES = {
 every_measure = pytest.mark.parametrize("name", MEASURES)
 
 
+def shares_of(score: Sensitivity):
+    """An allocation of the bytes of 3 bits."""
+    return allocate(score, CHOICE, bytes=sum(CHOICE.bytes(path)[1] for path in CHOICE))[1]
+
+
 # What holds of all scores
 
 
@@ -107,10 +112,10 @@ def test_scores_are_data_that_do_not_depend_on_the_order_of_batches(name: str) -
         np.testing.assert_allclose(numbers, turned.values[path], rtol=2e-5, atol=1e-6)
     again = Sensitivity.from_json(json.loads(json.dumps(found.to_json())))
     assert again == found and again.table().row_count == 4
+    assert all(f"{{{key}," in jq.cite(shares_of(found)) for key in found.papers)
+    assert bool(found.papers) == (name != "exact_kl")
     assert found.by_block().keys() == {"blocks/0", "blocks/1"}
-    bits = 8 * sum(CHOICE.bytes(path)[1] for path in CHOICE) / sum(map(CHOICE.size, CHOICE))
-    _, shares = allocate(again, CHOICE, bits=bits)
-    assert shares.by == found.name and shares.bits <= bits
+    assert shares_of(again).by == found.name
 
 
 @every_measure

@@ -64,12 +64,14 @@ class Allocation(Mapping[str, Share]):
         budget: bytes that might be spent.
         method: how it was chosen.
         by: the name of the losses.
+        papers: what to cite, as keys of `papers.bib`; `jq.cite(allocation)` prints them.
     """
 
     weights: Mapping[str, Share]
     budget: int
     method: str
     by: str
+    papers: tuple[str, ...] = ()
 
     def __getitem__(self, path: str) -> Share:
         return self.weights[path]
@@ -214,9 +216,11 @@ def allocate(
         path: Share(at, candidates[path][at], size[at], number, loss[at])
         for path, at, size, number, loss in zip(paths, chosen, sizes, numbers, found, strict=True)
     }
-    by = losses.name if isinstance(losses, Sensitivity) else "losses given"
+    by, papers = "losses given", ("nanda2024cptquant",) if method == "clusters" else ()
+    if isinstance(losses, Sensitivity):
+        by, papers = losses.name, tuple(dict.fromkeys((*losses.papers, *papers)))
     plan = Plan({path: shares[path].scheme for path in paths}, candidates.weights)
-    return plan, Allocation(shares, budget, method, by)
+    return plan, Allocation(shares, budget, method, by, papers)
 
 
 def budget_bytes(

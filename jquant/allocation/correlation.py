@@ -184,7 +184,7 @@ def cmpq(
         "CMPQ", "1 - correlation",
         f"mean-pooled states of {len(scores)} blocks, {sum(lengths)} sequences",
         {p: (_mean(values.get(p, [looked_up])),) for p in candidates.free}, None,
-        {path: block_of(path) for path in candidates.free},
+        {path: block_of(path) for path in candidates.free}, ("nanda2024cptquant", "raghu2017svcca"),
     )  # fmt: skip
 
 

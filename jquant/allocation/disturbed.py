@@ -32,6 +32,8 @@ from jquant.errors import PlanError
 
 Unit = Literal["block", "weight"]
 
+PAPERS = ("nanda2024cptquant",)
+
 
 def pmpq(
     fn: Callable[..., Any],
@@ -102,7 +104,7 @@ def pmpq(
     return Sensitivity(
         "PMPQ", "nats per token and million weights",
         f"{fraction:.0%} of each matrix of a {unit} pruned by magnitude; {sum(counts)} tokens",
-        values, None, trials.blocks,
+        values, None, trials.blocks, PAPERS,
     )  # fmt: skip
 
 
@@ -171,7 +173,7 @@ def tdmpq(
     return Sensitivity(
         "TDMPQ, noise", "units of the loss",
         f"loss with noise of {noise:g} in the first matrix of a block; {len(counts)} batches",
-        {path: values[path] for path in trials.free}, None, trials.blocks,
+        {path: values[path] for path in trials.free}, None, trials.blocks, PAPERS,
     )  # fmt: skip
 
 

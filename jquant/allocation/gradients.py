@@ -104,7 +104,7 @@ def taylor(
     return Sensitivity(
         "TDMPQ, first order", "units of the loss",
         f"|<gradient, error>| averaged over {len(counts)} batches",
-        losses, trials.schemes(), trials.blocks,
+        losses, trials.schemes(), trials.blocks, ("nanda2024cptquant",),
     )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def fisher(
     return Sensitivity(
         "Fisher", "nats per token",
         f"half the diagonal Fisher information times the squared error, {total} tokens",
-        losses, trials.schemes(), trials.blocks,
+        losses, trials.schemes(), trials.blocks, ("dong2020hawq", "kim2024squeezellm"),
     )  # fmt: skip
 
 
@@ -241,7 +241,7 @@ def kl_gradient(
     return Sensitivity(
         "KL gradient", "nats per token, first order",
         f"gradient with all weights at their low width, {sum(counts)} tokens; scaled to the others",
-        losses, trials.schemes(), trials.blocks,
+        losses, trials.schemes(), trials.blocks, ("hannun2023mlx",),
     )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ class Sensitivity:
         schemes: path → the schemes the numbers belong to, in words (grid, groups and term); None
             where the score knows of no scheme.
         blocks: path → the block of the network that the weight is in.
+        papers: what to cite, as keys of `papers.bib`; `jq.cite(sensitivity)` prints them.
 
     Raises:
         EvidenceError: a number is NaN, infinite or negative.
@@ -54,6 +55,7 @@ class Sensitivity:
     values: Mapping[str, tuple[float, ...]]
     schemes: Mapping[str, tuple[str, ...]] | None = None
     blocks: Mapping[str, str] | None = None
+    papers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for path, numbers in self.values.items():
@@ -133,6 +135,7 @@ class Sensitivity:
             "values": {path: list(numbers) for path, numbers in self.values.items()},
             "lists": [list(some) for some in lists], "schemes": which,
             "blocks": None if self.blocks is None else dict(self.blocks),
+            "papers": list(self.papers),
         }  # fmt: skip
 
     @staticmethod
@@ -152,6 +155,7 @@ class Sensitivity:
             if any(len(values[path]) != count for path, count in lengths.items()):
                 raise ValueError("numbers and schemes do not match")
             name, units, how = (str(data[word]) for word in ("name", "units", "how"))
-            return Sensitivity(name, units, how, values, schemes, data["blocks"])
+            papers = tuple(map(str, data["papers"]))
+            return Sensitivity(name, units, how, values, schemes, data["blocks"], papers)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"this is not what Sensitivity.to_json gives: {error!r}") from error
