@@ -8,8 +8,8 @@
 Mean widths of 4.5, 4.0, 3.5 and 3.0 bits of the block linears; groups of 64 with float16 scales and
 zero points of the code's width, so that a mean width m takes m·65/64 + 1/4 stored bits per weight.
 Every row spends at most that, to the byte. "uniform" is one width, where m is fractional two: the
-wider for the first half of the weights in the order of depth ("ends": for the first and last
-quarter, as the paper would have it). The others are `allocation.allocate` with the scores named, by
+wider for the first weights in the order of depth ("ends": for the first and last in turn, as the
+paper would have it). The others are `allocation.allocate` with the scores named, by
 its exact dynamic program, or by the paper's three clusters. Candidates are 2 to 8 bits.
 
 Scores are measured on drafts, nearest rounding in the weights' own ranges. What is quantized in the
@@ -17,9 +17,9 @@ end: "GPTQ" with searched ranges, one pass on the second moments of 64 windows, 
 nothing depends on the other weights there, each weight is rounded once per width, and a row is put
 together of those. Model and tokens are those of `quality`, the first 8 held-out windows.
 
-Estimates on two cores: scores 9 minutes together (each one's are in the results; exact KL takes
-half: each weight alone at 2, 3 and 4 bits on 256 tokens, wider ones scaled), GPTQ of seven widths
-12 minutes, nearest 1, a row 8 seconds. Scores, choices and rows are added to `results/bits.json`,
+Estimates on two idle cores: scores 10 minutes together, of which exact KL takes half (each weight
+alone at 2, 3 and 4 bits on 256 tokens, wider ones scaled), GPTQ of seven widths 12 minutes, nearest
+1, a row 8 seconds. Scores, choices and rows are added to `results/bits.json`,
 the scores themselves to `.cache/bits`.
 """
 
@@ -77,27 +77,28 @@ class Model:
         return [short[at : at + rows] for at in range(0, len(short), rows)]
 
 
-# Score → how it is measured. In seconds of two cores, estimated: forward 0.75 a window of 512.
+# Score → how it is measured. Seconds of two cores, estimated of a few trials on one: a forward of
+# 256 tokens 0.5, of 512 0.8, a backward of 512 4; compiling 5 to 25, and all errors of all weights 30.
 MEASURES: dict[str, Callable[[Model], Sensitivity]] = {
-    # one forward of 64 windows as 256 short ones: 60
-    "CMPQ": lambda m: allocation.cmpq(m.fn, m.params, m.drafts, m.text(64, 128, 16)),
-    # 30 blocks, 2 windows: 50
-    "PMPQ": lambda m: allocation.pmpq(m.fn, m.params, m.drafts, m.text(2)),
-    # the same of single weights, 210, a quarter of a window: 40 and the pruning
+    # one forward of 32 windows as 128 short ones, by stages: 40
+    "CMPQ": lambda m: allocation.cmpq(m.fn, m.params, m.drafts, m.text(32, 128, 16)),
+    # 30 blocks, 512 tokens: 40
+    "PMPQ": lambda m: allocation.pmpq(m.fn, m.params, m.drafts, m.text(1)),
+    # 210 weights, 128 tokens: 80, most of it sorting
     "PMPQ by weight": lambda m: allocation.pmpq(
-        m.fn, m.params, m.drafts, m.text(1, 128, 1)[:1], unit="weight"
+        m.fn, m.params, m.drafts, m.text(1, 128)[:1], unit="weight"
     ),
-    # 30 blocks, 1 window: 25
+    # 30 blocks, 512 tokens: 30
     "TDMPQ noise": lambda m: allocation.tdmpq(m.fn, m.params, m.drafts, m.text(1), key=KEY),
-    # backward of 4 windows, and all errors of all weights for each of them: 30
+    # 2 windows, and all errors for each: 80
     "TDMPQ Taylor": lambda m: allocation.taylor(m.fn, m.params, m.drafts, m.text(2)),
-    # backward of 16 windows: 45
-    "Fisher": lambda m: allocation.fisher(m.fn, m.params, m.drafts, m.text(16), key=KEY),
-    # forward and backward of 8 windows: 30
-    "KL gradient": lambda m: allocation.kl_gradient(m.fn, m.params, m.drafts, m.text(8), low=1),
-    # 210 weights, 3 widths, half a window: 250
+    # 8 windows: 80
+    "Fisher": lambda m: allocation.fisher(m.fn, m.params, m.drafts, m.text(8), key=KEY),
+    # 4 windows: 70
+    "KL gradient": lambda m: allocation.kl_gradient(m.fn, m.params, m.drafts, m.text(4), low=1),
+    # 210 weights, 3 widths, 256 tokens: 320
     "exact KL": lambda m: allocation.exact_kl(
-        m.fn, m.params, m.drafts, m.text(1, 256, 1)[:1], only=(0, 1, 2)
+        m.fn, m.params, m.drafts, m.text(1, 256)[:1], only=(0, 1, 2)
     ),
 }
 # Row → score and method; without a score the widths go by depth.
