@@ -77,8 +77,8 @@ class Model:
         return [short[at : at + rows] for at in range(0, len(short), rows)]
 
 
-# Score → how it is measured. Seconds of two cores, estimated of a few trials on one: a forward of
-# 256 tokens 0.5, of 512 0.8, a backward of 512 4; compiling 5 to 25, and all errors of all weights 30.
+# Score → how it is measured. Seconds of two cores, estimated from a few trials on one: a forward of
+# 256 tokens 0.5, of 512 0.8, a backward of 512 4; compiling 5 to 25, all errors of all weights 30.
 MEASURES: dict[str, Callable[[Model], Sensitivity]] = {
     # one forward of 32 windows as 128 short ones, by stages: 40
     "CMPQ": lambda m: allocation.cmpq(m.fn, m.params, m.drafts, m.text(32, 128, 16)),
