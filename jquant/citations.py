@@ -21,7 +21,8 @@ def cite(choice: Plan | Scheme | Any) -> str:
     """BibTeX for what a plan does, and for jquant.
 
     Args:
-        choice: a plan, a scheme, or any part of one: a grid, a rounding, blocks.
+        choice: a plan, a scheme, or any part of one: a grid, a rounding, blocks; or what a plan
+            was made by: a sensitivity, an allocation.
 
     Returns:
         the entries, each once, in the order of first use.

@@ -7,7 +7,6 @@ line that makes no sense, 130 for Ctrl-C. `JQUANT_DEBUG=1` shows the traceback i
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -25,13 +24,15 @@ from rich.table import Table
 
 from jquant import models
 from jquant.allocation import adadim as choose_axes
+from jquant.budgets import share_bits
 from jquant.calibration import find_weights
 from jquant.calibration.stages import Granularity
-from jquant.console import Narrator, megabytes, summary
+from jquant.console import Narrator, summary
 from jquant.demo import run_demo
 from jquant.estimate import estimate
 from jquant.evaluate import compare, perplexity
 from jquant.io import read_header
+from jquant.listing import listing
 from jquant.models.quantized import CHECKPOINT
 from jquant.presets import named, presets
 from jquant.quantize import quantize
@@ -103,6 +104,7 @@ def quantize_model(
     recipe: Recipe = "int4-qep",
     group: int | None = None,
     rule: Annotated[Sequence[str], Parameter(negative="", show_default=False)] = (),
+    bits: float | None = None,
     adadim: Annotated[bool, Parameter(negative="")] = False,
     lorc: int | None = None,
     objective: Aim = "own",
@@ -123,6 +125,7 @@ def quantize_model(
 
         jquant quantize model.gguf -o model-w4
         jquant quantize org/model -o w3 --recipe int3-qep --group 128 --text my.txt
+        jquant quantize model.gguf -o w3.7 --bits 3.7
         jquant quantize model.gguf -o mixed --rule '.*mlp/down.*=int8-nearest' --rule 'embed.*=keep'
 
     Parameters
@@ -134,6 +137,10 @@ def quantize_model(
     rule
         REGEX=RECIPE[:GROUP] or REGEX=keep, for weights whose path matches in full; the first that
         matches decides, before the recipe. May be given several times.
+    bits
+        Stored bits per weight, scales and all: each weight gets 2 to 8 of the recipe's bits, more
+        where the network needs them. Weights with a --rule keep theirs. All parameters are in
+        memory while that is found out.
     adadim
         First choose, weight by weight, whether groups run along inputs or outputs (AdaDim).
     lorc
@@ -168,6 +175,10 @@ def quantize_model(
     if adadim:
         with narrator.job("choosing axes") as move:
             chosen, choices = choose_axes(fn, params, chosen, batches, progress=move)
+    shares = None
+    if bits is not None:
+        chosen, shares = share_bits(fn, params, chosen, rules, windows, bits, narrator)
+        narrator.show(f"bits: {shares}")
     if objective == "own" and not any(scheme.needs for scheme in chosen.values()):
         batches = None
     if dry_run and objective != "own":
@@ -183,10 +194,13 @@ def quantize_model(
             objective=objective_of(objective), key=jax.random.key(0),
         )  # fmt: skip
     checkpoint = models.save_quantized(output, fn, qparams, tokenizer)
-    (output / "report.json").write_text(json.dumps(found.to_json(), indent=1, default=str), "utf-8")
+    told = found.to_json() | ({} if shares is None else {"allocation": shares.to_json()})
+    (output / "report.json").write_text(json.dumps(told, indent=1, default=str), "utf-8")
     before = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if report and adadim:
         narrator.show(choices.table())
+    if report and shares is not None:
+        narrator.show(shares.table())
     if report:
         narrator.show(found.table())
     narrator.show(f"{source} → {output}")  # a title would be folded to the table's width
@@ -274,27 +288,7 @@ def inspect(source: Path, *, every: Annotated[bool, Parameter(negative="")] = Fa
     narrator = Narrator()
     path = source / CHECKPOINT if source.is_dir() else source
     header = read_header(path)
-    rows: dict[tuple[str, ...], list[Any]] = {}
-    for name, leaf in header.leaves.items():
-        grid = "–" if leaf.grid is None else _short(leaf.grid)
-        grid += f" + rank {leaf.rank}" if leaf.rank else ""
-        blocks = "–" if leaf.blocks is None else f"{leaf.blocks.axis} {leaf.blocks.size or 'all'}"
-        shape = "×".join(map(str, leaf.shape)) or "scalar"
-        kind = (name if every else "", shape, leaf.dtype, grid, blocks)
-        rows.setdefault(kind, []).append(leaf)
-    table = Table(
-        title=f"{path}: format {header.version}, {len(header.leaves)} arrays, "
-        f"{megabytes(header.file_bytes)}"
-    )
-    table.add_column("path" if every else "arrays", overflow="fold")
-    for column in ("shape", "dtype", "grid", "groups", "bytes", "bits each"):
-        table.add_column(column, justify="right" if column in ("bytes", "bits each") else "left")
-    for (name, *kind), leaves in rows.items():
-        size = sum(leaf.bytes for leaf in leaves)
-        weights = sum(int(np.prod(leaf.shape)) for leaf in leaves)
-        bits = f"{8 * size / weights:.2f}" if weights else "–"
-        table.add_row(name or str(len(leaves)), *kind, megabytes(size), bits)
-    narrator.show(table)
+    narrator.show(listing(path, header, every))
     for key, value in header.metadata.items():
         narrator.show(f"{key}: {value}")
 
@@ -349,13 +343,6 @@ def generate(
             print(text[len(said) :], end="", flush=True)
             said = text
     print()
-
-
-def _short(choice: Any) -> str:
-    """A frozen dataclass without the fields that have their default."""
-    fields = [f for f in dataclasses.fields(choice) if getattr(choice, f.name) != f.default]
-    said = ", ".join(f"{f.name}={getattr(choice, f.name)!r}" for f in fields)
-    return f"{type(choice).__name__}({said})"
 
 
 def _warn(message: Warning | str, *args: Any, **kwargs: Any) -> None:

@@ -126,7 +126,7 @@ def _over_tokens(
     one: Callable[[Array, Array], Array], found: Any, wanted: Any, factor: float
 ) -> Float[Array, ""]:
     """The mean of `one(found, wanted)` over tokens."""
-    (found,), (wanted,) = _logits(found), _logits(wanted)
+    (found,), (wanted,) = logits_of(found), logits_of(wanted)
     rows, vocabulary = found.size // found.shape[-1], found.shape[-1]
     many = -(-rows // TOKENS_AT_ONCE)
     size = -(-rows // many)
@@ -145,7 +145,8 @@ def _over_tokens(
     return total / rows
 
 
-def _logits(outputs: Any) -> list[Array]:
+def logits_of(outputs: Any) -> list[Array]:
+    """The one array of logits that outputs are. ValueError: they are something else."""
     leaves = jax.tree.leaves(outputs)
     if len(leaves) != 1 or leaves[0].ndim < 1 or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
         said = ", ".join(f"{x.dtype}{list(x.shape)}" for x in leaves)

@@ -10,8 +10,9 @@ batch axes, so they are sliced along.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -152,3 +153,32 @@ def factor_bits(low: LowRank) -> float:
         weight_bits(f) * f.size if isinstance(f, QTensor) else f.size * jnp.finfo(f.dtype).bits
         for f in (low.left, low.right)
     )
+
+
+def array_bits(stored: QTensor | Array) -> list[float]:
+    """Stored bits of every array of a quantized weight, or of a factor; codes first."""
+    if not isinstance(stored, QTensor):
+        return [float(stored.size * jnp.finfo(stored.dtype).bits)]
+    plain = replace(stored, compensation=None)
+    found = [float(plain.codes.size * plain.grid.bits)]
+    for name in plain.params:
+        alone = replace(plain, params={name: plain.params[name]})
+        found.append(weight_bits(alone) * plain.size - found[0])
+    low = stored.compensation
+    return found if low is None else found + array_bits(low.left) + array_bits(low.right)
+
+
+def weight_bytes(q: QTensor) -> int:
+    """Bytes that a checkpoint takes for a quantized weight: each array is a stream of its own.
+
+    Works on all that has shapes and dtypes.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> params = {"scale": jnp.ones((1, 1), jnp.float16)}
+        >>> q = QTensor(jnp.zeros((1, 3), jnp.int4), params, Uniform(3, True), Blocks(),
+        ...             Layout.of((1, 3), in_axes=(1,)), jnp.dtype("float32"))
+        >>> weight_bytes(q)  # 9 bits of codes, 16 of the scale
+        4
+    """
+    return sum(math.ceil(round(bits, 3) / 8) for bits in array_bits(q))

@@ -8,6 +8,7 @@ wait in a file.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from jquant.blocks import Layout, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
 from jquant.distortion import output_error
 from jquant.grids.base import nearest
-from jquant.qtensor import LowRank, QTensor, weight_bits
+from jquant.qtensor import LowRank, QTensor, weight_bits, weight_bytes
 from jquant.rounding.base import Rounded
 from jquant.rounding.elementwise import Nearest
 from jquant.scheme import Scheme
@@ -193,17 +194,33 @@ def stored_bits(shape: Sequence[int], scheme: Scheme, layout: Layout | None = No
         >>> stored_bits((8, 128), Scheme(Uniform(4, scale_dtype="float16"), 64))
         4.3125
     """
+    return weight_bits(_abstract(tuple(shape), scheme, layout))
+
+
+@functools.lru_cache(maxsize=4096)
+def stored_bytes(shape: tuple[int, ...], scheme: Scheme, layout: Layout | None = None) -> int:
+    """Bytes that a checkpoint takes for a weight of this scheme; arguments as for `stored_bits`.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> stored_bytes((8, 128), Scheme(Uniform(4, scale_dtype="float16"), 64))
+        552
+    """
+    return weight_bytes(_abstract(shape, scheme, layout))
+
+
+def _abstract(shape: tuple[int, ...], scheme: Scheme, layout: Layout | None) -> QTensor:
+    """The shapes of a quantized weight."""
     rank = len(shape)
     layout = layout or Layout.of(shape, in_axes=(rank - 1,), batch_axes=tuple(range(rank - 2)))
     choice = scheme.compensation
     if choice is not None:
         choice = dataclasses.replace(choice, metric="plain", rounds=1)
     nearest_only = dataclasses.replace(scheme, rounding=Nearest(), compensation=choice)
-    q = jax.eval_shape(
+    return jax.eval_shape(
         lambda w: quantize_weight(w, nearest_only, layout)[0],
-        jax.ShapeDtypeStruct(tuple(shape), jnp.float32),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
     )
-    return weight_bits(q)
 
 
 @jax.jit(static_argnames="scheme")

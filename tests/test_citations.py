@@ -13,9 +13,13 @@ from cases import GRIDS, ROUNDINGS
 import jquant as jq
 from jquant.citations import entries
 
+SCORES = ("nanda2024cptquant", "raghu2017svcca", "dong2020hawq", "hannun2023mlx")
 CHOICES = [*GRIDS.values(), *ROUNDINGS.values(), jq.Blocks("out", 4)]
 CHOICES += [jq.rounding.GPTQ(correction=c) for c in ("qep", "gptaq")]
 CHOICES += [jq.LoRC(8), jq.LoRC(8, metric="evidence"), jq.LoRC(8, rounds=5)]
+CHOICES += [  # what a score cites is data of its own, see test_sensitivity
+    jq.allocation.Sensitivity("", "", "", {}, papers=SCORES)
+]
 CHOICES += [preset() for preset in jq.presets.presets().values()]
 
 

@@ -203,6 +203,29 @@ def test_terms_beside_all_weights(model: Path, tmp_path: Path, capsys) -> None:
     assert sum(leaf.rank == 8 for leaf in leaves.values()) == 15
 
 
+def test_a_budget_gives_each_weight_its_width(model: Path, tmp_path: Path, capsys) -> None:
+    command = [
+        "quantize", model, "--recipe", "int4-gptq", "--group", "16", "--bits", "4.5",
+        "--rule", ".*/1/mlp/up.*=int4-nearest:32", *options(model),
+    ]  # fmt: skip
+    assert run(*command, "-o", tmp_path / "dry", "--dry-run") == 0
+    planned = capsys.readouterr().out
+    assert not (tmp_path / "dry").exists() and "peak memory" in planned
+    assert run(*command, "-o", tmp_path / "out", "--report") == 0
+    out = capsys.readouterr().out
+    (said,) = (line for line in out.splitlines() if line.startswith("bits: "))
+    assert said in planned and "by Fisher" in said and "who gets the bits" in out
+    shares = json.loads((tmp_path / "out" / "report.json").read_text())["allocation"]
+    leaves = jq.io.read_header(tmp_path / "out" / "jquant.safetensors").leaves
+    stored = {path: leaves[path].bytes for path in shares["weights"]}
+    assert stored == {path: share["bytes"] for path, share in shares["weights"].items()}
+    numbers = sum(int(np.prod(leaves[path].shape)) for path in stored)
+    assert sum(stored.values()) <= shares["budget_bytes"] == int(4.5 * numbers / 8)
+    assert len({leaves[path].grid.bits for path in stored}) > 2
+    ruled = leaves["layers/1/mlp/up/kernel"]
+    assert ruled.grid.bits == 4 and ruled.blocks.size == 32
+
+
 def test_weights_are_learned_on_an_objective(model: Path, tmp_path: Path, capsys) -> None:
     status = run(
         "quantize", model, "-o", tmp_path / "out", "--recipe", "int4-signround", "--group", "8",
@@ -229,7 +252,7 @@ WRONG = {
     "no output": (("quantize", "MODEL"), 2, "--output"),
     "no prompt": (("generate", "MODEL"), 2, "--prompt"),
     "no such command": (("quantise", "MODEL"), 2, "quantise"),
-    "no such option": (("quantize", "MODEL", "-o", "OUT", "--bits", "4"), 2, "--bits"),
+    "no such option": (("quantize", "MODEL", "-o", "OUT", "--widths", "4"), 2, "--widths"),
     "not a number": (("quantize", "MODEL", "-o", "OUT", "--samples", "x"), 2, "samples"),
     "no such recipe": (("quantize", "nope", "-o", "OUT", "-r", "int5"), 1, "'int4-qep'"),
     "group of a format": (
@@ -249,6 +272,22 @@ WRONG = {
     "a dry run of a learning": (
         ("quantize", "MODEL", "-o", "OUT", "--objective", "kl", "--dry-run", "--text",
          "MODEL/text.txt", "--length", "16"), 1, "--dry-run cannot tell",
+    ),
+    "a budget below the smallest": (
+        ("quantize", "MODEL", "-o", "OUT", "--bits", "2.2", "--group", "16", "--text",
+         "MODEL/text.txt", "--length", "32"), 1, "smallest possible: 6000 bytes, 3.125 bits",
+    ),
+    "a budget that is none": (
+        ("quantize", "MODEL", "-o", "OUT", "--bits", "nan", "--text", "MODEL/text.txt",
+         "--length", "32"), 1, "bits must be a number above 0, got nan",
+    ),
+    "a budget for one width": (
+        ("quantize", "MODEL", "-o", "OUT", "--bits", "4.5", "-r", "nf4", "--text",
+         "MODEL/text.txt", "--length", "32"), 1, "Codebook grid has no width to choose",
+    ),
+    "a budget for nothing": (
+        ("quantize", "MODEL", "-o", "OUT", "--bits", "4.5", "--rule", ".*=int4-gptq", "--text",
+         "MODEL/text.txt", "--length", "32"), 1, "rules name every weight",
     ),
     "rule without =": (("quantize", "MODEL", "-o", "OUT", "--rule", "x"), 1, "REGEX=RECIPE"),
     "rule of no recipe": (("quantize", "MODEL", "-o", "OUT", "--rule", ".*=x"), 1, "no preset"),

@@ -38,6 +38,7 @@ RANKS = (
     ("evaluate", "recipes", "estimate"),
     ("models",),
     ("console", "texts"),
+    ("listing", "budgets"),
     ("demo",),
     ("cli",),
     ("__main__",),

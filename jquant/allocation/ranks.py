@@ -32,7 +32,7 @@ from jquant.compensation import LoRC
 from jquant.distortion import output_error
 from jquant.errors import PlanError
 from jquant.lazy import read
-from jquant.qtensor import QTensor, weight_bits
+from jquant.qtensor import array_bits
 from jquant.scheme import Plan, Scheme
 from jquant.solve import remainder
 
@@ -186,19 +186,8 @@ def _prices(choice: LoRC, shape: tuple[int, ...]) -> tuple[tuple[float, float], 
 
     def stored(rank: int) -> list[float]:
         low = jax.eval_shape(replace(choice, rank=rank, metric="plain"), error)
-        return [bits for factor in (low.left, low.right) for bits in _arrays(factor)]
+        return [bits for factor in (low.left, low.right) for bits in array_bits(factor)]
 
     one = stored(1)
     two = stored(2) if min(shape[-2:]) > 1 else [2 * bits for bits in one]
     return tuple((2 * a - b, b - a) for a, b in zip(one, two, strict=True))
-
-
-def _arrays(factor: Any) -> list[float]:
-    """Bits of every array that a factor is stored as."""
-    if not isinstance(factor, QTensor):
-        return [float(factor.size * jnp.finfo(factor.dtype).bits)]
-    found = [float(factor.codes.size * factor.grid.bits)]
-    for name in factor.params:
-        alone = replace(factor, params={name: factor.params[name]})
-        found.append(weight_bits(alone) * factor.size - found[0])
-    return found

@@ -1,0 +1,334 @@
+"""Who gets the bits: a scheme for every weight, under a budget for all of them together.
+
+`allocate` takes losses (a `Sensitivity`, or numbers of your own), candidates and a budget, and
+gives a plan and what was chosen. The budget is in bytes as a checkpoint stores them, or in bits per
+weight, scales and zero points and factors counted; it is never exceeded, by no byte. Methods are
+those of `budget.py`, and the paper's: CPTQuant (Nanda et al. 2024) puts blocks into clusters by
+their score, and gives each cluster one width. Here the clusters are optimal and sorted, and the
+widths the best that the budget pays for, the more sensitive cluster never the smaller.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.table import Table
+
+from jquant.allocation import budget as ways
+from jquant.allocation.candidates import Candidates
+from jquant.allocation.clusters import clusters as cluster
+from jquant.allocation.sensitivity import Sensitivity
+from jquant.errors import EvidenceError, PlanError
+from jquant.scheme import Plan, Scheme
+
+Method = Literal["auto", "dynamic", "greedy", "lagrange", "clusters"]
+METHODS = ("auto", "dynamic", "greedy", "lagrange", "clusters")
+Losses = Sensitivity | Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a weight got.
+
+    Attributes:
+        position: of the scheme among the weight's candidates.
+        scheme: the scheme.
+        bytes: as a checkpoint stores it.
+        size: how many numbers the weight has.
+        loss: that the scheme was said to cost.
+    """
+
+    position: int
+    scheme: Scheme
+    bytes: int
+    size: int
+    loss: float
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight."""
+        return 8 * self.bytes / self.size
+
+
+@dataclass(frozen=True)
+class Allocation(Mapping[str, Share]):
+    """Path → `Share` for every weight of the plan, in the order of depth.
+
+    Attributes:
+        weights: the mapping.
+        budget: bytes that might be spent.
+        method: how it was chosen.
+        by: the name of the losses.
+        papers: what to cite, as keys of `papers.bib`; `jq.cite(allocation)` prints them.
+    """
+
+    weights: Mapping[str, Share]
+    budget: int
+    method: str
+    by: str
+    papers: tuple[str, ...] = ()
+
+    def __getitem__(self, path: str) -> Share:
+        return self.weights[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes spent."""
+        return sum(share.bytes for share in self.values())
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight, over all."""
+        return 8 * self.bytes / sum(share.size for share in self.values())
+
+    @property
+    def loss(self) -> float:
+        """The sum of losses."""
+        return math.fsum(share.loss for share in self.values())
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """Path → position among the candidates: the same choice for other ones, `other.plan(…)`."""
+        return {path: share.position for path, share in self.items()}
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """Bits of codes → how many weights have them, fewest bits first."""
+        return dict(sorted(Counter(share.scheme.grid.bits for share in self.values()).items()))
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{count} of {bits} bits" for bits, count in self.widths.items())
+        return f"{said}; {self.bits:.3f} bits per weight stored, by {self.by} ({self.method})"
+
+    def table(self) -> Table:
+        """A table for `rich.print`: a row per weight."""
+        caption = f"{self}; {self.bytes} of {self.budget} bytes"
+        table = Table(title="who gets the bits", caption=caption)
+        table.add_column("weight", overflow="fold")
+        for name in ("code bits", "stored bits", "bytes", "loss"):
+            table.add_column(name, justify="right")
+        for path, share in self.items():
+            bits = f"{share.scheme.grid.bits}", f"{share.bits:.3f}"
+            table.add_row(path, *bits, str(share.bytes), f"{share.loss:.3g}")
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers and strings, for `json.dump`."""
+        rows = {
+            path: {
+                "scheme": repr(share.scheme), "position": share.position, "bytes": share.bytes,
+                "bits": share.bits, "loss": share.loss,
+            }
+            for path, share in self.items()
+        }  # fmt: skip
+        return {
+            "by": self.by, "method": self.method, "budget_bytes": self.budget,
+            "bytes": self.bytes, "bits_per_weight": self.bits, "loss": self.loss, "weights": rows,
+        }  # fmt: skip
+
+
+def allocate(
+    losses: Losses,
+    candidates: Candidates,
+    *,
+    bits: float | None = None,
+    bytes: int | None = None,
+    method: Method = "auto",
+    clusters: int = 3,
+) -> tuple[Plan, Allocation]:
+    """Choose a scheme for every weight, of the least total loss that a budget pays for.
+
+    Args:
+        losses: what `exact_kl`, `kl_gradient`, `fisher`, … return; or path → one number for each
+            candidate, in their order.
+        candidates: what `candidates` returned.
+        bits: budget in stored bits per weight, over all weights of the plan, fixed ones too.
+        bytes: the same budget in bytes. Exactly one of the two.
+        method: "dynamic" is exact; "greedy" misses by less than one upgrade; "lagrange" may leave a
+            part of the budget; "clusters" is the paper's. "auto": dynamic where its table has fewer
+            than 50 million entries, else greedy. Ties give more bits to the earlier weight, except
+            by "lagrange", which gives weights that tie the same.
+        clusters: how many, for that method (3 is the paper's).
+
+    Returns:
+        the plan, and what was chosen. More budget is never worse in total loss.
+
+    Raises:
+        PlanError: no budget or two; a budget below the smallest possible (the message says what
+            that is); losses of other weights or candidates; a method that does not exist, or has no
+            room for this problem.
+        EvidenceError: a loss is NaN, infinite or negative.
+
+    Example:
+        >>> import jax.numpy as jnp, jquant as jq
+        >>> params = {"a": jnp.ones((64, 8)), "b": jnp.ones((8, 8))}
+        >>> fn = lambda p, x: (x @ p["a"]) @ p["b"]
+        >>> plan = jq.plan(jq.find_weights(fn, params, jnp.ones((2, 64))), {".*": jq.Scheme(
+        ...     jq.grids.Uniform(4, symmetric=True, scale_dtype="float16"))})
+        >>> choice = jq.allocation.candidates(plan, (2, 4, 8))
+        >>> plan, chosen = allocate({"a": (1.0, 0.5, 0.1), "b": (9.0, 5.0, 0.3)}, choice, bits=3.2)
+        >>> chosen.widths, chosen.bytes, chosen.budget
+        ({2: 1, 8: 1}, 224, 230)
+
+    References:
+        Nanda et al., CPTQuant, 2024, https://arxiv.org/abs/2412.03599
+    """
+    if not isinstance(candidates, Candidates):
+        raise PlanError(
+            f"expected what allocation.candidates returns, got {type(candidates).__name__}"
+        )
+    if method not in METHODS:
+        raise PlanError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    paths = list(candidates)
+    sizes = [candidates.bytes(path) for path in paths]
+    numbers = [candidates.size(path) for path in paths]
+    budget = budget_bytes(candidates, bits=bits, bytes=bytes)
+    known = losses.losses(candidates) if isinstance(losses, Sensitivity) else losses
+    found = [_losses(path, known, len(candidates[path])) for path in paths]
+    if method == "auto":
+        method = "dynamic" if ways.cells(sizes, budget) <= ways.MOST else "greedy"
+    if method == "dynamic":
+        if ways.cells(sizes, budget) > ways.MOST:
+            raise PlanError(
+                f"method='dynamic' would need a table of {ways.cells(sizes, budget)} entries, more "
+                f"than {ways.MOST}; pass method='greedy'"
+            )
+        chosen = ways.dynamic(found, sizes, budget)
+    elif method == "greedy":
+        chosen = ways.greedy(found, sizes, budget)
+    elif method == "lagrange":
+        chosen = ways.lagrange(found, sizes, budget)
+    else:
+        groups = _clusters(losses, candidates, found, numbers, clusters)
+        chosen = _by_cluster(groups, found, sizes, budget)
+    shares = {
+        path: Share(at, candidates[path][at], size[at], number, loss[at])
+        for path, at, size, number, loss in zip(paths, chosen, sizes, numbers, found, strict=True)
+    }
+    by, papers = "losses given", ("nanda2024cptquant",) if method == "clusters" else ()
+    if isinstance(losses, Sensitivity):
+        by, papers = losses.name, tuple(dict.fromkeys((*losses.papers, *papers)))
+    plan = Plan({path: shares[path].scheme for path in paths}, candidates.weights)
+    return plan, Allocation(shares, budget, method, by, papers)
+
+
+def budget_bytes(
+    candidates: Candidates, *, bits: float | None = None, bytes: int | None = None
+) -> int:
+    """The budget in bytes, checked: what `allocate` refuses, before anything is measured.
+
+    Raises:
+        PlanError: no budget or two, or one below the smallest possible.
+    """
+    numbers = sum(map(candidates.size, candidates))
+    if (bits is None) == (bytes is None):
+        raise PlanError(f"pass bits or bytes, exactly one; got bits={bits!r}, bytes={bytes!r}")
+    if bytes is not None:
+        if isinstance(bytes, bool) or not isinstance(bytes, int) or bytes < 1:
+            raise PlanError(f"bytes must be a whole number above 0, got {bytes!r}")
+        budget = bytes
+    else:
+        if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < math.inf:
+            raise PlanError(f"bits must be a number above 0, got {bits!r}")
+        budget = math.floor(bits * numbers / 8 + 1e-6)  # 4.3125 bits may come as 4.3124999…
+    least = sum(candidates.bytes(path)[0] for path in candidates)
+    if budget < least:
+        raise PlanError(
+            f"a budget of {budget} bytes, {8 * budget / numbers:.4g} bits per weight, is below the "
+            f"smallest possible: {least} bytes, {math.ceil(8e4 * least / numbers) / 1e4:g} bits "
+            "per weight (scales, zero points and factors counted); raise it, or offer smaller "
+            "schemes"
+        )
+    return budget
+
+
+def _losses(path: str, known: Mapping[str, Sequence[float]], count: int) -> tuple[float, ...]:
+    if path not in known:
+        if count == 1:
+            return (0.0,)
+        raise PlanError(f"losses do not name weight {path!r}, which has {count} candidates")
+    found = tuple(float(x) for x in known[path])
+    if len(found) != count:
+        raise PlanError(f"weight {path!r} has {count} candidates, got {len(found)} losses for it")
+    for loss in found:
+        if not (math.isfinite(loss) and loss >= 0):
+            raise EvidenceError(f"weight {path!r}: a loss must be 0 or more, got {loss}")
+    return found
+
+
+def _clusters(
+    losses: Losses,
+    candidates: Candidates,
+    found: Sequence[Sequence[float]],
+    numbers: Sequence[int],
+    count: int,
+) -> list[int]:
+    """The cluster of every weight, 0 for the least sensitive; -1 where there is no choice.
+
+    A block is clustered by its score, or by its loss per number under the smallest scheme.
+    """
+    lengths = {len(schemes) for schemes in candidates.values() if len(schemes) > 1}
+    if len(lengths) > 1:
+        raise PlanError(
+            f"method='clusters' gives all weights of a cluster the candidate at one position, but "
+            f"they have {sorted(lengths)} candidates; offer all the same, or use another method"
+        )
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise PlanError(f"clusters must be a whole number above 0, got {count!r}")
+    blocks = losses.blocks if isinstance(losses, Sensitivity) else None
+    scores: dict[str, list[float]] = {}
+    of = {path: path if blocks is None else blocks.get(path, path) for path in candidates.free}
+    sums: dict[str, list[tuple[float, int]]] = {}
+    for path, some, number in zip(candidates, found, numbers, strict=True):
+        if path in of:
+            sums.setdefault(of[path], []).append((some[0], number))
+            if isinstance(losses, Sensitivity) and losses.schemes is None:
+                scores.setdefault(of[path], []).append(losses.values[path][0])
+    value = {
+        block: math.fsum(scores[block]) / len(scores[block])
+        if block in scores
+        else math.fsum(loss for loss, _ in some) / sum(number for _, number in some)
+        for block, some in sums.items()
+    }
+    label = dict(zip(value, cluster(list(value.values()), count), strict=True))
+    return [label[of[path]] if path in of else -1 for path in candidates]
+
+
+def _by_cluster(
+    groups: Sequence[int],
+    losses: Sequence[Sequence[float]],
+    sizes: Sequence[Sequence[int]],
+    budget: int,
+) -> list[int]:
+    """One position per cluster, rising with sensitivity, of the least loss that fits."""
+    many = max(groups) + 1
+    length = next(len(some) for some, g in zip(losses, groups, strict=True) if g >= 0)
+    cost = [[0] * length for _ in range(many)]
+    loss = [[0.0] * length for _ in range(many)]
+    fixed = 0
+    for group, some, bytes_ in zip(groups, losses, sizes, strict=True):
+        if group < 0:
+            fixed += bytes_[0]
+            continue
+        for at in range(length):
+            cost[group][at] += bytes_[at]
+            loss[group][at] += some[at]
+    best: tuple[float, int, tuple[int, ...]] | None = None
+    for positions in itertools.combinations_with_replacement(range(length), many):
+        spent = fixed + sum(cost[g][at] for g, at in enumerate(positions))
+        if spent <= budget:
+            found = sum(loss[g][at] for g, at in enumerate(positions)), -spent, positions
+            best = found if best is None or found < best else best
+    assert best is not None  # the smallest of all fit
+    return [0 if group < 0 else best[2][group] for group in groups]

@@ -1,0 +1,175 @@
+"""Running a network with some weights replaced: what all measured scores have in common.
+
+The parameters are operands of one compiled program, so a trial is a call with another array in the
+place of a leaf: however many weights and schemes are tried, `divergence` compiles once per shape of
+batch. All parameters are in memory, and the logits of one batch in full precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from jquant.allocation.candidates import Candidates, draft, key_of_scheme
+from jquant.blocks import Layout
+from jquant.calibration.evidence import Evidence
+from jquant.calibration.stages import block_of
+from jquant.calibration.weights import path_of
+from jquant.checks import check_evidence, check_needs, check_weights
+from jquant.errors import EvidenceError, PlanError
+from jquant.lazy import realize
+from jquant.objectives import KL, logits_of
+from jquant.qtensor import dequantize_weight
+from jquant.scheme import Scheme
+from jquant.solve import key_of, quantize_weight
+
+Told = Callable[[int, int], None]  # called with the trials done, and how many there are
+Inputs = tuple[Any, ...]
+
+
+class Trials:
+    """The parameters of a function, and the candidates for its weights; checked.
+
+    Args:
+        params: the parameters; lazy ones are read, all of them.
+        candidates: what `candidates` returned.
+        batches: each one array, or a tuple of the function's inputs.
+        evidence: path → `Evidence`. With it weights are rounded as their schemes say, without it to
+            nearest (and terms are in the plain metric).
+        key: for roundings that are random, used with evidence only.
+
+    Raises:
+        PlanError: the candidates are of other parameters.
+        WeightError: a weight holds NaN or infinite values.
+        EvidenceError: no batches, or evidence that does not fit.
+    """
+
+    def __init__(
+        self,
+        params: PyTree,
+        candidates: Candidates,
+        batches: Iterable[Any],
+        evidence: Mapping[str, Evidence] | None = None,
+        key: PRNGKeyArray | None = None,
+    ):
+        if not isinstance(candidates, Candidates):
+            raise PlanError(
+                f"expected what allocation.candidates returns, got {type(candidates).__name__}"
+            )
+        leaves, self.structure = jax.tree_util.tree_flatten_with_path(params)
+        shapes = {path_of(keys): leaf for keys, leaf in leaves}
+        for at in range(max(map(len, candidates.values()))):
+            plan = candidates.plan({p: min(at, len(s) - 1) for p, s in candidates.items()})
+            check_weights(plan, shapes)
+            if evidence is not None:
+                check_needs(plan, evidence, key, batches=False, staged=False)
+                check_evidence(plan, evidence)
+        self.candidates, self.evidence, self.key = candidates, evidence, key
+        self.batches: list[Inputs] = [b if isinstance(b, tuple) else (b,) for b in batches]
+        if not self.batches:
+            raise EvidenceError("got no batches; pass at least one array or tuple of inputs")
+        self.params = realize(params)
+        self.leaves = dict(zip(shapes, jax.tree.leaves(self.params), strict=True))
+
+    def wanted(self, fn: Callable[..., Any]) -> Iterator[tuple[Inputs, Any, int]]:
+        """For every batch its inputs, the logits of the network as it came, and their tokens."""
+        for number, inputs in enumerate(self.batches):
+            found = outputs(fn, self.params, inputs)
+            count = rows(found)
+            if _lost(found):  # a divergence from NaN would be taken for zero
+                raise EvidenceError(
+                    f"the logits of batch {number} hold NaN or infinity; look for such weights, "
+                    "and for tokens outside the vocabulary"
+                )
+            yield inputs, found, count
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """The weights that are to be tried."""
+        return self.candidates.free
+
+    @property
+    def blocks(self) -> dict[str, str]:
+        """The block of every weight that is to be tried, by its path."""
+        return {path: block_of(path) for path in self.free}
+
+    def weights(self) -> dict[str, Array]:
+        """The weights that are to be tried, as they came."""
+        return {path: self.leaves[path] for path in self.free}
+
+    def quantized(self, path: str, scheme: Scheme) -> Array:
+        """A weight on the grid of a scheme, in its own shape and dtype."""
+        w, layout = self.leaves[path], self.candidates.weights[path].layout
+        if self.evidence is None:
+            return _nearest(w, draft(scheme), layout)
+        own = None if self.key is None else key_of(self.key, path)
+        known = self.evidence.get(path)
+        return dequantize_weight(quantize_weight(w, scheme, layout, evidence=known, key=own)[0])
+
+    def errors(self, path: str) -> list[Array]:
+        """What each candidate does to a weight: `Q(w) - w`, float32."""
+        w = self.leaves[path].astype(jnp.float32)
+        schemes = self.candidates[path]
+        return [self.quantized(path, scheme).astype(jnp.float32) - w for scheme in schemes]
+
+    def power(self, path: str) -> list[float]:
+        """The squared errors of each candidate."""
+        return [float(jnp.sum(e**2)) for e in self.errors(path)]
+
+    def swapped(self, weights: Mapping[str, Array]) -> PyTree:
+        """The parameters with other arrays in the place of some weights."""
+        return swapped(self.params, weights)
+
+    def schemes(self) -> dict[str, tuple[str, ...]]:
+        """What losses by scheme belong to, in words."""
+        return {path: tuple(map(key_of_scheme, self.candidates[path])) for path in self.free}
+
+
+def swapped(params: PyTree, weights: Mapping[str, Array]) -> PyTree:
+    """Parameters with other arrays in the place of some leaves."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    return jax.tree.unflatten(structure, [weights.get(path_of(k), leaf) for k, leaf in leaves])
+
+
+@partial(jax.jit, static_argnames="fn")
+def outputs(fn: Callable[..., Any], params: PyTree, inputs: Inputs) -> Any:
+    """What the function returns."""
+    return fn(params, *inputs)
+
+
+@partial(jax.jit, static_argnames="fn")
+def divergence(
+    fn: Callable[..., Any], params: PyTree, inputs: Inputs, wanted: Any
+) -> Float[Array, ""]:
+    """KL of the logits from the wanted ones, nats per token."""
+    return KL()(fn(params, *inputs), wanted)
+
+
+def rows(logits: Any) -> int:
+    """How many tokens there are logits of."""
+    (leaf,) = logits_of(logits)
+    return leaf.size // leaf.shape[-1]
+
+
+def mean(values: Sequence[float], counts: Sequence[int]) -> float:
+    """The mean over batches by their tokens, in the same bits whatever their order."""
+    total = math.fsum(v * n for v, n in zip(values, counts, strict=True))
+    return total / math.fsum(counts)
+
+
+@jax.jit
+def _lost(logits: Any) -> Array:
+    """Whether a logit is NaN or infinite; minus infinity is a word that cannot be."""
+    (leaf,) = jax.tree.leaves(logits)
+    return jnp.any(jnp.isnan(leaf) | (leaf == jnp.inf))
+
+
+@partial(jax.jit, static_argnames=("scheme", "layout"))
+def _nearest(w: Array, scheme: Scheme, layout: Layout) -> Array:
+    return dequantize_weight(quantize_weight(w, scheme, layout)[0])
