@@ -66,7 +66,7 @@ class Walk:
         cuts: the cut function for every batch; batches of one shape share it.
         quantized, full: the values alive in the network with quantized weights, and in the one
             without if it is walked beside.
-        drift: whether evidence says how far the two are apart.
+        drift, spread: whether evidence says how far the two are apart, and how inputs are spread.
     """
 
     batches: list[list[Any]]
@@ -74,6 +74,7 @@ class Walk:
     quantized: Store
     full: Store | None
     drift: bool = False
+    spread: bool = False
     _keys: dict[int, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -87,6 +88,7 @@ class Walk:
         *,
         budget: int | None = None,
         drift: bool = False,
+        spread: bool = False,
         level: Level | None = None,
         reconstruct: bool = False,
     ) -> Walk:
@@ -101,6 +103,7 @@ class Walk:
             granularity: what a stage is.
             budget: bytes of values kept on the device between stages; None: no limit.
             drift: also walk the network with the weights it came with, for evidence to compare.
+            spread: also take histograms of inputs.
             level: what `compare` compares weights on; None: they are not to be compared.
             reconstruct: also walk the network with the weights it came with, for stages to aim at.
 
@@ -137,7 +140,8 @@ class Walk:
         def store() -> Store:
             return Store(budget, [{} for _ in cuts])
 
-        return Walk(inputs, cuts, store(), store() if drift or reconstruct else None, drift)
+        full = store() if drift or reconstruct else None
+        return Walk(inputs, cuts, store(), full, drift, spread)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -181,7 +185,7 @@ class Walk:
         beside = 1 if self.full is None else 2
         for kind, one in kinds.items():
             for stage, segment in enumerate(one.gathers):
-                run = segments.gather(segment, self._key(one, segment))
+                run = segments.gather(segment, self._key(one, segment), self.spread)
                 operands = [one.flat.shapes[n] for n in segment.sources]
                 full = operands if self.drift else None
                 total = jax.eval_shape(run, None, operands, full)[0]
@@ -212,7 +216,7 @@ class Walk:
         arrays: dict[Piece, Array] = {}
         for batch, cut in enumerate(self.cuts):
             segment = cut.gathers[stage]
-            run = segments.gather(segment, self._key(cut, segment))
+            run = segments.gather(segment, self._key(cut, segment), self.spread)
             operands = self._operands(batch, segment, self.quantized, arrays, current)
             full = None
             if self.drift:  # weights of this stage are still what they were
