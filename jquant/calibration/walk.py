@@ -102,8 +102,8 @@ class Walk:
             batches: each one array, or a tuple of inputs.
             granularity: what a stage is.
             budget: bytes of values kept on the device between stages; None: no limit.
-            drift: also walk the network with the weights it came with, for evidence to compare.
-            spread: also take histograms of inputs.
+            drift: evidence compares with the network walked with the weights it came with.
+            spread: evidence has histograms of inputs.
             level: what `compare` compares weights on; None: they are not to be compared.
             reconstruct: also walk the network with the weights it came with, for stages to aim at.
 
@@ -137,11 +137,9 @@ class Walk:
         if not cuts:
             raise EvidenceError("got no batches; pass at least one array or tuple of inputs")
 
-        def store() -> Store:
-            return Store(budget, [{} for _ in cuts])
-
-        full = store() if drift or reconstruct else None
-        return Walk(inputs, cuts, store(), full, drift, spread)
+        stores = [Store(budget, [{} for _ in cuts]) for _ in range(2)]
+        beside = stores[1] if drift or reconstruct else None
+        return Walk(inputs, cuts, stores[0], beside, drift, spread)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -1,7 +1,7 @@
 """The same function, on quantized weights: every weight is decoded where it is used.
 
 `apply(fn)(qparams, *inputs)` gives what `fn(dequantize(qparams), *inputs)` gives, but for products
-whose scheme quantizes their inputs (`inputs.py`). The walker
+whose scheme quantizes their inputs (`codes.py`). The walker
 carries each `QTensor` through calls, scans, branches and views, and decodes it at the operation
 that needs its values: at any moment the program holds the codes and the few weights in use. A view
 that cannot be expressed on codes waits beside them until then. Under a scan a quantized stack

@@ -1,6 +1,6 @@
 """A product with a weight that is more than its codes: quantized inputs, thin products beside it.
 
-With inputs that are quantized the product is one of codes where there is such (`inputs.py`), else
+With inputs that are quantized the product is one of codes where there is such (`codes.py`), else
 one of the rounded input and the decoded weight. A compensation is two thin products beside it, on
 the input as it is.
 
@@ -26,7 +26,8 @@ from jax.extend import core
 
 from jquant.blocks import Factor, Layout
 from jquant.inference.axes import Axes, Role, axes_of
-from jquant.inference.inputs import on_codes, round_canonical
+from jquant.inference.codes import on_codes
+from jquant.inference.inputs import round_canonical
 from jquant.inference.views import own_layout
 from jquant.interpreter import bind
 from jquant.qtensor import QTensor
