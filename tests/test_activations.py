@@ -277,10 +277,15 @@ def test_a_token_is_all_that_is_contracted() -> None:
     """Heads are contracted together, experts each have tokens of their own."""
     one, two = _normal(9, 7, 3, 4), _normal(8, 2, 7, 6)
     join = lambda p, x: jnp.einsum("tnh,nhd->dt", x, p)  # noqa: E731
+    turned = lambda p, x: jnp.einsum("tnh,hnd->td", x, p)  # noqa: E731
     each = lambda p, x: jnp.einsum("edf,etd->etf", p, x)  # noqa: E731
+    grouped = lambda p, x: jnp.einsum("abtd,badf->tabf", x, p)  # noqa: E731
+    four = _normal(7, 2, 3, 7, 6)
     for fn, w, x, axes, whole in (
         (join, _normal(0, 3, 4, 5), one, (1, 2), None),
+        (turned, _normal(0, 4, 3, 5), one, (1, 2), None),
         (each, _normal(1, 2, 6, 5), two, 2, (1, 2)),
+        (grouped, _normal(1, 3, 2, 6, 5), four, 3, (2, 3)),
     ):
         weights = jq.find_weights(fn, w, x)
         q, _ = jq.quantize(fn, w, jq.plan(weights, {".*": jq.Scheme(BYTES, activations=TOKEN)}))
@@ -312,6 +317,39 @@ def test_any_function(name) -> None:
     without = jq.apply(case.fn)(jax.tree.map(lambda x: x, bare(q)), case.batches[0])
     assert not np.array_equal(jax.tree.leaves(found)[0], jax.tree.leaves(without)[0])
     jax.tree.map(lambda a, b: near(a, b, 0.08), found, full)
+
+
+def test_static_ranges_follow_their_layer() -> None:
+    """A stack indexed in a Python loop, turned, and squeezed: each layer has its own range."""
+
+    def each(p, x):
+        for layer in range(3):
+            x = jnp.tanh(x @ p["w"][layer]) @ p["o"][layer].T * 10.0**layer
+        return x
+
+    params = {"w": W["w"], "o": W["w"][::-1]}
+    ask = Activations(BYTES, "static")
+    plan = jq.plan(
+        jq.find_weights(each, params, X),
+        {"w": jq.Scheme(BYTES, activations=ask), ".*": jq.keep},
+    )
+    q, _ = jq.quantize(each, params, plan, [X], granularity="all")
+    scales, x = q["w"].activations.params["scale"], X
+    for layer in range(3):
+        assert scales[layer] == pytest.approx(float(jnp.abs(x).max()) / 127, rel=1e-4)
+        x = jnp.tanh(x @ W["w"][layer]) @ params["o"][layer].T * 10.0**layer
+    x, w = X, jq.dequantize(q)["w"]
+    for layer in range(3):
+        x = jnp.clip(jnp.round(x / scales[layer]), -127, 127) * scales[layer]
+        x = jnp.tanh(x @ w[layer]) @ params["o"][layer].T * 10.0**layer
+    near(jq.apply(each)(q, X), x, 1e-2)
+    turned = {"w": q["w"], "o": None}
+    back = lambda p, x: jnp.einsum("ndl,ltd->ltn", p["w"].transpose(2, 1, 0), x)  # noqa: E731
+    stack = jnp.stack([X, 10 * X, 100 * X])
+    wanted = [
+        jq.apply(_times)(jax.tree.map(lambda a, k=k: a[k], q["w"]), stack[k]) for k in range(3)
+    ]
+    near(jq.apply(back)(turned, stack), jnp.stack(wanted))
 
 
 def test_views_wait_for_their_product() -> None:
