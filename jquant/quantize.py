@@ -243,6 +243,7 @@ def prepare(
             budget=budget, drift=any("drift" in scheme.needs for scheme in plan.values()),
             reconstruct=objective is not None, spread=spread,
         )  # fmt: skip
+        walk.teacher = isinstance(objective, Stagewise) and objective.inputs == "full"
         _check_reached(plan, walk)
     return walk, arrays
 

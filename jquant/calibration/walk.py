@@ -67,6 +67,7 @@ class Walk:
         quantized, full: the values alive in the network with quantized weights, and in the one
             without if it is walked beside.
         drift, spread: whether evidence says how far the two are apart, and how inputs are spread.
+        teacher: whether reconstructions start from what the one without has.
     """
 
     batches: list[list[Any]]
@@ -75,6 +76,7 @@ class Walk:
     full: Store | None
     drift: bool = False
     spread: bool = False
+    teacher: bool = False
     _keys: dict[int, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -102,8 +104,7 @@ class Walk:
             batches: each one array, or a tuple of inputs.
             granularity: what a stage is.
             budget: bytes of values kept on the device between stages; None: no limit.
-            drift: evidence compares with the network walked with the weights it came with.
-            spread: evidence has histograms of inputs.
+            drift, spread: what evidence says besides; see the attributes.
             level: what `compare` compares weights on; None: they are not to be compared.
             reconstruct: also walk the network with the weights it came with, for stages to aim at.
 
@@ -272,14 +273,14 @@ class Walk:
         assert self.full is not None
         runs: dict[Any, Any] = {}
         inputs, wanted = [], []
-        now: dict[Piece, Array] = {}
-        before: dict[Piece, Array] = {}
+        now, before = {}, {}
         for batch, cut in enumerate(self.cuts):
             segment, pieces = cut.reconstructions[stage], cut.flat.pieces
             places = {pieces[n]: k for k, n in enumerate(segment.sources) if n in pieces}
             run = segments.advance(segment, self._key(cut, segment))
             wanted.append(self._run(batch, segment, self.full, before, original))
-            operands = self._operands(batch, segment, self.quantized, now, current)
+            store = self.full if self.teacher else self.quantized
+            operands = self._operands(batch, segment, store, now, current)
             for piece in learned:
                 operands[places[piece]] = None
             shapes = tuple(x.shape for x in operands if x is not None)
