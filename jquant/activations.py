@@ -224,7 +224,7 @@ def rounded(
     Example:
         >>> x = jnp.array([[4.0, 3.0, -0.9]])
         >>> rounded(x, Activations(Uniform(2, symmetric=True, convention="S3")), None).tolist()
-        [[4.0, 4.0, -0.0]]
+        [[4.0, 4.0, 0.0]]
     """
 
     @jax.custom_jvp
