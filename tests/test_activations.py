@@ -154,6 +154,12 @@ def test_what_is_multiplied(grid, blocks, ask, kinds) -> None:
         assert not [a for a in floats if a.dtype == jnp.float32 and a.size == q.size]
 
 
+def test_few_tokens_are_filled_up() -> None:
+    """XLA's CPU takes longer for one token than for eight."""
+    dots = [e for e in equations(times, weight(BYTES), X[:1]) if e.primitive.name == "dot_general"]
+    assert [e.outvars[0].aval.shape for e in dots] == [(8, 12)]
+
+
 def test_eight_bit_floats_meet_as_such_where_there_are_units_for_them() -> None:
     q = weight(E4M3, None, Activations(E5M2))
     kinds = {
