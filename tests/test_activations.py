@@ -358,6 +358,19 @@ def test_static_ranges_follow_their_layer() -> None:
     near(jq.apply(back)(turned, stack), jnp.stack(wanted))
 
 
+def test_rows_of_a_ragged_product_have_their_group_s_range() -> None:
+    fn = lambda p, x: jax.lax.ragged_dot(x, p["w"], jnp.array([2, 0, 5]))  # noqa: E731
+    x = X[:7] * jnp.where(jnp.arange(7) < 2, 1.0, 100.0)[:, None]
+    params = {"w": W["w"]}
+    scheme = jq.Scheme(BYTES, activations=Activations(BYTES, "static"))
+    q, _ = jq.quantize(fn, params, jq.plan(jq.find_weights(fn, params, x), {".*": scheme}), [x])
+    steps = q["w"].activations.params["scale"][jnp.array([0, 0, 2, 2, 2, 2, 2])][:, None]
+    assert steps[0] < steps[2] / 10
+    seen = jnp.clip(jnp.round(x / steps), -127, 127) * steps
+    close(jq.apply(fn)(q, x)[:2], fn(jq.dequantize(q), seen)[:2])
+    near(jq.apply(fn)(q, x), fn(jq.dequantize(q), seen))
+
+
 def test_views_wait_for_their_product() -> None:
     """Slices of outputs and inputs, reshapes: the input of each product is rounded."""
 
