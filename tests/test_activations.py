@@ -334,7 +334,7 @@ def test_static_ranges_follow_their_layer() -> None:
         return x
 
     params = {"w": W["w"], "o": W["w"][::-1]}
-    ask = Activations(BYTES, "static")
+    ask = Activations(BYTES, "static", Percentile(100.0))  # read from the spread
     plan = jq.plan(
         jq.find_weights(each, params, X),
         {"w": jq.Scheme(BYTES, activations=ask), ".*": jq.keep},
