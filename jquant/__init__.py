@@ -15,6 +15,7 @@ from jquant import (
     presets,
     rounding,
 )
+from jquant.activations import Activations, Percentile
 from jquant.allocation import plan
 from jquant.blocks import Blocks, Layout
 from jquant.calibration import Evidence, Weight, capture, find_weights
@@ -35,6 +36,7 @@ from jquant.solve import quantize_weight
 from jquant.tuning import tune_scales
 
 __all__ = [
+    "Activations",
     "Blocks",
     "Estimate",
     "Evidence",
@@ -42,6 +44,7 @@ __all__ = [
     "Lazy",
     "LoRC",
     "LowRank",
+    "Percentile",
     "Plan",
     "Progress",
     "QTensor",

@@ -20,7 +20,7 @@ from jquant.errors import EvidenceError, PlanError, WeightError, near
 from jquant.objectives import Stagewise
 from jquant.qtensor import QTensor
 from jquant.rounding.relaxed import Relaxation
-from jquant.scheme import Plan, Scheme
+from jquant.scheme import Plan, Scheme, check_inputs
 
 
 def check_weights(plan: Mapping[str, Scheme], arrays: Mapping[str, Any]) -> None:
@@ -45,6 +45,7 @@ def check_weights(plan: Mapping[str, Scheme], arrays: Mapping[str, Any]) -> None
         if leaf.ndim < 2:
             raise WeightError(f"weight {path!r} has {leaf.ndim} axes, needs at least 2; keep it")
         _check_rank(path, plan[path], plan.weights[path])
+        _check_uses(path, plan[path], plan.weights[path])
         if isinstance(leaf, jax.Array):  # what lies in a file is checked when it is read
             flags[path] = _finite(leaf)
     for path, flag in flags.items():
@@ -59,6 +60,28 @@ def _check_rank(path: str, scheme: Scheme, weight: Weight) -> None:
             f"weight {path!r} is a matrix of {sides[0]} outputs and {sides[1]} inputs, so its "
             f"compensation can have a rank of at most {min(sides)}, got {choice}"
         )
+
+
+def _check_uses(path: str, scheme: Scheme, weight: Weight) -> None:
+    """Refuse quantized inputs that a use of the weight cannot have as asked."""
+    choice = scheme.activations
+    if choice is None:
+        return
+    for use in weight.uses:
+        if use.kind == "lookup":
+            continue
+        if choice.path == "integer" and (use.kind != "dot" or not use.counted):
+            said = use.kind if use.counted else f"{use.kind} over its axes {use.in_axes}"
+            raise PlanError(
+                f"weight {path!r} enters a {said}, which has no product of integers; pass "
+                "Activations(path='auto')"
+            )
+        if choice.granularity == "static" and not use.counted:
+            raise PlanError(
+                f"weight {path!r} is contracted over its axes {weight.in_axes} and elsewhere over "
+                f"{use.in_axes}, and has one static range of inputs; pass "
+                "Activations(granularity='token')"
+            )
 
 
 def check_finite(path: str, array: Array) -> None:
@@ -106,6 +129,11 @@ def check_needs(
                     f"weight {path!r}: {name} needs the second moment of its inputs; pass "
                     "calibration batches, or evidence={path: Evidence(...)}"
                 )
+        if scheme.activations is not None and "inputs" in needs:
+            if path in evidence:
+                check_inputs(path, scheme.activations, evidence[path])
+            elif not batches or not plan.weights[path].has_inputs:
+                check_inputs(path, scheme.activations, None)
         drift = path in evidence and evidence[path].drift is not None
         if "drift" in needs and not drift and not (staged and path not in evidence):
             raise EvidenceError(
@@ -116,7 +144,13 @@ def check_needs(
 
 
 def check_objective(
-    plan: Plan, objective: Any, key: PRNGKeyArray | None, *, batches: bool, granularity: str
+    plan: Plan,
+    objective: Any,
+    evidence: Mapping[str, Evidence],
+    key: PRNGKeyArray | None,
+    *,
+    batches: bool,
+    granularity: str,
 ) -> None:
     """Refuse an objective that cannot be descended."""
     if not callable(objective):
@@ -136,6 +170,15 @@ def check_objective(
             raise PlanError(
                 f"weights {first!r} and {path!r} are to be learned together, but by "
                 f"{learned[first].rounding} and {scheme.rounding}; pass one rounding for both"
+            )
+        if (
+            "inputs" in scheme.needs
+            and path not in evidence
+            and not isinstance(objective, Stagewise)
+        ):
+            raise EvidenceError(
+                f"weight {path!r} is learned on the whole network, where the ranges of its inputs "
+                "are not read; pass evidence= for it, or Activations(granularity='token')"
             )
         choice = scheme.compensation
         if choice is not None and (choice.rounds > 1 or choice.needs):

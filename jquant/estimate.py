@@ -213,7 +213,7 @@ def _rounding(piece: Piece, plan: Plan, shape: tuple[int, ...], informed: bool) 
     layout = Layout.of((*batch, small_rows, small), batch_axes=range(len(batch)),
                        in_axes=(len(batch) + 1,))  # fmt: skip
     x = jax.random.normal(jax.random.key(0), (*batch, 2 * small, small))
-    found = Evidence.of(x) if informed else None
+    found = Evidence.of(x, spread="spread" in scheme.needs) if informed else None
     if found is not None and "drift" in scheme.needs:
         found = dataclasses.replace(found, drift=jnp.zeros_like(found.second_moment))
     w = jax.random.normal(jax.random.key(1), (*batch, small_rows, small)).astype(weight.dtype)

@@ -113,7 +113,7 @@ class Job:
         evidence = self.known(piece, evidence)
         if evidence is not None:
             check_tokens(str(piece), scheme, evidence)
-        elif "moment" in scheme.needs:
+        elif {"moment", "inputs"} & scheme.needs:
             raise EvidenceError(not_used(str(piece)))
         own = None
         if "key" in scheme.needs and self.key is not None:

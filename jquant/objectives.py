@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -114,9 +114,24 @@ class Stagewise:
 
     Args:
         objective: of the stage's outputs, a list of arrays.
+        inputs: "quantized", or "full": what the original network has in front of the stage, so that
+            stages do not depend on each other. This is ZeroQuant's layer-by-layer distillation
+            (LKD): what earlier stages have lost is not made up for.
+
+    Raises:
+        ValueError: `inputs` is neither.
+
+    References:
+        Yao et al., ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale
+        Transformers, 2022, https://arxiv.org/abs/2206.01861 (LKD)
     """
 
     objective: Objective = MSE()
+    inputs: Literal["quantized", "full"] = "quantized"
+
+    def __post_init__(self) -> None:
+        if self.inputs not in ("quantized", "full"):
+            raise ValueError(f"Stagewise.inputs must be 'quantized' or 'full', got {self.inputs!r}")
 
     def __call__(self, found: Any, wanted: Any, *inputs: Any) -> Array:
         return self.objective(found, wanted, *inputs)

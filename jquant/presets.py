@@ -18,6 +18,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from jquant.activations import Activations
 from jquant.blocks import Blocks
 from jquant.errors import near
 from jquant.grids import MSE, MX, NF4, NV, Float, MinMax, Power, Uniform
@@ -37,6 +38,9 @@ __all__ = [  # the best first
     "int3_nearest",
     "int2_nearest",
     "int4_per_input",
+    "w8a8",
+    "w4a8_qep",
+    "w8a8_fp8",
     "fp8",
     "nf4",
     "nf4_gptq",
@@ -53,6 +57,7 @@ __all__ = [  # the best first
 ]
 
 
+_INPUTS = Uniform(8, symmetric=True, convention="S3")  # the largest input is a code
 _NF4 = replace(NF4, scale_dtype="float16")
 
 
@@ -135,6 +140,28 @@ def int4_per_input(group: int | None = 128) -> Scheme:
     """
     grid = Uniform(4, convention="A2", scale_dtype="float16")
     return Scheme(grid, Blocks("out", group), GPTQ(groups="dynamic"))
+
+
+def w8a8(group: int | None = None) -> Scheme:
+    """8-bit weights and inputs, a scale per output channel and per token: integer products.
+
+    ZeroQuant's. On a CPU with matrix units the products are many times faster than float32's.
+
+    Example:
+        >>> w8a8().activations.granularity
+        'token'
+    """
+    return replace(int8_nearest(group), activations=Activations(_INPUTS))
+
+
+def w4a8_qep(group: int | None = 64) -> Scheme:
+    """`int4_qep` with 8-bit inputs, a scale per token: integer products, group by group."""
+    return replace(int4_qep(group), activations=Activations(_INPUTS))
+
+
+def w8a8_fp8(group: int | None = None) -> Scheme:
+    """`fp8` weights with inputs in E4M3, a scale per token."""
+    return replace(fp8(group), activations=Activations(Float(4, 3, scale="float32")))
 
 
 def fp8(group: int | None = None) -> Scheme:

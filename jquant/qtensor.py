@@ -5,7 +5,8 @@ on every backend; `nbytes` does not know), and the grid's parameters per group. 
 the blocks, the layout that leads back to the original array, and the dtype it had. None of them
 stores a batch size, so a `QTensor` may be sliced by `scan`, `vmap` or `jax.tree.map(lambda a: a[0],
 q)`. A weight with a low-rank `compensation` stands for the sum of both; its factors have the same
-batch axes, so they are sliced along.
+batch axes, so they are sliced along. How the inputs of its products are quantized is not part of
+what it stands for, but stays with it (`Inputs`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
+from jquant.activations import Activations
 from jquant.blocks import Blocks, Layout, from_blocks, to_blocks
 from jquant.distortion import bits_per_weight
 from jquant.grids.base import Grid, Params
@@ -37,6 +39,7 @@ class QTensor:
     layout: Layout = field(metadata={"static": True})
     dtype: Any = field(metadata={"static": True})
     compensation: LowRank | None = None
+    activations: Inputs | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,6 +92,20 @@ class LowRank:
         return jnp.matmul(*self.factors(), precision=lax.Precision.HIGHEST)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Inputs:
+    """How the inputs of a weight are quantized where it is multiplied.
+
+    Attributes:
+        choice: the scheme's.
+        params: of the inputs' grid, leaves `[*batch]`, where ranges are static; else None.
+    """
+
+    choice: Activations = field(metadata={"static": True})
+    params: Params | None = None
+
+
 def is_qtensor(leaf: object) -> bool:
     return isinstance(leaf, QTensor)
 
@@ -98,18 +115,26 @@ def tree_map_weights(function: Callable[[Any], Any], tree: Any) -> Any:
     return jax.tree.map(function, tree, is_leaf=is_qtensor)
 
 
-def dequantize_weight(q: QTensor) -> Float[Array, ...]:
-    """The array a `QTensor` stands for, in its original shape and dtype."""
+def canonical_weight(q: QTensor) -> Float[Array, "*batch out in"]:
+    """The array a `QTensor` stands for in its canonical view, float32."""
     codes = to_blocks(q.codes.astype(jnp.int32), q.blocks)
     length = q.codes.shape[-1 if q.blocks.axis == "in" else -2]
     canonical = from_blocks(q.grid.decode(codes, q.params), q.blocks, length)
     if q.compensation is not None:
         canonical = canonical + q.compensation.product()
-    return q.layout.original(canonical).astype(q.dtype)
+    return canonical
+
+
+def dequantize_weight(q: QTensor) -> Float[Array, ...]:
+    """The array a `QTensor` stands for, in its original shape and dtype."""
+    return q.layout.original(canonical_weight(q)).astype(q.dtype)
 
 
 def dequantize(qparams: Any) -> Any:
     """Every `QTensor` of a pytree as the array it stands for; other leaves are left as they are.
+
+    Quantized inputs are nothing of a weight's: `fn(dequantize(qparams), x)` has them in full
+    precision, `apply(fn)(qparams, x)` has not.
 
     Example:
         >>> import jquant as jq
@@ -127,7 +152,8 @@ def dequantize(qparams: Any) -> Any:
 
 
 def weight_bits(q: QTensor) -> float:
-    """Stored bits per weight: codes, group parameters, and the factors of a compensation.
+    """Stored bits per weight: codes, group parameters, factors of a compensation, static
+    ranges of inputs.
 
     Works on all that has shapes and dtypes.
 
@@ -142,9 +168,10 @@ def weight_bits(q: QTensor) -> float:
         12.0
     """
     plain = bits_per_weight(q.codes, q.params, q.grid.bits)
-    if q.compensation is None:
-        return plain
-    return plain + factor_bits(q.compensation) / q.size
+    more = 0.0 if q.compensation is None else factor_bits(q.compensation)
+    if q.activations is not None:
+        more += sum(8 * x.dtype.itemsize * x.size for x in jax.tree.leaves(q.activations.params))
+    return plain + more / q.size
 
 
 def factor_bits(low: LowRank) -> float:
@@ -159,11 +186,13 @@ def array_bits(stored: QTensor | Array) -> list[float]:
     """Stored bits of every array of a quantized weight, or of a factor; codes first."""
     if not isinstance(stored, QTensor):
         return [float(stored.size * jnp.finfo(stored.dtype).bits)]
-    plain = replace(stored, compensation=None)
+    plain = replace(stored, compensation=None, activations=None)
     found = [float(plain.codes.size * plain.grid.bits)]
     for name in plain.params:
         alone = replace(plain, params={name: plain.params[name]})
         found.append(weight_bits(alone) * plain.size - found[0])
+    ranges = [] if stored.activations is None else jax.tree.leaves(stored.activations.params)
+    found += [8.0 * leaf.dtype.itemsize * leaf.size for leaf in ranges]
     low = stored.compensation
     return found if low is None else found + array_bits(low.left) + array_bits(low.right)
 

@@ -107,7 +107,10 @@ def quantize(
         (('up',), ('down',))
     """
     if objective is not None:
-        check_objective(plan, objective, key, batches=batches is not None, granularity=granularity)
+        check_objective(
+            plan, objective, evidence or {}, key,
+            batches=batches is not None, granularity=granularity,
+        )  # fmt: skip
     if objective is not None and not isinstance(objective, Stagewise):
         return _whole(
             fn, params, plan, batches or (), objective, evidence=dict(evidence or {}), key=key,
@@ -227,18 +230,20 @@ def prepare(
     check_needs(plan, given, key, batches=batches is not None, staged=staged)
     check_evidence(plan, given)
     wanted = [path for path in plan if plan.weights[path].has_inputs and path not in given]
+    spread = any("spread" in scheme.needs for scheme in plan.values())
     walk: Walk | OnePass
     if batches is None or not wanted:
         walk = OnePass(fn, params, list(plan))
     elif granularity == "all":
-        walk = OnePass(fn, params, list(plan), wanted, batches)
+        walk = OnePass(fn, params, list(plan), wanted, batches, spread)
     else:
         stacks = {path: plan.weights[path].stack_axes for path in plan}
         walk = Walk.start(
             fn, list(arrays.items()), structure, stacks, batches, granularity,
             budget=budget, drift=any("drift" in scheme.needs for scheme in plan.values()),
-            reconstruct=objective is not None,
+            reconstruct=objective is not None, spread=spread,
         )  # fmt: skip
+        walk.teacher = isinstance(objective, Stagewise) and objective.inputs == "full"
         _check_reached(plan, walk)
     return walk, arrays
 

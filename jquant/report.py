@@ -192,5 +192,12 @@ def describe(scheme: Scheme) -> str:
     more = "" if scheme.compensation is None else f", LoRC {scheme.compensation.rank}"
     return (
         f"{type(scheme.grid).__name__} {scheme.grid.bits}b, {groups.axis} {size}, "
-        f"{type(scheme.rounding).__name__}{more}"
+        f"{type(scheme.rounding).__name__}{more}{_of_inputs(scheme)}"
     )
+
+
+def _of_inputs(scheme: Scheme) -> str:
+    choice = scheme.activations
+    if choice is None:
+        return ""
+    return f", inputs {type(choice.grid).__name__} {choice.grid.bits}b {choice.granularity}"

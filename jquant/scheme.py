@@ -1,8 +1,8 @@
 """What to do with each weight: a `Scheme` per path, gathered in a `Plan`.
 
-A scheme is a grid × a rounding × an optional compensation (activations join later), for groups of
-weights. Everything here is static: schemes print, compare, hash, and are written into checkpoints
-as they are.
+A scheme is a grid × a rounding × an optional compensation, for groups of weights, and may ask for
+quantized inputs too. Everything here is static: schemes print, compare, hash, and are written into
+checkpoints as they are.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 
 import jax
 
+from jquant.activations import Activations
 from jquant.blocks import Blocks
+from jquant.calibration.evidence import Evidence
 from jquant.calibration.weights import Weight
 from jquant.compensation import LoRC
+from jquant.errors import EvidenceError
 from jquant.grids.base import Grid
 from jquant.rounding.base import Rounding
 from jquant.rounding.elementwise import Nearest
@@ -32,11 +35,14 @@ class Scheme:
             along the input axis) or `Blocks(axis, size)`.
         rounding: how codes are chosen, e.g. `rounding.GPTQ()`.
         compensation: what makes up for the error that is left, `LoRC(rank)`, or None.
+        activations: how the inputs of the weight's products are quantized, `Activations(grid)`, or
+            None: not at all.
         fallback: whether nearest rounding may stand in where the rounding's factorisation fails at
             every damping; the report says where it did. Otherwise that is an error.
 
     Raises:
-        ValueError: `compensation` is something else.
+        ValueError: `compensation` or `activations` is something else.
+        PlanError: `activations` ask for a product of integers that grid and blocks do not have.
 
     Example:
         >>> from jquant.grids import Uniform
@@ -48,6 +54,7 @@ class Scheme:
     blocks: Blocks | int | None = None
     rounding: Rounding = Nearest()
     compensation: LoRC | None = None
+    activations: Activations | None = None
     fallback: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -59,6 +66,12 @@ class Scheme:
             raise ValueError(
                 f"Scheme.compensation must be a jq.LoRC or None, got {self.compensation!r}"
             )
+        if not isinstance(self.activations, Activations | None):
+            raise ValueError(
+                f"Scheme.activations must be a jq.Activations or None, got {self.activations!r}"
+            )
+        if self.activations is not None:
+            self.activations.way(self.grid, self.groups)
 
     @property
     def groups(self) -> Blocks:
@@ -68,9 +81,28 @@ class Scheme:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What rounding and compensation must be told: a subset of `{"moment", "drift", "key"}`."""
-        more = frozenset() if self.compensation is None else self.compensation.needs
-        return self.rounding.needs | more
+        """What must be told: a subset of `{"moment", "drift", "key", "inputs", "spread"}`."""
+        more = (part.needs for part in (self.compensation, self.activations) if part is not None)
+        return self.rounding.needs.union(*more)
+
+
+def check_inputs(name: str, choice: Activations, evidence: Evidence | None) -> None:
+    """Refuse static ranges of inputs that evidence (None: there is none) does not tell.
+
+    Raises:
+        EvidenceError: names the weight, what is missing, and what to pass.
+    """
+    who = f"weight {name!r}: " if name else ""
+    if evidence is None:
+        raise EvidenceError(
+            f"{who}static ranges of its inputs need evidence of them; pass calibration batches or "
+            "evidence=, or Activations(granularity='token')"
+        )
+    if evidence.spread is None and ("spread" in choice.needs or evidence.abs_max is None):
+        raise EvidenceError(
+            f"{who}{choice} needs the spread of the inputs, which this evidence has not; pass "
+            "jq.capture(..., spread=True) or batches, or a symmetric grid with range=MinMax()"
+        )
 
 
 @jax.tree_util.register_static

@@ -21,12 +21,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jquant.blocks import Layout, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
+from jquant.calibration.spread import Spread
 from jquant.distortion import output_error
 from jquant.grids.base import nearest
-from jquant.qtensor import LowRank, QTensor, weight_bits, weight_bytes
+from jquant.qtensor import Inputs, LowRank, QTensor, weight_bits, weight_bytes
 from jquant.rounding.base import Rounded
 from jquant.rounding.elementwise import Nearest
-from jquant.scheme import Scheme
+from jquant.scheme import Scheme, check_inputs
 
 
 def quantize_weight(
@@ -54,7 +55,8 @@ def quantize_weight(
         of codes and compensation together, nearest rounding has none.
 
     Raises:
-        PlanError, EvidenceError: what rounding and compensation raise.
+        PlanError, EvidenceError: what rounding and compensation raise; static ranges of inputs that
+            `evidence` does not tell.
     """
     canonical = layout.canonical(w)
     rounded = scheme.rounding(canonical, scheme.grid, scheme.groups, evidence=evidence, key=key)
@@ -79,9 +81,26 @@ def stored(
         info |= found
     q = QTensor(
         rounded.codes, dict(rounded.params), scheme.grid, scheme.groups, layout,
-        jnp.dtype(dtype), low,
+        jnp.dtype(dtype), low, _inputs(scheme, evidence),
     )  # fmt: skip
     return q, info
+
+
+def _inputs(scheme: Scheme, evidence: Evidence | None) -> Inputs | None:
+    """What is stored of how inputs are quantized, with the ranges that evidence gives."""
+    choice = scheme.activations
+    if choice is None or choice.granularity != "static":
+        return None if choice is None else Inputs(choice)
+    check_inputs("", choice, evidence)
+    assert evidence is not None
+    if evidence.spread is not None:
+        return Inputs(choice, dict(_ranges(evidence.spread, choice)))
+    assert evidence.abs_max is not None
+    most = jnp.max(evidence.abs_max, axis=-1)
+    return Inputs(choice, dict(choice.fit(-most, most)))
+
+
+_ranges = jax.jit(Spread.params, static_argnums=1)
 
 
 def key_of(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
@@ -186,7 +205,7 @@ def stored_bits(shape: Sequence[int], scheme: Scheme, layout: Layout | None = No
 
     Args:
         shape: of the weight.
-        scheme: grid, blocks and compensation count, the rounding does not.
+        scheme: grid, blocks, compensation and static ranges count, the rounding does not.
         layout: how the weight is read; default as `[..., out, in]`.
 
     Example:
@@ -217,10 +236,16 @@ def _abstract(shape: tuple[int, ...], scheme: Scheme, layout: Layout | None) -> 
     if choice is not None:
         choice = dataclasses.replace(choice, metric="plain", rounds=1)
     nearest_only = dataclasses.replace(scheme, rounding=Nearest(), compensation=choice)
-    return jax.eval_shape(
-        lambda w: quantize_weight(w, nearest_only, layout)[0],
-        jax.ShapeDtypeStruct(shape, jnp.float32),
-    )
+    told = bool({"inputs", "spread"} & scheme.needs)
+
+    def run(w: Array) -> QTensor:
+        evidence = None
+        if told:
+            *batch, _, width = jax.eval_shape(layout.canonical, w).shape
+            evidence = Evidence.of(jnp.zeros((*batch, 1, width)), spread=True)
+        return quantize_weight(w, nearest_only, layout, evidence=evidence)[0]
+
+    return jax.eval_shape(run, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 @jax.jit(static_argnames="scheme")

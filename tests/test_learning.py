@@ -141,6 +141,30 @@ def test_a_stage_starts_from_quantized_inputs_and_aims_at_the_original():
     np.testing.assert_allclose(found, last.looks[last.kept_at], rtol=1e-4)
 
 
+def test_distilled_stages_do_not_depend_on_each_other():
+    """LKD: whatever the first block has become, the second starts from the original's values."""
+    params, batches = network()
+    found = {}
+    for bits in (2, 6):
+        for inputs in ("full", "quantized"):
+            first = jq.Scheme(Uniform(bits), None, SIGN)
+            plan = dict(planned(params, batches[0], SIGN))
+            plan = jq.plan(
+                jq.find_weights(fn, params, batches[0]),
+                {"blocks/0/.*": first, "head": jq.keep, ".*": plan["blocks/1/up"]},
+            )
+            qparams, report = jq.quantize(
+                fn, params, plan, batches[:2],
+                objective=Stagewise(inputs=inputs), granularity="block",
+            )  # fmt: skip
+            found[bits, inputs] = report.traces[1].loss, qparams["blocks"][1]["up"].codes
+    np.testing.assert_array_equal(found[2, "full"][0], found[6, "full"][0])
+    np.testing.assert_array_equal(found[2, "full"][1], found[6, "full"][1])
+    assert found[2, "quantized"][0][0] != found[6, "quantized"][0][0]
+    with pytest.raises(ValueError, match=r"Stagewise\.inputs"):
+        Stagewise(inputs="student")  # type: ignore[arg-type]
+
+
 def test_equal_stages_are_learned_by_one_set_of_programs(compiles):
     def count(blocks):
         params, batches = network(blocks, width=24)

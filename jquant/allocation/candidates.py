@@ -139,10 +139,10 @@ def key_of_scheme(scheme: Scheme) -> str:
 
 
 def draft(scheme: Scheme) -> Scheme:
-    """The scheme rounded to nearest, without evidence: what scores are measured with."""
+    """The weight's part of a scheme, rounded to nearest without evidence: what scores measure."""
     term = scheme.compensation
     plain = None if term is None else replace(term, metric="plain", rounds=1)
-    return replace(scheme, rounding=Nearest(), compensation=plain)
+    return replace(scheme, rounding=Nearest(), compensation=plain, activations=None)
 
 
 def size_of(weight: Weight) -> int:
@@ -155,7 +155,7 @@ def size_of(weight: Weight) -> int:
 
 def bytes_of(weight: Weight, scheme: Scheme) -> int:
     """Stored bytes of a weight under a scheme."""
-    return stored_bytes(weight.shape, draft(scheme), weight.layout)
+    return stored_bytes(weight.shape, scheme, weight.layout)
 
 
 def _scheme(path: str, own: Scheme, option: object) -> Scheme:

@@ -30,6 +30,7 @@ def capture(
     batches: Iterable[Any],
     *,
     paths: Collection[str] | None = None,
+    spread: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Evidence]:
     """Second moments, counts, means and maxima of the inputs of every weight of `fn`.
@@ -40,6 +41,7 @@ def capture(
         batches: an iterable; each batch is one array, or a tuple of `fn`'s inputs. Batches of one
             shape share a compiled program.
         paths: the weights to watch; all of them when None.
+        spread: also histograms of the inputs, for static ranges of `Activations`.
         progress: called after each batch with the number of batches done.
 
     Returns:
@@ -59,7 +61,7 @@ def capture(
         >>> evidence["w"].second_moment.tolist(), float(evidence["w"].count)
         ([[2.0, 0.0], [0.0, 2.0]], 4.0)
     """
-    step = capture_step(fn, None if paths is None else frozenset(paths))
+    step = capture_step(fn, None if paths is None else frozenset(paths), spread)
     params = realize(params)
     tally, first = Tally(), None
     for number, batch in enumerate(batches):
@@ -170,14 +172,16 @@ def _cached(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_cached
-def capture_step(fn: Callable[..., Any], paths: frozenset[str] | None) -> Callable[..., Any]:
+def capture_step(
+    fn: Callable[..., Any], paths: frozenset[str] | None, spread: bool = False
+) -> Callable[..., Any]:
     """The compiled program: sums so far, and a batch, to sums and whether they are finite."""
 
     def wanted(path: str) -> bool:
         return paths is None or path in paths
 
     def step(total: Sightings | None, params: PyTree, inputs: tuple[Any, ...]) -> Any:
-        return accumulate(total, observe(fn, wanted, params, inputs))
+        return accumulate(total, observe(fn, wanted, params, inputs, spread))
 
     return jax.jit(step, donate_argnums=0)
 

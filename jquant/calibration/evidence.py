@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+from jquant.calibration.spread import Spread
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +40,7 @@ class Evidence:
     total: Float[Array, "*batch in"] | None = None
     abs_max: Float[Array, "*batch in"] | None = None
     drift: Float[Array, "*batch in in"] | None = None
+    spread: Spread | None = None
 
     @property
     def mean(self) -> Float[Array, "*batch in"]:
@@ -53,6 +57,7 @@ class Evidence:
             _both(jnp.add, self.total, other.total),
             _both(jnp.maximum, self.abs_max, other.abs_max),
             _both(jnp.add, self.drift, other.drift),
+            _both(Spread.merge, self.spread, other.spread),
         )
 
     @staticmethod
@@ -61,12 +66,13 @@ class Evidence:
         count: Float[Array, "*batch"] | None = None,
         *,
         full: Float[Array, "*batch tokens in"] | None = None,
+        spread: bool = False,
     ) -> Evidence:
         """The evidence of rows of inputs; `count` where not every row is a token.
 
         bfloat16 and float16 rows are multiplied as they are, with float32 sums; float32 rows in
         full float32 precision on every backend. `full` holds the rows of the unquantized network,
-        token by token those of `x`, and adds the drift.
+        token by token those of `x`, and adds the drift. `spread` adds that.
 
         Raises:
             ValueError: `full` is not of the shape of `x`.
@@ -83,10 +89,11 @@ class Evidence:
         magnitude = jnp.max(jnp.abs(x), axis=-2, initial=0).astype(jnp.float32)
         total = jnp.sum(x, axis=-2, dtype=jnp.float32)
         drift = None if full is None else _drift(x, full)
-        return Evidence(_gram(x), count, total, magnitude, drift)
+        histogram = Spread.of(x) if spread else None
+        return Evidence(_gram(x), count, total, magnitude, drift, histogram)
 
 
-def _both(join: Callable[..., Array], one: Array | None, two: Array | None) -> Array | None:
+def _both(join: Callable[[Any, Any], Any], one: Any, two: Any) -> Any:
     return None if one is None or two is None else join(one, two)
 
 

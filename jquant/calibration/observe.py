@@ -21,6 +21,7 @@ from jax.extend import core
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.origin import Origin, Part, Tagged
 from jquant.calibration.reading import Kind, Reading, order
+from jquant.calibration.spread import Spread
 from jquant.errors import UnsupportedPrimitiveError
 from jquant.interpreter import DESCENDED, Walker, bind
 
@@ -45,10 +46,17 @@ class Observer:
     Args:
         keep: keep the rows of inputs in `rows`, by site.
         full: the rows another observer has kept.
+        spread: whether evidence says how inputs are spread.
     """
 
-    def __init__(self, *, keep: bool = False, full: Mapping[Any, jax.Array] | None = None) -> None:
-        self.keep, self.full = keep, full
+    def __init__(
+        self,
+        *,
+        keep: bool = False,
+        full: Mapping[Any, jax.Array] | None = None,
+        spread: bool = False,
+    ) -> None:
+        self.keep, self.full, self.spread = keep, full, spread
         self.rows: dict[Any, jax.Array] = {}
         self.uses: dict[tuple[Any, ...], tuple[str, Reading]] = {}  # by site: each use once
         self.mixed: dict[str, str] = {}  # path -> the operation that took it in as a plain array
@@ -170,11 +178,11 @@ class Observer:
     ) -> Evidence:
         """The evidence of these rows, and of their drift where the other network's are known."""
         if len(walker.site) > 1:  # inside a loop, whose values stay in it
-            return Evidence.of(rows, count)
+            return Evidence.of(rows, count, spread=self.spread)
         if self.keep:
             self.rows[walker.site, what] = rows
         full = None if self.full is None else self.full[walker.site, what]
-        return Evidence.of(rows, count, full=full)
+        return Evidence.of(rows, count, full=full, spread=self.spread)
 
     def _emit(
         self,
@@ -267,7 +275,7 @@ class Observer:
         reading = self._use(walker, 1, "ragged_dot", weight, roles)
         evidence = walker.share(
             ("ragged", contract[0], ragged), (x, sizes),
-            lambda: _grouped(_floats(x if ragged == (0,) else x.T), sizes),
+            lambda: _grouped(_floats(x if ragged == (0,) else x.T), sizes, self.spread),
         )  # fmt: skip
         walker.emit((weight.origin.path, reading), evidence)
         return bind(eqn, [x, weight.array, *values[2:]])
@@ -314,7 +322,7 @@ def _floats(rows: jax.Array) -> jax.Array:
     return rows if rows.dtype in (jnp.bfloat16, jnp.float16) else rows.astype(jnp.float32)
 
 
-def _grouped(rows: jax.Array, sizes: jax.Array) -> Evidence:
+def _grouped(rows: jax.Array, sizes: jax.Array, spread: bool) -> Evidence:
     """Evidence per group of `rows[tokens, in]`, whose groups are runs of the given sizes."""
     groups = sizes.shape[0]
     ends = jnp.cumsum(sizes)
@@ -330,6 +338,7 @@ def _grouped(rows: jax.Array, sizes: jax.Array) -> Evidence:
         sizes.astype(jnp.float32),
         jax.ops.segment_sum(wide, group, groups),
         jnp.maximum(jax.ops.segment_max(jnp.abs(wide), group, groups), 0),
+        spread=Spread.grouped(wide, group, groups) if spread else None,
     )
 
 

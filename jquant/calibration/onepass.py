@@ -29,6 +29,7 @@ class OnePass:
         wanted: those whose inputs are to be read; without any there is a stage for every weight,
             and the function is not called.
         batches: what to read them from; its length is told if it has one.
+        spread: whether evidence says how inputs are spread.
     """
 
     fn: Callable[..., Any]
@@ -36,6 +37,7 @@ class OnePass:
     paths: Sequence[str]
     wanted: Sequence[str] = ()
     batches: Iterable[Any] = ()
+    spread: bool = False
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -73,7 +75,10 @@ class OnePass:
         """The program that reads the evidence, for every shape of batch."""
         if not self.wanted:
             return
-        step, shapes = capture_step(self.fn, frozenset(self.wanted)), abstract(self.params)
+        step, shapes = (
+            capture_step(self.fn, frozenset(self.wanted), self.spread),
+            abstract(self.params),
+        )
         kinds = Counter(
             (
                 jax.tree.structure(b),
@@ -98,7 +103,10 @@ class OnePass:
         del stage, current, original
         if not self.wanted:
             return {}
-        found = capture(self.fn, self.params, self.batches, paths=self.wanted, progress=told)
+        found = capture(
+            self.fn, self.params, self.batches,
+            paths=self.wanted, spread=self.spread, progress=told,
+        )  # fmt: skip
         return {Piece(path): evidence for path, evidence in found.items()}
 
     def advance(self, stage: int | None, current: Any, original: Any, told: Any = None) -> None:

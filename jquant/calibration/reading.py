@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -131,4 +132,5 @@ def _place(
         spread(evidence.total, columns),
         spread(evidence.abs_max, columns),
         None if evidence.drift is None else spread(evidence.drift, columns, columns),
+        None if evidence.spread is None else jax.tree.map(spread, evidence.spread),
     )

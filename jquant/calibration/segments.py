@@ -96,11 +96,12 @@ class Reconstruction:
 Gather = Callable[..., tuple[Sightings, Bool[Array, " values"]]]
 
 
-def gather(segment: Segment, key: Hashable) -> Gather:
+def gather(segment: Segment, key: Hashable, spread: bool = False) -> Gather:
     """The compiled program: sums so far and values of the sources to sums, and which are finite.
 
     The weights are called by their place among the sources, `"0"`, `"1"`, …. Where the sources'
-    values in the full-precision network are given too, the evidence holds the drift between them.
+    values in the full-precision network are given too, the evidence holds the drift between them;
+    with `spread`, how inputs are spread.
     """
 
     def run(total: Sightings | None, operands: list[Array], full: list[Array] | None) -> Any:
@@ -109,12 +110,12 @@ def gather(segment: Segment, key: Hashable) -> Gather:
             observer = Observer(keep=True)
             _watch(observer, segment, full)
             rows = observer.rows
-        observer = Observer(full=rows)
+        observer = Observer(full=rows, spread=spread)
         walker = _watch(observer, segment, operands)
         shapes = [(str(k), tuple(x.shape)) for k, x in enumerate(operands)]
         return accumulate(total, sightings(walker, observer, shapes))
 
-    return _program(("gather", key), lambda: jax.jit(run, donate_argnums=0))
+    return _program(("gather", key, spread), lambda: jax.jit(run, donate_argnums=0))
 
 
 def _watch(observer: Observer, segment: Segment, operands: list[Array]) -> Walker:

@@ -66,7 +66,8 @@ class Walk:
         cuts: the cut function for every batch; batches of one shape share it.
         quantized, full: the values alive in the network with quantized weights, and in the one
             without if it is walked beside.
-        drift: whether evidence says how far the two are apart.
+        drift, spread: whether evidence says how far the two are apart, and how inputs are spread.
+        teacher: whether reconstructions start from what the one without has.
     """
 
     batches: list[list[Any]]
@@ -74,6 +75,8 @@ class Walk:
     quantized: Store
     full: Store | None
     drift: bool = False
+    spread: bool = False
+    teacher: bool = False
     _keys: dict[int, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -87,6 +90,7 @@ class Walk:
         *,
         budget: int | None = None,
         drift: bool = False,
+        spread: bool = False,
         level: Level | None = None,
         reconstruct: bool = False,
     ) -> Walk:
@@ -100,7 +104,7 @@ class Walk:
             batches: each one array, or a tuple of inputs.
             granularity: what a stage is.
             budget: bytes of values kept on the device between stages; None: no limit.
-            drift: also walk the network with the weights it came with, for evidence to compare.
+            drift, spread: what evidence says besides; see the attributes.
             level: what `compare` compares weights on; None: they are not to be compared.
             reconstruct: also walk the network with the weights it came with, for stages to aim at.
 
@@ -134,10 +138,9 @@ class Walk:
         if not cuts:
             raise EvidenceError("got no batches; pass at least one array or tuple of inputs")
 
-        def store() -> Store:
-            return Store(budget, [{} for _ in cuts])
-
-        return Walk(inputs, cuts, store(), store() if drift or reconstruct else None, drift)
+        stores = [Store(budget, [{} for _ in cuts]) for _ in range(2)]
+        beside = stores[1] if drift or reconstruct else None
+        return Walk(inputs, cuts, stores[0], beside, drift, spread)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -181,7 +184,7 @@ class Walk:
         beside = 1 if self.full is None else 2
         for kind, one in kinds.items():
             for stage, segment in enumerate(one.gathers):
-                run = segments.gather(segment, self._key(one, segment))
+                run = segments.gather(segment, self._key(one, segment), self.spread)
                 operands = [one.flat.shapes[n] for n in segment.sources]
                 full = operands if self.drift else None
                 total = jax.eval_shape(run, None, operands, full)[0]
@@ -212,7 +215,7 @@ class Walk:
         arrays: dict[Piece, Array] = {}
         for batch, cut in enumerate(self.cuts):
             segment = cut.gathers[stage]
-            run = segments.gather(segment, self._key(cut, segment))
+            run = segments.gather(segment, self._key(cut, segment), self.spread)
             operands = self._operands(batch, segment, self.quantized, arrays, current)
             full = None
             if self.drift:  # weights of this stage are still what they were
@@ -270,14 +273,14 @@ class Walk:
         assert self.full is not None
         runs: dict[Any, Any] = {}
         inputs, wanted = [], []
-        now: dict[Piece, Array] = {}
-        before: dict[Piece, Array] = {}
+        now, before = {}, {}
         for batch, cut in enumerate(self.cuts):
             segment, pieces = cut.reconstructions[stage], cut.flat.pieces
             places = {pieces[n]: k for k, n in enumerate(segment.sources) if n in pieces}
             run = segments.advance(segment, self._key(cut, segment))
             wanted.append(self._run(batch, segment, self.full, before, original))
-            operands = self._operands(batch, segment, self.quantized, now, current)
+            store = self.full if self.teacher else self.quantized
+            operands = self._operands(batch, segment, store, now, current)
             for piece in learned:
                 operands[places[piece]] = None
             shapes = tuple(x.shape for x in operands if x is not None)

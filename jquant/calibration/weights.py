@@ -123,7 +123,11 @@ class Sightings:
 
 
 def observe(
-    fn: Callable[..., Any], wanted: Callable[[str], bool], params: PyTree, inputs: tuple[Any, ...]
+    fn: Callable[..., Any],
+    wanted: Callable[[str], bool],
+    params: PyTree,
+    inputs: tuple[Any, ...],
+    spread: bool = False,
 ) -> Sightings:
     """Run `fn(params, *inputs)` under the walker, watching the leaves whose path is `wanted`."""
     closed, _ = trace(fn, params, *inputs)
@@ -134,7 +138,7 @@ def observe(
         else leaf
         for keys, leaf in leaves
     ]
-    observer = Observer()
+    observer = Observer(spread=spread)
     walker = Walker(observer)
     walker.run(closed, [*args, *jax.tree.leaves(inputs)])
     shapes = [(path_of(keys), tuple(leaf.shape)) for keys, leaf in leaves]

@@ -1,6 +1,7 @@
 """The same function, on quantized weights: every weight is decoded where it is used.
 
-`apply(fn)(qparams, *inputs)` gives what `fn(dequantize(qparams), *inputs)` gives. The walker
+`apply(fn)(qparams, *inputs)` gives what `fn(dequantize(qparams), *inputs)` gives, but for products
+whose scheme quantizes their inputs (`codes.py`). The walker
 carries each `QTensor` through calls, scans, branches and views, and decodes it at the operation
 that needs its values: at any moment the program holds the codes and the few weights in use. A view
 that cannot be expressed on codes waits beside them until then. Under a scan a quantized stack
@@ -15,22 +16,29 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.extend import core
-from jaxtyping import Array, Int32, PyTree
+from jaxtyping import PyTree
 
+from jquant.errors import UnsupportedPrimitiveError
+from jquant.inference.inputs import rounded_inputs
+from jquant.inference.late import held
 from jquant.inference.products import beside
 from jquant.inference.views import view
 from jquant.interpreter import DESCENDED, VIEWS, Walker, bind, trace
-from jquant.qtensor import QTensor, dequantize_weight, is_qtensor, tree_map_weights
+from jquant.qtensor import Inputs, QTensor, dequantize_weight, is_qtensor, tree_map_weights
 
 # Their derivative rules belong to the function: they are called with decoded weights, not inlined.
 _CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
+# What a weight may go through on its way to a product whose input is to be quantized, and what
+# would keep that product from sight.
+_SAME_NUMBERS = frozenset(
+    "slice split rev copy copy_p stop_gradient sharding_constraint reduce_precision name".split()
+)
+_HIDING = _CUSTOM | {"optimization_barrier", "dynamic_slice", "concatenate"}
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +47,13 @@ class _Waiting:
     """A quantized weight, and views to take of it once it is decoded."""
 
     q: QTensor
-    views: tuple[core.JaxprEqn, ...] = field(metadata={"static": True})
+    views: tuple[tuple[core.JaxprEqn, int], ...] = field(metadata={"static": True})  # which result
+
+
+def _inputs(value: Any) -> Inputs | None:
+    """What a value asks of its inputs."""
+    q = value.q if isinstance(value, _Waiting) else value
+    return q.activations if isinstance(q, QTensor) else None
 
 
 class _Decoder:
@@ -58,74 +72,47 @@ class _Decoder:
         return _decode(value)
 
     def rule(self, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> Sequence[Any] | None:
-        name = eqn.primitive.name
+        name, inputs = eqn.primitive.name, [_inputs(v) for v in values]
         if name == "scan":  # slices what it is given: codes can be sliced, views to come can not
+            if any(_inputs(v) for v in values if isinstance(v, _Waiting)):
+                raise _hidden("a scan, after a view that codes cannot follow")
             return walker.descend(
                 eqn, [_decode(v) if isinstance(v, _Waiting) else v for v in values]
             )
         if name in DESCENDED - _CUSTOM:
             return None
+        if any(inputs) and name in _HIDING:
+            raise _hidden(repr(name))
         seen = view(eqn, values)
         if seen is not None:
             return [seen]
-        if name in VIEWS and len(values) == 1:
+        if len(values) == 1 and (name in VIEWS or (any(inputs) and name in _SAME_NUMBERS)):
             (value,) = values
             views = value.views if isinstance(value, _Waiting) else ()
-            return [_Waiting(value.q if isinstance(value, _Waiting) else value, (*views, eqn))]
+            q = value.q if isinstance(value, _Waiting) else value
+            return [_Waiting(q, (*views, (eqn, k))) for k in range(len(eqn.outvars))]
         split = beside(eqn, values, _decode)
         if split is not None:
             return [split]
+        values = rounded_inputs(eqn, values, inputs)
         other = next((v for v in values if isinstance(v, jax.Array) and v.size), None)
         return bind(eqn, [_decode(v, other) if self.special(v) else v for v in values])
+
+
+def _hidden(where: str) -> UnsupportedPrimitiveError:
+    return UnsupportedPrimitiveError(
+        f"a weight whose inputs are to be quantized enters {where}, where its products are out of "
+        "sight; leave the activations out of its scheme, or write the function without that"
+    )
 
 
 def _decode(value: Any, after: jax.Array | None = None) -> jax.Array:
     """The array a special value stands for, computed not before `after` is there."""
     q, views = (value.q, value.views) if isinstance(value, _Waiting) else (value, ())
-    if after is not None and after.size:
-        late = _zero(lax.stop_gradient(after))
-        if q.compensation is not None:
-            q = replace(
-                q, compensation=jax.tree.map(lambda leaf: _plus(leaf, late), q.compensation)
-            )
-        if jax.tree.leaves(q.params):
-            q = replace(q, params=jax.tree.map(lambda leaf: _plus(leaf, late), q.params))
-        else:
-            q = replace(q, codes=_plus(q.codes, late))
-    result = dequantize_weight(q)
-    for eqn in views:
-        (result,) = bind(eqn, [result])
+    result = dequantize_weight(q if after is None else held(q, after))
+    for eqn, output in views:
+        result = bind(eqn, [result])[output]
     return result
-
-
-def _plus(leaf: Array, zero: Int32[Array, ""]) -> Array:
-    """The leaf itself, computed from `zero` too."""
-    if leaf.dtype.itemsize > 1 or jnp.issubdtype(leaf.dtype, jnp.integer):
-        return leaf + zero.astype(leaf.dtype)
-    # The bits of floats of one byte: among powers of two there is no zero to add.
-    bits = lax.bitcast_convert_type(leaf, jnp.uint8) + zero.astype(jnp.uint8)
-    return lax.bitcast_convert_type(bits, leaf.dtype)
-
-
-@jax.custom_batching.custom_vmap
-def _zero(x: Array) -> Int32[Array, ""]:
-    """Zero, but only `x` can tell: the number of set bits of a 32-bit word, divided by 64.
-
-    A weight decoded from parameters to which this is added cannot be decoded before `x` is known.
-    `lax.optimization_barrier` says the same, but XLA's CPU compiler of JAX 0.10 drops it before it
-    schedules, and then decodes all weights first. Under vmap the first element stands for all, so
-    that weights are not batched.
-    """
-    first = x[(0,) * x.ndim]
-    floating = jnp.issubdtype(x.dtype, jnp.floating)
-    word = lax.bitcast_convert_type(first.astype(jnp.float32), jnp.int32) if floating else first
-    return lax.shift_right_logical(lax.population_count(word.astype(jnp.int32)), jnp.int32(6))
-
-
-@_zero.def_vmap
-def _(size: int, batched: Sequence[bool], x: Array) -> tuple[Array, bool]:
-    del size, batched
-    return _zero(x[0]), False
 
 
 def apply(fn: Callable[..., Any]) -> Callable[..., Any]:

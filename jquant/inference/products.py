@@ -1,4 +1,8 @@
-"""A product with a compensated weight: beside that with the codes, two thin ones.
+"""A product with a weight that is more than its codes: quantized inputs, thin products beside it.
+
+With inputs that are quantized the product is one of codes where there is such (`codes.py`), else
+one of the rounded input and the decoded weight. A compensation is two thin products beside it, on
+the input as it is.
 
     x · (Q + left @ right)  =  x · Q  +  (x · right) · left
 
@@ -13,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,25 +25,18 @@ from jax import lax
 from jax.extend import core
 
 from jquant.blocks import Factor, Layout
+from jquant.inference.axes import Axes, Role, axes_of
+from jquant.inference.codes import on_codes
+from jquant.inference.inputs import round_canonical
 from jquant.inference.views import own_layout
 from jquant.interpreter import bind
 from jquant.qtensor import QTensor
-
-Role = Literal["out", "in"]
-
-
-class _Axes(NamedTuple):
-    """Where a product finds a weight: its contracted axes, its batch axes, in the other's order."""
-
-    contracted: tuple[int, ...]
-    batch: tuple[int, ...]
-    role: Role  # of all contracted axes
 
 
 def beside(
     eqn: core.JaxprEqn, values: Sequence[Any], decode: Callable[[QTensor, Any], jax.Array]
 ) -> jax.Array | None:
-    """The result of a `dot_general` of a compensated weight and an array, without their sum.
+    """The result of a `dot_general` of such a weight and an array; codes and term are not added.
 
     Args:
         eqn: any equation.
@@ -51,19 +48,23 @@ def beside(
     """
     if eqn.primitive.name != "dot_general":
         return None
-    weights = [k for k, v in enumerate(values) if isinstance(v, QTensor) and v.compensation]
+    weights = [
+        k
+        for k, v in enumerate(values)
+        if isinstance(v, QTensor) and (v.compensation or v.activations)
+    ]
     if len(weights) != 1:
         return None
     at = weights[0]
     q, x = values[at], values[1 - at]
     if not isinstance(x, jax.Array) or not jnp.issubdtype(x.dtype, jnp.floating):
         return None
-    layout, axes = own_layout(q), _axes(eqn, at, own_layout(q))
+    layout, axes = own_layout(q), axes_of(eqn, at, own_layout(q))
     if axes is None:
         return None
-    operands = [x, x]
-    operands[at] = decode(replace(q, compensation=None), x)
-    (main,) = bind(eqn, operands)
+    main = _main(eqn, at, replace(q, compensation=None), x, layout, axes, decode)
+    if q.compensation is None:
+        return main
     free: Role = "in" if axes.role == "out" else "out"
     left, right = q.compensation.factors()
     thin = {"out": left.astype(q.dtype), "in": right.astype(q.dtype)}
@@ -92,22 +93,25 @@ def beside(
     return main + product(free, inner, dims).astype(main.dtype)
 
 
-def _axes(eqn: core.JaxprEqn, at: int, layout: Layout) -> _Axes | None:
-    """The axes that operand `at` gives, if each plays one role and the factors can follow."""
-    (contract, batch) = eqn.params["dimension_numbers"]
-    contracted, batched = tuple(contract[at]), tuple(batch[at])
-    roles: dict[str, list[int]] = {"batch": [], "out": [], "in": []}
-    for number, axis in enumerate(layout.axes):
-        kinds = {f.role for f in axis}
-        if len(kinds) != 1 or (kinds == {"batch"} and len(axis) > 1):
-            return None
-        roles[kinds.pop()].append(number)
-    if sorted(batched) != roles["batch"]:
-        return None
-    for role in ("in", "out"):
-        if sorted(contracted) == roles[role] and contracted:
-            return _Axes(contracted, batched, role)
-    return None
+def _main(
+    eqn: core.JaxprEqn,
+    at: int,
+    q: QTensor,
+    x: jax.Array,
+    layout: Layout,
+    axes: Axes,
+    decode: Callable[[QTensor, Any], jax.Array],
+) -> jax.Array:
+    """The product with the weight that is not compensated."""
+    if q.activations is not None:
+        found = on_codes(eqn, at, q, x, layout, axes)
+        if found is not None:
+            return found
+        x = round_canonical(eqn, at, q, x, layout, axes)
+    operands = [x, x]
+    operands[at] = decode(q, x)
+    (main,) = bind(eqn, operands)
+    return main
 
 
 def _places(layout: Layout, role: Role) -> dict[int, int]:

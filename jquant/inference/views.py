@@ -36,8 +36,12 @@ def own_layout(q: QTensor) -> Layout:
 
 def _leaves(q: QTensor, function: Any, layout: Layout) -> QTensor:
     # Factors have the weight's batch axes, so what is done to those of the codes is done to theirs.
-    codes, params, low = jax.tree.map(function, (q.codes, q.params, q.compensation))
-    return replace(q, codes=codes, params=params, layout=layout, compensation=low)
+    # Static ranges of inputs are one for each of the batch too.
+    whole = q.codes, q.params, q.compensation, q.activations
+    codes, params, low, inputs = jax.tree.map(function, whole)
+    return replace(
+        q, codes=codes, params=params, layout=layout, compensation=low, activations=inputs
+    )
 
 
 def _convert(q: QTensor, _: Sequence[Any], eqn: core.JaxprEqn) -> QTensor | None:

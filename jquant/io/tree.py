@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant import qtensor
+from jquant.activations import Activations
 from jquant.errors import CheckpointError
 from jquant.io.container import Entry
 from jquant.io.leaves import Tensor, claim, describe
@@ -256,6 +257,9 @@ def _sound(tree: Any, leaves: tuple[tuple[tuple[int, ...], Any], ...]) -> None:
     if isinstance(weight, qtensor.LowRank):
         _sound_factors(weight)
         return
+    if isinstance(weight, qtensor.Inputs):
+        _sound_inputs(weight)
+        return
     layout, codes = weight.layout, weight.codes
     factors = [factor for axis in layout.axes for factor in axis]
     if not all(f.role in ("batch", "out", "in") and f.size >= 0 <= f.place for f in factors):
@@ -271,6 +275,13 @@ def _sound(tree: Any, leaves: tuple[tuple[tuple[int, ...], Any], ...]) -> None:
         not isinstance(low, qtensor.LowRank) or tuple(low.shape) != tuple(codes.shape)
     ):
         raise ValueError(f"its compensation does not fit codes {codes.shape}")
+    inputs = weight.activations
+    if inputs is not None:
+        if not isinstance(inputs, qtensor.Inputs):
+            raise TypeError("its inputs' quantization is none")
+        inputs.choice.way(weight.grid, weight.blocks)
+        if any(leaf.shape != codes.shape[:-2] for leaf in jax.tree.leaves(inputs.params)):
+            raise ValueError(f"its inputs' ranges do not fit codes {codes.shape}")
     whole = jax.eval_shape(qtensor.dequantize_weight, weight)
     if whole.shape != weight.shape or whole.dtype != weight.dtype:
         raise ValueError(f"it dequantizes to {whole.shape}, not to {weight.shape}")
@@ -289,6 +300,21 @@ def _sound_factors(low: qtensor.LowRank) -> None:
     left, right = low.left.shape, low.right.shape
     if len(left) < 2 or left[:-2] != right[:-2] or left[-1] != right[-2]:
         raise ValueError(f"factors {left} and {right} have no product")
+
+
+def _sound_inputs(inputs: qtensor.Inputs) -> None:
+    choice, params = inputs.choice, inputs.params
+    if not isinstance(choice, Activations):
+        raise TypeError("inputs are quantized by no Activations")
+    wanted: Any = None
+    if choice.granularity == "static":
+        shape = jax.tree.leaves(params)[0].shape
+        end = jax.ShapeDtypeStruct(shape, jnp.float32)
+        wanted = dict(jax.eval_shape(choice.fit, end, end))
+    if jax.tree.map(lambda x: (x.shape, x.dtype), params) != jax.tree.map(
+        lambda x: (x.shape, x.dtype), wanted
+    ):
+        raise ValueError("ranges of inputs do not fit their grid")
 
 
 def _check_container(node: dict[str, Any]) -> None:

@@ -1,0 +1,110 @@
+"""Rounded inputs: what meets the decoded weight where a product is none of codes.
+
+Grids without numbers, groups along the output axis, convolutions, `ragged_dot`, views that wait,
+products over a part of an axis: the input is rounded to its grid and back, and the operation is
+done as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from jquant.activations import rounded
+from jquant.blocks import Layout
+from jquant.errors import UnsupportedPrimitiveError
+from jquant.inference.axes import Axes, Places, in_order
+from jquant.inference.codes import no_integers
+from jquant.qtensor import Inputs, QTensor
+
+
+def round_canonical(
+    eqn: core.JaxprEqn, at: int, q: QTensor, x: jax.Array, layout: Layout, axes: Axes
+) -> jax.Array:
+    """The rounded input of a product that runs along all of the weight's batch axes."""
+    assert q.activations is not None
+    places = in_order(eqn, at, layout, axes)
+    rows = rounded(places.canonical(x), q.activations.choice, q.activations.params)
+    return places.original(rows, x.shape).astype(x.dtype)
+
+
+def rounded_inputs(
+    eqn: core.JaxprEqn, values: Sequence[Any], inputs: Sequence[Inputs | None]
+) -> list[Any]:
+    """The operands of an equation, with the input of a weight that asks for it rounded.
+
+    A `dot_general` has tokens as everywhere; a row of `ragged_dot` is a token. In a convolution,
+    whose windows overlap, a token is a whole image (of one group of features).
+
+    Args:
+        eqn: any equation.
+        values: its operands; those that are arrays may be inputs.
+        inputs: for each operand, what it asks of its inputs if it is a weight.
+
+    Raises:
+        UnsupportedPrimitiveError: a product of integers was asked for, or static ranges are one for
+            each of a batch that does not run along here.
+    """
+    found, name = list(values), eqn.primitive.name
+    at = next((k for k, one in enumerate(inputs) if one is not None), None)
+    if at is None or name not in _SEEN:
+        return found
+    other, ask = 1 - at if name == "dot_general" else 0, inputs[at]
+    x = values[other]
+    if at == other or not isinstance(x, jax.Array) or not jnp.issubdtype(x.dtype, jnp.floating):
+        return found
+    assert ask is not None
+    shape = eqn.invars[at].aval.shape  # type: ignore[attr-defined]
+    if ask.choice.path == "integer":
+        raise no_integers(shape, f"it enters {name!r}, or through a view")
+    seen, places, static = _SEEN[name](eqn, at, values, ask.params)
+    rank = len(places.batch)
+    if {leaf.ndim for leaf in jax.tree.leaves(static)} - {0, rank}:
+        raise UnsupportedPrimitiveError(
+            f"a weight {shape} with static ranges of inputs, one for each of its batch, enters "
+            f"{name!r} where no such axis runs along; pass Activations(granularity='token')"
+        )
+    static = jax.tree.map(lambda a: a if a.ndim else a.reshape((1,) * rank), static)
+    rows = rounded(places.canonical(seen), ask.choice, static)
+    found[other] = places.original(rows, seen.shape).reshape(x.shape).astype(x.dtype)
+    return found
+
+
+def _of_dot(eqn: core.JaxprEqn, at: int, values: Sequence[Any], static: Any) -> Any:
+    places = Places.of(eqn, at)
+    if static is not None:  # a view may have turned the weight's batch axes: one range is for all
+        places = Places((), (*places.batch, *places.tokens), places.inner)
+    return values[1 - at], places, static
+
+
+def _of_ragged_dot(eqn: core.JaxprEqn, at: int, values: Sequence[Any], static: Any) -> Any:
+    x, _, sizes = values
+    ((contract, _), _) = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    (rows,) = (k for k in range(x.ndim) if k not in contract)
+    if static is None:
+        return x, Places((), (rows,), tuple(contract)), None
+    number = jnp.arange(x.shape[rows], dtype=sizes.dtype)
+    group = jnp.searchsorted(jnp.cumsum(sizes), number, side="right")
+    static = jax.tree.map(lambda leaf: leaf[group] if leaf.ndim == 1 else leaf, static)
+    return x, Places((rows,), (), tuple(contract)), static
+
+
+def _of_conv(eqn: core.JaxprEqn, at: int, values: Sequence[Any], static: Any) -> Any:
+    x, groups = values[0], eqn.params["feature_group_count"]
+    images, channels, *window = eqn.params["dimension_numbers"].lhs_spec
+    size = x.shape[channels] // groups
+    seen = x.reshape(*x.shape[:channels], groups, size, *x.shape[channels + 1 :])
+    images, *window = (k + (k > channels) for k in (images, *window))
+    return seen, Places((channels,), (images,), (channels + 1, *window)), static
+
+
+_SEEN = {
+    "dot_general": _of_dot,
+    "ragged_dot": _of_ragged_dot,
+    "ragged_dot_general": _of_ragged_dot,
+    "conv_general_dilated": _of_conv,
+}
