@@ -190,9 +190,10 @@ def test_out_of_range_rows_are_nan_with_a_term_too() -> None:
 def test_a_second_call_compiles_nothing(compiles) -> None:
     x = _normal(9, 7, 20)
     q = quantized(scanned, {"w": W["w"]}, x)
+    other = x + 1
     jq.apply(scanned)(q, x)
     with compiles() as log:
-        jq.apply(scanned)(q, x + 1)
+        jq.apply(scanned)(q, other)
     assert log == []
 
 
