@@ -272,6 +272,67 @@ def learned_smollm2(result: dict[str, Any]) -> str:
     )
 
 
+def lorc(result: dict[str, Any]) -> str:
+    rows = result["rows"]
+    methods = list(dict.fromkeys(method for found in rows.values() for method in found))
+    lines = [[method, *(pair(rows[setting].get(method)) for setting in rows)] for method in methods]
+    return (
+        "**Low-rank terms.** SmolLM2-135M, rank 8, 8-bit factors; one pass, 8 held-out windows: "
+        "KL (stored bits per weight, factors counted). *LoRC* knows no data, *QERA* is the term in "
+        "the metric of the inputs; *smaller groups* spend the factors' bytes on more scales "
+        "instead. Rounding errors are nearly white, so a plain term of rank 8 holds a few percent "
+        "of them only.\n\n" + table(["", *rows], lines) + f"\n{ran(result)}.\n"
+    )
+
+
+def pair(row: dict[str, Any] | None) -> str:
+    return f"{row['kl']:.3f} ({row['bits_per_weight']:.2f})" if row else "–"
+
+
+def activations(result: dict[str, Any]) -> str:
+    lines = [
+        [name, f"{row['bits_per_weight']:.2f}", f"{row['kl']:.4f}", f"{row['agreement']:.3f}"]
+        for name, row in result["rows"].items()
+    ]
+    said = [
+        "**Quantized inputs.** SmolLM2-135M, 8 held-out windows; 8-bit weights with one scale per "
+        "output, 4-bit ones in groups of 64 or per row, all linears of the blocks.\n\n",
+        table(["weights and inputs", "bits per weight", "KL", "same first choice"], lines),
+    ]
+    if speed := result.get("speed"):
+        rows = [
+            [name, f"{row['seconds']:.2f}", f"{row['median_times_faster']:.2f}"]
+            for name, row in speed["rows"].items()
+        ]
+        count, length = speed["tokens"]
+        said += [
+            f"\nA prefill of {count} × {length} tokens, programs taking turns "
+            f"{speed['rounds']} times: the least of the times, and the median of how many times "
+            "faster than float32 in the same turn.\n\n",
+            table(["", "seconds", "times faster"], rows),
+        ]
+    return "".join(said) + f"\n{ran(result)}.\n"
+
+
+def bits(result: dict[str, Any]) -> str:
+    lines = []
+    for method, means in result["rows"].items():
+        rows = list(dict.fromkeys(row for found in means.values() for row in found))
+        for row in rows:
+            cells = [f"{means[m][row]['kl']:.4f}" if row in means[m] else "–" for m in means]
+            score = result["scores"].get(row)
+            lines.append([method, row, *cells, f"{score['seconds']:.0f}" if score else ""])
+    means = next(iter(result["rows"].values()))
+    return (
+        "**Who gets the bits.** SmolLM2-135M, groups of 64, 2 to 8 bits for each weight; KL on 8 "
+        "held-out windows at the bytes of a mean width. *uniform*: one width, or two by depth; "
+        "*ends*: the wider one for the first and last layers; the others by a score and exact "
+        "dynamic programming, or by CPTQuant's three clusters.\n\n"
+        + table(["rounding", "by", *(f"{m} bits" for m in means), "seconds of the score"], lines)
+        + f"\n{ran(result)}.\n"
+    )
+
+
 def adadim(result: dict[str, Any]) -> str:
     axes = ["in", "out", "AdaDim", "AdaDim, own product"]
     roundings = ["nearest", "GPTQ", "GPTQ dynamic"]
@@ -401,6 +462,9 @@ SECTIONS = {
     "grids": grids,
     "learned": learned,
     "learned_smollm2": learned_smollm2,
+    "lorc": lorc,
+    "activations": activations,
+    "bits": bits,
     "adadim": adadim,
     "encode": encode,
     "total_time": total_time,
