@@ -497,6 +497,20 @@ def test_states_are_the_residual_stream_between_blocks() -> None:
         assert want > 0.01 and found[f"blocks/{k}"] == pytest.approx(want, rel=0.01)
 
 
+def test_tokens_on_one_axis_are_the_same_states() -> None:
+    """A head may take the tokens of all sequences as one axis: nothing else ends the last block."""
+    tokens = np.asarray(jax.random.randint(jax.random.key(9), (40, 3), 0, VOCAB))
+
+    def flat(p, tokens):
+        headless = {**p, "head": jnp.eye(WIDTH)}
+        x = fn(headless, tokens)
+        return (x.reshape(-1, WIDTH) @ p["head"]).reshape(*tokens.shape, VOCAB)
+
+    assert cmpq(flat, PARAMS, CHOICE, [tokens]).by_block() == pytest.approx(
+        cmpq(fn, PARAMS, CHOICE, [tokens]).by_block(), rel=1e-3
+    )
+
+
 def test_a_block_that_does_nothing_is_least_unlike_the_others() -> None:
     blocks = [{n: 4 * w for n, w in b.items()} for b in PARAMS["blocks"]]
     idle = {"up": jnp.zeros((WIDTH, 16)), "down": jnp.zeros((16, WIDTH))}

@@ -189,14 +189,21 @@ def cmpq(
 
 
 def _pooled(alive: list[dict[int, Any]], lengths: list[int]) -> Array | None:
-    """One row per sequence: the values alive, averaged over all axes but the first and last."""
+    """One row per sequence: the values alive, averaged over all axes but the first and last.
+
+    Where none has an axis of sequences, tokens `[sequences · length, d]` are taken apart.
+    """
     found = []
     for values, length in zip(alive, lengths, strict=True):
-        rows = [
-            jnp.mean(jnp.asarray(x, jnp.float32), tuple(range(1, x.ndim - 1)))
+        floats = [
+            jnp.asarray(x, jnp.float32)
             for _, x in sorted(values.items())
-            if x.ndim > 1 and len(x) == length and jnp.issubdtype(x.dtype, jnp.floating)
+            if x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating)
         ]
+        whole = [x for x in floats if len(x) == length]
+        flat = [x for x in floats if x.ndim == 2 and len(x) % length == 0]
+        whole = whole or [x.reshape(length, -1, x.shape[-1]) for x in flat]
+        rows = [jnp.mean(x, tuple(range(1, x.ndim - 1))) for x in whole]
         if not rows:
             return None
         found.append(jnp.concatenate(rows, -1))
