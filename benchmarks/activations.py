@@ -146,11 +146,11 @@ def main() -> None:
     wanted = [] if options.speed else wanted
 
     def write() -> None:
+        written["rows"] = {name: rows[name] for name in SCHEMES if name in rows}
         if not options.no_write:
             path.write_text(json.dumps({"machine": machine(), **written}, indent=1) + "\n")
 
     written["tokens"] = {"calibration": digest(calibration), "evaluation": digest(evaluation)}
-    written["rows"] = rows
     if options.speed or "speed" not in written or options.no_write:
         written["speed"] = measure(fn, params, timed, options.rounds)
         write()

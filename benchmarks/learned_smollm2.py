@@ -183,6 +183,7 @@ def main() -> None:
             written["step"] = result
         else:
             written["rows"][method] = result
+        written["rows"] = {m: written["rows"][m] for m in METHODS if m in written["rows"]}
         written["machine"] = machine()
         written["settings"] = {"steps": STEPS, "block_steps": BLOCK_STEPS, "rows": ROWS}
         PATH.write_text(json.dumps(written, indent=1) + "\n")

@@ -264,11 +264,11 @@ def learned_smollm2(result: dict[str, Any]) -> str:
         )
     return (
         "**Learned on SmolLM2.** 3 bits in groups of 64, one static grid, 64 windows of 512 "
-        f"tokens; {settings['steps']} steps of {settings['rows']} windows on the whole network's "
+        f"tokens; {settings['steps']} steps of {settings['rows']} window(s) on the whole network's "
         f"KL, or {settings['block_steps']} for every block: KL on text it learned from, on 16 "
         f"held-out windows, and minutes.{said}\n\n"
         + table(["rounding", "calibration text", "held-out text", "minutes"], lines)
-        + f"\n{ran(result)}.\n"
+        + f"\n{ran(result)}{result.get('note', '')}.\n"
     )
 
 
