@@ -497,6 +497,23 @@ def test_states_are_the_residual_stream_between_blocks() -> None:
         assert want > 0.01 and found[f"blocks/{k}"] == pytest.approx(want, rel=0.01)
 
 
+def test_quantized_inputs_are_no_part_of_a_score_but_of_the_size() -> None:
+    """A score is of the weight: static ranges of inputs, which need evidence, are not in it."""
+    x, params = _normal(1, 64, 16), {"w": _normal(2, 16, 8)}
+    function = lambda p, x: x @ p["w"]  # noqa: E731
+    weights = jq.find_weights(function, params, x)
+    static = jq.Activations(Uniform(8, symmetric=True), "static")
+    with_inputs, plain = (
+        candidates(jq.plan(weights, {".*": jq.Scheme(GRID, activations=a)}), (3, 4))
+        for a in (static, None)
+    )
+    assert exact_kl(function, params, with_inputs, [x]).values == (
+        exact_kl(function, params, plain, [x]).values
+    )
+    more = [a - b for a, b in zip(with_inputs.bytes("w"), plain.bytes("w"), strict=True)]
+    assert more == [4, 4]  # one float32 scale, for all tokens
+
+
 def test_tokens_on_one_axis_are_the_same_states() -> None:
     """A head may take the tokens of all sequences as one axis: nothing else ends the last block."""
     tokens = np.asarray(jax.random.randint(jax.random.key(9), (40, 3), 0, VOCAB))
