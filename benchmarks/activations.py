@@ -10,7 +10,10 @@ one pass over the same calibration windows, of the full model. 8-bit weights hav
 output, 4-bit ones groups of 64 or, "row", one. All linears of the blocks are quantized; the tied
 embedding only where the name says "and head". Times are those of 4 windows of 512 tokens: float32,
 bfloat16 and quantized programs take turns, and the least of each counts. "bfloat16 beside" is a
-network whose attention and norms are in bfloat16. Results are added to `results/activations.json`.
+network whose attention and norms are in bfloat16. "LKD" is ZeroQuant's layer-by-layer distillation:
+the weights of each block learn their rounding and ranges (by signs, 128 steps of a window) on the
+block's outputs, from the inputs of the full model; ~15 minutes. Results are added to
+`results/activations.json`.
 """
 
 from __future__ import annotations
@@ -32,13 +35,15 @@ from jquant.grids import MSE, Float, Uniform
 from jquant.models import smollm2
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
-from jquant.rounding import GPTQ
+from jquant.objectives import Stagewise
+from jquant.rounding import GPTQ, Descent, SignRound
 
 BYTES = Uniform(8, symmetric=True)
 INPUTS = Uniform(8, symmetric=True, convention="S3")
 FP8 = Float(4, 3, scale="float32")
 TOKEN = jq.Activations(INPUTS)
 FOUR = Uniform(4, scale_dtype="float16")
+SIGNS = SignRound(descent=Descent(128, 1 / 128, "sign_sgd", "linear", checks=4))
 SCHEMES: dict[str, jq.Scheme] = {
     "W8A16": jq.Scheme(BYTES),
     "W8A8 token": jq.Scheme(BYTES, activations=TOKEN),
@@ -53,6 +58,7 @@ SCHEMES: dict[str, jq.Scheme] = {
     "W4A8": jq.Scheme(FOUR, 64, activations=TOKEN),
     "W4A16 GPTQ": jq.Scheme(FOUR, 64, GPTQ()),
     "W4A8 GPTQ": jq.Scheme(FOUR, 64, GPTQ(), activations=TOKEN),
+    "W4A8 LKD": jq.Scheme(FOUR, 64, SIGNS, activations=TOKEN),
     "W4A8 row": jq.Scheme(FOUR, activations=TOKEN),
     "W4A8 row GPTQ": jq.Scheme(FOUR, None, GPTQ(), activations=TOKEN),
     "FP8": jq.Scheme(FP8, activations=jq.Activations(FP8)),
@@ -159,14 +165,21 @@ def main() -> None:
     weights = jq.find_weights(fn, params, calibration[:1])
     linears = list(jq.plan(weights, {LINEARS: SCHEMES["W8A16"], ".*": jq.keep}))
     batches = list(calibration.reshape(-1, 4, calibration.shape[-1]))
-    evidence = jq.capture(fn, params, batches, paths=linears, spread=True)
+    seen = any(SCHEMES[name].needs and SCHEMES[name].rounding != SIGNS for name in wanted)
+    evidence = jq.capture(fn, params, batches, paths=linears, spread=True) if seen else None
     for few in (wanted[at : at + AT_ONCE] for at in range(0, len(wanted), AT_ONCE)):
         models: dict[str, Any] = {}
         for name in few:
             scheme = SCHEMES[name]
             plan = jq.plan(weights, rules(scheme, head=False))
-            data = evidence if scheme.needs else None
-            models[name], report = jq.quantize(fn, params, plan, evidence=data)
+            if scheme.rounding == SIGNS:
+                models[name], report = jq.quantize(
+                    fn, params, plan, list(calibration[:, None]),
+                    objective=Stagewise(inputs="full"), granularity="block",
+                )  # fmt: skip
+            else:
+                data = evidence if scheme.needs else None
+                models[name], report = jq.quantize(fn, params, plan, evidence=data)
             rows[name] = {"scheme": repr(scheme), "bits_per_weight": report.bits_per_weight}
         pairs = [evaluation[at : at + 2] for at in range(0, len(evaluation), 2)]
         found = jq.evaluate.compare_all(fn, params, models, pairs)
