@@ -18,6 +18,8 @@ from benchmarks.others import OTHERS
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- results -->\n", "<!-- end of results -->"
+# What everybody wants to know stands open; the other sections are folded.
+OPEN = {"quality", "stages", "learned_smollm2", "bits", "total_time", "depth"}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -476,13 +478,21 @@ SECTIONS = {
 }
 
 
+def folded(text: str) -> str:
+    """A section that opens when its title is clicked; titles are what a section begins with."""
+    title = text.split("**")[1].rstrip(".")
+    return f"<details><summary>{title}</summary>\n\n{text}\n</details>\n"
+
+
 def render() -> str:
     """The README with its figures from `results/`."""
-    parts = []
+    found = {}
     for name, section in SECTIONS.items():
         path = RESULTS / f"{name}.json"
         if path.exists():
-            parts.append(section(json.loads(path.read_text())))
+            found[name] = section(json.loads(path.read_text()))
+    parts = [text for name, text in found.items() if name in OPEN]
+    parts += [folded(text) for name, text in found.items() if name not in OPEN]
     text = README.read_text()
     head, tail = text.split(START)[0], text.split(END)[1]
     return head + START + "\n" + "\n".join(parts) + "\n" + END + tail

@@ -10,10 +10,9 @@ climbs from one stair to the next: it may end at any code, not only at a neighbo
 began. A penalty `1 - |2t - 1|^β` presses v to whole numbers as T grows and β falls.
 
 On a power grid with a fitted exponent (`Power(bits)`) the exponent is learned too, through values
-of
-whole codes only: their derivative `-(m / a²) u^(1/a) ln u`, u = |q| / K, is 0 at u = 0 and at u = 1
-by its limits, and is computed so. Without data the exponent alone has something to learn. Integer
-decoding (1/a whole) is kept by giving the exponent.
+of whole codes only: their derivative `-(m / a²) u^(1/a) ln u`, u = |q| / K, is 0 at u = 0 and at
+u = 1 by its limits, and is computed so. Without data the exponent alone has something to learn.
+Integer decoding (1/a whole) is kept by giving the exponent.
 
 The paper's abstract states these aims; staircase, penalty and schedules are our reconstruction.
 """
