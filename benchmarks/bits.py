@@ -15,7 +15,8 @@ its exact dynamic program, or by the paper's three clusters. Candidates are 2 to
 Scores are measured on drafts, nearest rounding in the weights' own ranges. What is quantized in the
 end: "GPTQ" with searched ranges, one pass on the second moments of 64 windows, and "nearest". As
 nothing depends on the other weights there, each weight is rounded once per width, and a row is put
-together of those. Model and tokens are those of `quality`, the first 8 held-out windows.
+together of their values: one compiled program runs all rows. Model and tokens are those of
+`quality`, the first 8 held-out windows.
 
 Estimates on two idle cores: scores 10 minutes together, of which exact KL takes half (each weight
 alone at 2, 3 and 4 bits on 256 tokens, wider ones scaled), GPTQ of seven widths 12 minutes, nearest
@@ -168,7 +169,7 @@ def positions(model: Model, row: str, mean: float, scores: dict[str, Sensitivity
 
 
 def all_widths(model: Model, method: str) -> list[dict[str, Any]]:
-    """For every width the weights rounded to it, by path, and a line about the time."""
+    """For every width the values of the weights rounded to it, by path; says how long it took."""
     evidence = None
     if method == "GPTQ":
         batches = list(model.windows.reshape(-1, min(4, len(model.windows)), 512))
@@ -179,14 +180,10 @@ def all_widths(model: Model, method: str) -> list[dict[str, Any]]:
         chosen = model.drafts.plan(dict.fromkeys(model.drafts, at))
         plan = jq.Plan({p: FINAL[method](s) for p, s in chosen.items()}, chosen.weights)
         q, _ = jq.quantize(model.fn, model.params, plan, evidence=evidence)
-        leaves = jax.tree_util.tree_flatten_with_path(q, is_leaf=is_quantized)[0]
-        found.append({name_of(k): leaf for k, leaf in leaves if is_quantized(leaf)})
+        leaves = jax.tree_util.tree_flatten_with_path(jq.dequantize(q))[0]
+        found.append({name_of(k): leaf for k, leaf in leaves if name_of(k) in plan})
         print(f"{method}, {width} bits: {time.perf_counter() - start:.0f} s", flush=True)
     return found
-
-
-def is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, jq.QTensor)
 
 
 def name_of(keys: Any) -> str:
@@ -265,7 +262,7 @@ def run(options: Any, found: dict[str, Any]) -> None:
 
 
 def put_together(model: Model, rounded: list[dict[str, Any]], chosen: dict[str, int]) -> Any:
-    """The parameters with each weight at its width."""
+    """The parameters with the values of each weight at its width."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(model.params)
     found = [
         rounded[chosen[name_of(k)]][name_of(k)] if name_of(k) in chosen else leaf

@@ -17,10 +17,12 @@ Entries of Λ below `CUTOFF` times its largest are raised to that, and entries o
 times its mean: inputs never seen count that little, but they count. Both are what float32 can tell
 from zero.
 
-*What it is worth.* Codes leave an error that is nearly white: of independent Gaussian 768 × 768
-weights, rank 8 takes away 4 % of the squared error in the plain metric, at 2 to 4 bits, per row and
-in groups of 64, for bits that would pay for smaller groups. Real inputs are not white, so in their
-metric it takes away more. Compare at equal bytes (`benchmarks/lorc.py`).
+*What it is worth.* Nearest codes leave an error that is nearly white: of independent Gaussian 768 ×
+768 weights, rank 8 takes away 4 % of the squared error in the plain metric, at 2 to 4 bits, per row
+and in groups of 64, for bits that would pay for smaller groups. Real inputs are not white, so in
+their metric it takes away more, and neither are the errors that GPTQ leaves. Compare at equal bytes
+(`benchmarks/lorc.py`): with one scale per row smaller groups are the better buy beside GPTQ, in
+groups of 64 the term is.
 
 Static: the choice. Arrays: `LowRank`, the two factors.
 """
@@ -59,10 +61,12 @@ class LoRC:
     It runs after any rounding; where codes aim at another weight than the given one (GPTQ's
     corrections), it does too. `rank` more numbers are stored for every row and column.
 
-    Without data it gains little: rounding errors are nearly white, and of those of Gaussian 768 ×
-    768 weights rank 8 takes away 4 %. The large gains in ZeroQuant-V2 are at 2 and 3 bits with one
-    scale per row. Take `metric="evidence"` where there is data, and compare with smaller groups of
-    the same size in bytes.
+    Without data it gains little: errors of nearest rounding are nearly white, and of those of
+    Gaussian 768 × 768 weights rank 8 takes away 4 %. The large gains in ZeroQuant-V2 are at 2 and 3
+    bits with one scale per row. Take `metric="evidence"` where there is data, and compare with
+    smaller groups of the same size in bytes. SmolLM2 at 3 bits, KL on held-out text, without a
+    term, plain, evidence, smaller groups: in groups of 64 nearest 1.22, 1.11, 0.47, 1.10 and GPTQ
+    0.51, 0.34, 0.32, 0.46; with one scale per row GPTQ 1.38, 0.99, 0.96, 0.54.
 
     Args:
         rank: of the term, at least 1 and at most the shorter side of the weight. ZeroQuant-V2
