@@ -214,6 +214,7 @@ def run(options: Any, found: dict[str, Any]) -> None:
         found.setdefault(part, {})
     found |= {
         "machine": machine(),
+        "names": list(ROWS),
         "tokens": {"calibration": digest(model.windows), "evaluation": digest(model.evaluation)},
     }
 

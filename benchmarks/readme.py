@@ -328,19 +328,25 @@ def activations(result: dict[str, Any]) -> str:
 
 def bits(result: dict[str, Any]) -> str:
     lines = []
-    for method, means in result["rows"].items():
-        rows = list(dict.fromkeys(row for found in means.values() for row in found))
-        for row in rows:
-            cells = [f"{means[m][row]['kl']:.4f}" if row in means[m] else "–" for m in means]
+    widths = sorted({m for found in result["rows"].values() for m in found}, reverse=True)
+    for method, found in result["rows"].items():
+        known = {row for some in found.values() for row in some}
+        lowest = {m: min(row["kl"] for row in found[m].values()) for m in found}
+        for row in filter(known.__contains__, result["names"]):
+            cells = []
+            for mean in widths:
+                kl = found.get(mean, {}).get(row, {}).get("kl")
+                best = kl is not None and kl == lowest[mean]
+                cells.append("–" if kl is None else f"**{kl:.4f}**" if best else f"{kl:.4f}")
             score = result["scores"].get(row)
             lines.append([method, row, *cells, f"{score['seconds']:.0f}" if score else ""])
-    means = next(iter(result["rows"].values()))
     return (
         "**Who gets the bits.** SmolLM2-135M, groups of 64, 2 to 8 bits for each weight; KL on 8 "
         "held-out windows at the bytes of a mean width. *uniform*: one width, or two by depth; "
         "*ends*: the wider one for the first and last layers; the others by a score and exact "
-        "dynamic programming, or by CPTQuant's three clusters.\n\n"
-        + table(["rounding", "by", *(f"{m} bits" for m in means), "seconds of the score"], lines)
+        "dynamic programming, or by CPTQuant's three clusters. What a block gets by its depth is "
+        "drawn in [`docs/images/bits-by-depth.svg`](docs/images/bits-by-depth.svg).\n\n"
+        + table(["rounding", "by", *(f"{m} bits" for m in widths), "seconds of the score"], lines)
         + f"\n{ran(result)}.\n"
     )
 
