@@ -405,7 +405,7 @@ def arithmetic(result: dict[str, Any]) -> str:
         "every result rounded to nearest or at random (*stochastic*). Ranges are over keys and "
         "starts; the *band* is the distance between double-precision runs from other starts. Below "
         "Lorenz 63, W1 is the mean of distances to such runs; *double* is that of the double run "
-        "from the same start, so the least that can be hoped for.\n"
+        "from the same start: what no rounding at all gives.\n"
     ]
     if "heat" in parts:
         rows = []

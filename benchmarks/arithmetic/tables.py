@@ -41,8 +41,8 @@ def about_atmosphere(part: dict[str, Any]) -> str:
         f"SPEEDY is `jcm` {used['jcm']} as it comes, T31 with 8 levels, under `emulate` in float64 "
         f"with JAX {used['jax']}: six-hour means of precipitation, of the lowest layer's "
         f"temperature and of the eastward wind half-way up, {part['days']} days after a lead of "
-        f"{part['lead']}. That is weather; the paper's runs are ten years long. Processor time over "
-        f"that of double: {times} times.\n"
+        f"{part['lead']}. That is weather; the paper's runs are ten years long. Processor time "
+        f"over that of double: {times} times.\n"
     )
 
 
