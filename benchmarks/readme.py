@@ -404,8 +404,7 @@ def arithmetic(result: dict[str, Any]) -> str:
         "**Arithmetic.** The study of Paxton et al. (2022) with `jq.emulate`: bits of significand, "
         "every result rounded to nearest or at random (*stochastic*). Ranges are over keys and "
         "starts; the *band* is the distance between double-precision runs from other starts. "
-        "Lorenz 96 and SPEEDY are compared with several such runs; *double* is what no rounding "
-        "gives.\n"
+        "Lorenz 96 is compared with several such runs; *double* is what no rounding gives.\n"
     ]
     if "heat" in parts:
         rows = []

@@ -126,20 +126,23 @@ def test_an_atmosphere_is_as_far_as_it_is_shifted() -> None:
 
     double = [run(5), run(5)]
     shifted = [
-        day._replace(temperature=day.temperature + 2, wind=day.wind - 3) for day in double[1]
+        day._replace(temperature=day.temperature + 2, wind=day.wind - 3) for day in double[0]
     ]
     shifted[0] = shifted[0]._replace(wind=np.full((4, 6, 5), 1e9))  # before the lead is over
     low = {(10, "nearest"): shifted, (10, "stochastic"): shifted[:3]}
     found = speedy.compared(double, low, np.array([0.1, 0.5, 1.0, 0.5, 0.1]), lead=1)
     assert found["days"] == 4
     near = found["rows"]["10"]["nearest"]
-    assert near["w1"] == pytest.approx({"precipitation": 0, "temperature": 2, "wind": 3})
-    means = found["double"]["means"][1]
+    assert near["same_start"] == pytest.approx({"precipitation": 0, "temperature": 2, "wind": 3})
+    means = found["double"]["means"][0]
     assert near["mean"]["temperature"] == pytest.approx(means["temperature"] + 2)
     assert found["rows"]["10"]["stochastic"] == {"days": 3}
     assert found["band"]["wind"] == [pytest.approx(found["double"]["w1"]["wind"])]
 
     head, rows = tables.atmosphere(found)
-    assert head[:2] == ["SPEEDY (jcm), 4 days: W1 per point", "precipitation (mm/6 h), nearest"]
+    assert head[:2] == [
+        "SPEEDY (jcm), days: 4, W1 per point to double, same start",
+        "precipitation (mm/6 h), nearest",
+    ]
     assert rows[0] == ["10", "0.0000", "blew up", "2.0000", "blew up", "3.0000", "blew up"]
-    assert [row[0] for row in rows] == ["10", "double", "band"]
+    assert [row[0] for row in rows] == ["10", "band"]

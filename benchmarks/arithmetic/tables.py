@@ -1,9 +1,9 @@
 """Tables of the README from `results/arithmetic.json`: a part of it → `(head, rows)`.
 
-Distances are to double-precision runs from other starts, so that rounding nothing does not give
-zero: `double` is that distance for the double run from the same start, and the `band` goes from the
-least to the largest of any two double runs. Shallow water forgets its start too slowly for that:
-there, distances are to the double run from the same start, beside the band.
+The `band` goes from the least to the largest distance of any two double-precision runs from other
+starts. Lorenz 96 forgets its start at once, so distances are to such runs, and `double` is that of
+the double run from the same start: what rounding nothing gives. Shallow water and a few days of
+weather do not: there, distances are to the double run from the same start, beside the band.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ def lorenz96(part: dict[str, Any]) -> Table:
 def shallow_water(part: dict[str, Any]) -> Table:
     units = {"u": "u (m/s)", "v": "v (m/s)", "eta": "η (m)"}
     name = f"shallow water, {part['days']} days: W1 per point to double, same start"
-    return _climate(name, units, part, None, part["same_start"])
+    return _climate(name, units, part, part["same_start"])
 
 
 def atmosphere(part: dict[str, Any]) -> Table:
     """Of SPEEDY; a run that blew up has no distance."""
     units = {name: f"{name} ({unit})" for name, unit in part["units"].items()}
-    w1 = {b: {r: row[r].get("w1") for r in ROUNDINGS} for b, row in part["rows"].items()}
-    name = f"SPEEDY (jcm), {part['days']} days: W1 per point"
-    return _climate(name, units, part, part["double"]["w1"], w1)
+    rows = part["rows"].items()
+    w1 = {b: {r: row[r].get("same_start") for r in ROUNDINGS} for b, row in rows}
+    name = f"SPEEDY (jcm), days: {part['days']}, W1 per point to double, same start"
+    return _climate(name, units, part, w1)
 
 
 def about_atmosphere(part: dict[str, Any]) -> str:
@@ -51,15 +52,12 @@ def _climate(
     name: str,
     units: dict[str, str],
     part: dict[str, Any],
-    double: dict[str, float] | None,
     w1: dict[str, dict[str, dict[str, float] | None]],
 ) -> Table:
     rows = []
     for bits, row in w1.items():
         found = [(row[rounding], variable) for variable in units for rounding in ROUNDINGS]
         rows.append([bits, *(f"{w1[v]:.4f}" if w1 else "blew up" for w1, v in found)])
-    if double:
-        rows.append(["double", *(c for v in units for c in (f"{double[v]:.4f}", ""))])
     band = part["band"]
     rows.append(
         ["band", *(c for v in units for c in (f"{band[v][0]:.4f} to {band[v][-1]:.4f}", ""))]
