@@ -452,8 +452,8 @@ def arithmetic(result: dict[str, Any]) -> str:
                     f"{found['us_per_step']:.0f} µs, {found['times_plain']:.1f} ×" if found else "–"
                 )
             rows.append([name, *cells])
-        said.append(table(["processor time per step and times plain, float32, 10 bits", *cost], rows))
-    return "\n".join(said) + f"\n{ran(result)}; other jobs ran beside.\n"
+        said.append(table(["time per step and times plain, float32, 10 bits", *cost], rows))
+    return "\n".join(said) + f"\n{ran(result)}; processor time, with other jobs beside.\n"
 
 
 def middle(numbers: Sequence[float]) -> float:
