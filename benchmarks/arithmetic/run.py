@@ -1,6 +1,6 @@
 """The climate study with `jq.emulate`: heat column, Lorenz, shallow water; writes arithmetic.json.
 
-    python -m benchmarks.arithmetic.run                 # all parts, ~15 minutes on one core
+    python -m benchmarks.arithmetic.run                 # all parts, ~20 minutes of one core
     python -m benchmarks.arithmetic.run heat lorenz     # some
     python -m benchmarks.arithmetic.run speedy          # only when asked for: see speedy.py
 
