@@ -2,7 +2,7 @@
 
 A grid, a rounding or any other static choice may have an attribute `papers`, the keys of entries in
 `papers.bib`; which ones may depend on its options (GPTQ with QEP's correction cites both). `cite`
-walks a plan and collects them.
+walks a plan and collects them. Emulated functions have them too, and `jq.distances` as a whole.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def cite(choice: Plan | Scheme | Any) -> str:
 
     Args:
         choice: a plan, a scheme, or any part of one: a grid, a rounding, blocks; or what a plan
-            was made by: a sensitivity, an allocation.
+            was made by: a sensitivity, an allocation; or what `jq.emulate` returned; or the module
+            `jq.distances`.
 
     Returns:
         the entries, each once, in the order of first use.
@@ -35,7 +36,8 @@ def cite(choice: Plan | Scheme | Any) -> str:
         >>> [line for line in cite(jq.presets.int4_gptq()).splitlines() if line[:1] == "@"]
         ['@software{jquant,', '@article{frantar2022gptq,']
     """
-    if isinstance(choice, type) or not dataclasses.is_dataclass(choice):
+    named = dataclasses.is_dataclass(choice) or hasattr(choice, "papers")
+    if isinstance(choice, type) or not named:
         raise TypeError(f"cite takes a plan, a scheme or a part of one, got {choice!r}")
     keys = dict.fromkeys(["jquant", *_papers(choice)])
     return "\n\n".join(entries()[key] for key in keys)

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+papers = ("paxton2022climate", "peyre2019transport")  # for `jq.cite`
 Solver = Literal["scipy", "pot"]
 
 

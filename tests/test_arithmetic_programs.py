@@ -13,7 +13,7 @@ import jquant as jq
 from jquant.distances import wasserstein
 
 pytest.importorskip("benchmarks.arithmetic")  # not part of the source distribution
-from benchmarks.arithmetic import heat, lorenz, shallow_water  # noqa: E402
+from benchmarks.arithmetic import heat, lorenz, shallow_water, speedy, tables  # noqa: E402
 
 KEY = jax.random.key(0)
 
@@ -116,3 +116,33 @@ def test_the_wind_makes_a_flow_that_rounding_changes_little() -> None:
     for low in (near, random):
         off = float(wasserstein(low.u[-1].reshape(-1), full.u[-1].reshape(-1)))
         assert 0 < off < 0.3 * spread
+
+
+def test_an_atmosphere_is_as_far_as_it_is_shifted() -> None:
+    random = np.random.default_rng(0)
+
+    def run(days: int) -> list[speedy.Records]:
+        return [speedy.Records(*random.normal(size=(3, 4, 6, 5))) for _ in range(days)]
+
+    double = [run(5), run(5)]
+    shifted = [
+        day._replace(temperature=day.temperature + 2, wind=day.wind - 3) for day in double[0]
+    ]
+    shifted[0] = shifted[0]._replace(wind=np.full((4, 6, 5), 1e9))  # before the lead is over
+    low = {(10, "nearest"): shifted, (10, "stochastic"): shifted[:3]}
+    found = speedy.compared(double, low, np.array([0.1, 0.5, 1.0, 0.5, 0.1]), lead=1)
+    assert found["days"] == 4
+    near = found["rows"]["10"]["nearest"]
+    assert near["same_start"] == pytest.approx({"precipitation": 0, "temperature": 2, "wind": 3})
+    means = found["double"]["means"][0]
+    assert near["mean"]["temperature"] == pytest.approx(means["temperature"] + 2)
+    assert found["rows"]["10"]["stochastic"] == {"days": 3}
+    assert found["band"]["wind"] == [pytest.approx(found["double"]["w1"]["wind"])]
+
+    head, rows = tables.atmosphere(found)
+    assert head[:2] == [
+        "SPEEDY (jcm), days: 4, W1 per point to double, same start",
+        "precipitation (mm/6 h), nearest",
+    ]
+    assert rows[0] == ["10", "0.0000", "blew up", "2.0000", "blew up", "3.0000", "blew up"]
+    assert [row[0] for row in rows] == ["10", "band"]

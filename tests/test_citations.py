@@ -20,6 +20,7 @@ CHOICES += [jq.LoRC(8), jq.LoRC(8, metric="evidence"), jq.LoRC(8, rounds=5)]
 CHOICES += [  # what a score cites is data of its own, see test_sensitivity
     jq.allocation.Sensitivity("", "", "", {}, papers=SCORES)
 ]
+CHOICES += [jq.emulate(jnp.sin, 8, "stochastic"), jq.distances]
 CHOICES += [preset() for preset in jq.presets.presets().values()]
 
 
@@ -57,7 +58,13 @@ def test_a_plan_cites_what_is_in_it():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", ["int4-gptq", None, {"a": 1}])
+def test_emulated_functions_cite_how_they_round():
+    cut = ["jquant", "paxton2022climate", "dawson2017rpe"]
+    assert keys(jq.cite(jq.emulate(jnp.sin, 8))) == cut
+    assert keys(jq.cite(jq.emulate(jnp.sin, 8, "stochastic"))) == [*cut, "croci2022stochastic"]
+
+
+@pytest.mark.parametrize("wrong", ["int4-gptq", None, {"a": 1}, jnp.sin])
 def test_what_is_no_choice_is_refused(wrong):
     with pytest.raises(TypeError, match="a plan, a scheme"):
         jq.cite(wrong)

@@ -1,1 +1,1 @@
-"""Low-precision arithmetic: a heat column, Lorenz's attractors, shallow water; what it costs."""
+"""Low-precision arithmetic: a heat column, attractors, shallow water, an atmosphere; its cost."""

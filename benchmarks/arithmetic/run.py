@@ -1,7 +1,8 @@
 """The climate study with `jq.emulate`: heat column, Lorenz, shallow water; writes arithmetic.json.
 
-    python -m benchmarks.arithmetic.run                 # all parts, ~15 minutes on one core
+    python -m benchmarks.arithmetic.run                 # all parts, ~20 minutes of one core
     python -m benchmarks.arithmetic.run heat lorenz     # some
+    python -m benchmarks.arithmetic.run speedy          # only when asked for: see speedy.py
 
 Bits of significand are a traced number: one compiled program gives all precisions. Carried by
 float64, but for shallow water's; overheads are in float32, beside pychop where it is installed.
@@ -10,6 +11,8 @@ float64, but for shallow water's; overheads are in float32, beside pychop where 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import itertools
 import json
 import time
 from typing import Any
@@ -20,6 +23,7 @@ jax.config.update("jax_enable_x64", True)
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from jax import lax  # noqa: E402
 
 import jquant as jq  # noqa: E402
 from benchmarks.arithmetic import heat, lorenz, shallow_water  # noqa: E402
@@ -102,6 +106,7 @@ def run_lorenz(members: int = 64, units: int = 400, seeds: int = 3) -> dict[str,
 
 
 def run_lorenz96(members: int = 16, units: int = 60) -> dict[str, Any]:
+    """Low precision starts as the first double run does, and is compared with the others."""
     bits = np.array([12, 10, 8, 6], np.int32)
     keys = jax.random.split(KEY, 4)
 
@@ -113,39 +118,51 @@ def run_lorenz96(members: int = 16, units: int = 60) -> dict[str, Any]:
     start = lorenz.start96(keys[0], members)
     near, random = jax.jit(lambda: both(lambda: states(start), bits, keys[:1]))()
     distance = jax.jit(jq.distances.wasserstein)
+
+    def far(run):
+        return float(np.mean([distance(run, other) for other in double[1:]]))
+
     rows = {
-        str(b): {
-            "nearest": float(distance(near[k], double[1])),
-            "stochastic": float(distance(random[k, 0], double[1])),
-        }
+        str(b): {"nearest": far(near[k]), "stochastic": far(random[k, 0])}
         for k, b in enumerate(bits)
     }
-    return {"band": list(jq.distances.band(list(double), distance)), "w1": rows}
+    band = list(jq.distances.band(list(double), distance))
+    return {"band": band, "double": far(double[0]), "w1": rows}
 
 
-def run_shallow_water(spin_up: int = 120, days: int = 48, runs: int = 3) -> dict[str, Any]:
+def run_shallow_water(
+    spin_up: int = 480, days: int = 24, lead: int = 8, apart: int = 40, runs: int = 4
+) -> dict[str, Any]:
     """W1 of u, v and η at every grid point over daily states, averaged over points.
 
-    Carried by float32, which holds 12 bits with enough to spare; the band is float64's.
+    A nudge grows e-fold in weeks only, so runs from nudged starts stay together. The band is of
+    stretches of one long double run instead, which begin `apart` days from each other. Low
+    precision, carried by float32, starts where the first does and is compared with the others.
     """
     bits = np.array([12, 10, 8], np.int32)
     day = shallow_water.STEPS_PER_DAY
-    spun = jax.jit(lambda: shallow_water.integrate(shallow_water.rest(), 1, spin_up * day))()
-    spun = jax.tree.map(lambda a: a[-1], spun)
 
-    def member(key):
-        nudge = 1 + 1e-3 * jax.random.normal(key, spun.eta.shape, spun.eta.dtype)
-        return spun._replace(eta=spun.eta * nudge)
+    @jax.jit
+    def spun(flow, days):
+        return lax.fori_loop(0, days * day, lambda _, flow: shallow_water.step(flow), flow)
 
-    def later(start):  # apart by then, so that runs share nothing but their climate
-        flow = shallow_water.integrate(start, days + days // 4)
-        return jax.tree.map(lambda a: a[days // 4 :], flow)
+    def later(start):
+        flow = shallow_water.integrate(start, lead + days)
+        return jax.tree.map(lambda a: a[lead:], flow)
 
-    starts = [member(key) for key in jax.random.split(KEY, runs)]
-    stacked = jax.tree.map(lambda *a: jnp.stack(a), *starts)
-    double = jax.jit(jax.vmap(later))(stacked)
+    starts = [spun(shallow_water.rest(), spin_up)]
+    for _ in range(runs - 1):
+        starts.append(spun(starts[-1], apart))
+    # One run after the other is as fast as all at once, and one compiled program is for all bits.
+    full = jax.jit(later)
+    double = [full(start) for start in starts]
     single = jax.tree.map(lambda a: a.astype(jnp.float32), starts[0])
-    near, random = jax.jit(lambda keys: both(lambda: later(single), bits, keys))(KEY[None])
+    found: dict[str, dict[str, Any]] = {}
+    for b in bits:
+        near = jq.emulate(later, jnp.int32(b))(single)
+        random = jq.emulate(later, jnp.int32(b), "stochastic")(KEY, single)
+        found[str(b)] = jax.block_until_ready({"nearest": near, "stochastic": random})
+        print(f"shallow water: {b} bits", flush=True)
 
     @jax.jit
     def distance(one, two):
@@ -159,22 +176,40 @@ def run_shallow_water(spin_up: int = 120, days: int = 48, runs: int = 3) -> dict
             two,
         )
 
-    def of(tree, *at):
-        return jax.tree.map(lambda a: a[at], tree)
-
     def named(flow):
         return {name: float(value) for name, value in flow._asdict().items()}
 
-    pairs = [named(distance(of(double, a), of(double, b))) for a in range(runs) for b in range(a)]
+    pairs = [named(distance(one, two)) for one, two in itertools.combinations(double, 2)]
     band = {name: sorted(pair[name] for pair in pairs) for name in pairs[0]}
-    rows = {}
-    for k, b in enumerate(bits):
-        rows[str(b)] = {
-            name: named(distance(run, of(double, 1)))
-            for name, run in (("nearest", of(near, k)), ("stochastic", of(random, k, 0)))
-        }
-    spread = jax.tree.map(lambda a: float(jnp.std(a[0], 0).mean()), double)._asdict()
-    return {"days": days, "band": band, "standard_deviation": spread, "w1": rows}
+
+    def far(run):
+        each = [named(distance(run, other)) for other in double[1:]]
+        return {name: float(np.mean([one[name] for one in each])) for name in band}
+
+    rows = {b: {name: far(run) for name, run in row.items()} for b, row in found.items()}
+    shadow = {
+        b: {name: named(distance(run, double[0])) for name, run in row.items()}
+        for b, row in found.items()
+    }
+    spread = jax.tree.map(lambda a: float(jnp.std(a, 0).mean()), double[0])._asdict()
+    return {
+        "days": days,
+        "band": band,
+        "double": far(double[0]),
+        "standard_deviation": spread,
+        "w1": rows,
+        "same_start": shadow,
+    }
+
+
+def run_speedy() -> dict[str, Any]:
+    """In an environment of its own, and so imported only when asked for."""
+    from benchmarks.arithmetic import speedy
+
+    own = {name: importlib.metadata.version(name) for name in ("jcm", "dinosaur", "jax", "numpy")}
+    return speedy.run(partly=lambda found: store("speedy", found | {"versions": own})) | {
+        "versions": own
+    }
 
 
 PARTS = {
@@ -185,20 +220,27 @@ PARTS = {
     "overhead_lorenz": lambda: measure_overhead("Lorenz 63, 4096 members"),
     "overhead_shallow_water": lambda: measure_overhead("shallow water"),
 }
+ASKED = {"speedy": run_speedy}  # not among all parts
+
+
+def store(name: str, found: dict[str, Any]) -> None:
+    """Put a part beside the others."""
+    kept = json.loads(PATH.read_text()) if PATH.exists() else {"parts": {}}
+    about = kept.get("machine", machine()) if name in ASKED else machine()
+    RESULTS.mkdir(exist_ok=True)
+    whole = {"machine": about, "parts": kept["parts"] | {name: found}}
+    PATH.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, *ASKED, []])
     for name in parser.parse_args().parts or PARTS:
         begun = time.perf_counter()
-        found = PARTS[name]()
+        found = (PARTS | ASKED)[name]()
         found["seconds"] = time.perf_counter() - begun
         print(name, json.dumps(found, indent=1), flush=True)
-        parts = json.loads(PATH.read_text())["parts"] if PATH.exists() else {}
-        parts[name] = found
-        RESULTS.mkdir(exist_ok=True)
-        PATH.write_text(json.dumps({"machine": machine(), "parts": parts}, indent=1) + "\n")
+        store(name, found)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ so that a result depends on the key and on the program, not on how often it was 
 devices, sharding, or on other members of a batch.
 
 References: Paxton et al., Climate modeling in low precision, J. Climate 35, 2022; Dawson and Düben,
-rpe v5, Geosci. Model Dev. 10, 2017 (significands cut, everything rounded).
+rpe v5, Geosci. Model Dev. 10, 2017 (significands cut, everything rounded); Croci et al., Stochastic
+rounding, 2022.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from jquant.emulation.sums import in_order
 from jquant.errors import UnsupportedPrimitiveError
 from jquant.interpreter import DESCENDED, Walker, bind, trace
 
+PAPERS = ("paxton2022climate", "dawson2017rpe")
 Rounding = Literal["nearest", "stochastic"]
 Operations = Literal["all", "arithmetic"]
 Sums = Literal["result", "sequential"]
@@ -138,6 +140,8 @@ def emulate(
             key, inputs = _with_key(inputs)
         return run(traced, key, tuple(inputs))
 
+    at_random = ("croci2022stochastic",) if rounding == "stochastic" else ()
+    vars(emulated)["papers"] = (*PAPERS, *at_random)  # for `jq.cite`
     return emulated
 
 
