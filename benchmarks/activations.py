@@ -11,7 +11,7 @@ output, 4-bit ones groups of 64 or, "row", one. All linears of the blocks are qu
 embedding only where the name says "and head". Times are those of 4 windows of 512 tokens: float32,
 bfloat16 and quantized programs take turns, and the least of each counts. "bfloat16 beside" is a
 network whose attention and norms are in bfloat16. "LKD" is ZeroQuant's layer-by-layer distillation:
-the weights of each block learn their rounding and ranges (by signs, 128 steps of a window) on the
+the weights of each block learn their rounding and ranges (by signs, 64 steps of a window) on the
 block's outputs, from the inputs of the full model; ~15 minutes. Results are added to
 `results/activations.json`.
 """
@@ -43,7 +43,7 @@ INPUTS = Uniform(8, symmetric=True, convention="S3")
 FP8 = Float(4, 3, scale="float32")
 TOKEN = jq.Activations(INPUTS)
 FOUR = Uniform(4, scale_dtype="float16")
-SIGNS = SignRound(descent=Descent(128, 1 / 128, "sign_sgd", "linear", checks=4))
+SIGNS = SignRound(descent=Descent(64, 1 / 64, "sign_sgd", "linear", checks=4))
 SCHEMES: dict[str, jq.Scheme] = {
     "W8A16": jq.Scheme(BYTES),
     "W8A8 token": jq.Scheme(BYTES, activations=TOKEN),
