@@ -285,7 +285,7 @@ def told(drafts: Candidates, chosen: dict[str, int], share: Allocation | None) -
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Mean code bits of a block against its depth, at 3.5 bits; scores beside it."""
+    """Mean code bits of a block against its depth, and of a kind, at 3.5 bits; scores beside."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -293,25 +293,37 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
     paths = found["paths"]
     blocks = [int(name.split("/")[1]) for name in paths]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    choices = found["choices"]["3.5"]
-    for row in ("exact KL", "Fisher", "KL gradient", "PMPQ", "CMPQ"):
-        if row in choices:
-            mean = [
-                np.mean([bits for bits, at in zip(choices[row], blocks, strict=True) if at == k])
-                for k in range(max(blocks) + 1)
-            ]
-            left.plot(mean, label=row, drawstyle="steps-mid")
-        if row in found["scores"]:
-            score = found["scores"][row]["by_block"]
-            value = np.array([score[f"layers/{k}"] for k in range(max(blocks) + 1)])
-            right.plot(value / value.mean(), label=row)
-    left.set(xlabel="block", ylabel="mean bits of its codes", title="3.5 bits on average")
-    right.set(xlabel="block", ylabel="score, relative to its mean", title="sensitivity",
-              yscale="log")  # fmt: skip
-    left.legend(fontsize="small")
+    kinds = [name.split("/")[-2] for name in paths]
+    order = ["q", "k", "v", "out", "gate", "up", "down"]
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.3), layout="constrained",
+                                   width_ratios=(3, 2, 3))  # fmt: skip
+    left, middle, right = axes
+    choices, drawn = found["choices"]["3.5"], ("exact KL", "Fisher", "PMPQ", "CMPQ")
+
+    def means(bits: list[int], labels: list[Any], names: Any) -> list[float]:
+        pairs = list(zip(bits, labels, strict=True))
+        return [float(np.mean([bit for bit, label in pairs if label == name])) for name in names]
+
+    for at, row in enumerate(drawn):
+        style = {"color": f"C{at}", "label": row}
+        left.plot(means(choices[row], blocks, range(max(blocks) + 1)), drawstyle="steps-mid",
+                  **style)  # fmt: skip
+        middle.plot(order, means(choices[row], kinds, order), "o", markersize=5, **style)
+        score = found["scores"][row]["by_block"]
+        value = np.array([score[f"layers/{k}"] for k in range(max(blocks) + 1)])
+        right.plot(value / value.mean(), **style)
+    left.set(xlabel="block", ylabel="mean bits of its codes", title="3.5 bits on average, by depth")
+    middle.set(title="… and by the kind of weight", ylabel="mean bits of its codes")
+    right.set(xlabel="block", ylabel="relative to its mean", title="score of a block")
+    right.set_yscale("log")
+    right.set_yticks([0.3, 1, 3, 10], ["0.3", "1", "3", "10"], minor=False)
+    right.set_yticks([], minor=True)
+    for axis in axes:
+        axis.title.set_fontsize("medium")
+        axis.spines[["top", "right"]].set_visible(False)
+    right.legend(fontsize="small", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     print(path)
 
 

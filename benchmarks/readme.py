@@ -345,10 +345,12 @@ def bits(result: dict[str, Any]) -> str:
         "**Who gets the bits.** SmolLM2-135M, groups of 64, 2 to 8 bits for each weight; KL on 8 "
         "held-out windows at the bytes of a mean width. *uniform*: one width, or two by depth; "
         "*ends*: the wider one for the first and last layers; the others by a score and exact "
-        "dynamic programming, or by CPTQuant's three clusters. What a block gets by its depth is "
-        "drawn in [`docs/images/bits-by-depth.svg`](docs/images/bits-by-depth.svg).\n\n"
+        "dynamic programming, or by CPTQuant's three clusters. CPTQuant finds the first and last "
+        "30 % of the layers the sensitive ones; here it is the kind of weight (v, then k) and the "
+        "last block, and scores that know one number per block gain little or nothing.\n\n"
+        "![bits by depth and by kind of weight](docs/images/bits-by-depth.svg)\n\n"
         + table(["rounding", "by", *(f"{m} bits" for m in widths), "seconds of the score"], lines)
-        + f"\n{ran(result)}.\n"
+        + f"\n{ran(result)}{result.get('note', '')}.\n"
     )
 
 

@@ -21,6 +21,7 @@ RANKS = (
         "lazy",
         "noise",
         "objectives",
+        "opaque",
         "significand",
     ),  # fmt: skip
     ("interpreter",),

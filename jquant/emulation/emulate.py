@@ -27,12 +27,14 @@ from jax.extend import core
 from jaxtyping import Array, PRNGKeyArray, UInt32
 
 from jquant import noise
-from jquant.emulation.formats import check, rounded
+from jquant.emulation.formats import Numbers, check, rounded
+from jquant.emulation.once import once, one_of
 from jquant.emulation.operations import (
     ARITHMETIC,
     COMPLEX,
     CONVERSIONS,
     MOVES,
+    SHIFTS,
     SUMS,
     UNORDERED,
     Operation,
@@ -163,6 +165,7 @@ def _compiled(fn: Callable[..., Any], settings: _Settings) -> Callable[..., Any]
     def run(traced: list[Array], key: PRNGKeyArray | None, inputs: tuple[Any, ...]) -> Any:
         closed, structure = trace(fn, *inputs)
         rounder = _Rounder(settings, traced, key)
+        rounder.one = one_of(jax.tree.leaves((inputs, traced, key)))
         walker = Walker(rounder, every=True, constant=rounder.constant)
         leaves = [rounder.constant(leaf, leaf, walker, "input") for leaf in jax.tree.leaves(inputs)]
         results = walker.run(closed, leaves)
@@ -184,6 +187,7 @@ class _Rounder:
         if settings.rounding == "stochastic":
             assert key is not None
             self.start = noise.seed(key) if self.hashed else key
+        self.one: Any = None  # see `once.py`
         self.numbers: dict[Any, int] = {}  # of operations, by where they stand
 
     def special(self, value: Any) -> bool:
@@ -227,6 +231,8 @@ class _Rounder:
                 )
             return walker.run(trace(in_order(eqn), *values)[0], values)
         moves = name in MOVES and not (name in COMPLEX and _complex(eqn.invars[0].aval))
+        if name in SHIFTS:
+            values = [walker.share("once", v, lambda v=v: once(v, self.one)) for v in values]
         results = bind(eqn, values)
         if moves or (name in CONVERSIONS and not all_):
             return results
@@ -242,6 +248,11 @@ class _Rounder:
 
     def result(self, value: Array, at: int, operation: Operation, walker: Walker) -> Array:
         """A result of an operation that computes, or converts, rounded."""
+        found = self._result(value, at, operation, walker)
+        whole = isinstance(self.target(operation), Numbers)
+        return once(found, self.one) if whole else found
+
+    def _result(self, value: Array, at: int, operation: Operation, walker: Walker) -> Array:
         if self.start is None or operation.primitive in CONVERSIONS:
             return self.nearest(value, operation)
         target = self.target(operation)

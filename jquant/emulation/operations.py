@@ -6,6 +6,7 @@
 * `MOVES` give back numbers they were given, or something as short: `select`, `max`, `floor`,
   `gather`. Bit casts are among them: whoever works on bits knows what for.
 
+`SHIFTS` are moves that read a number at other places than where it is needed, see `once.py`.
 `SUMS` are those of arithmetic whose many partial results have an order here, see `sums.py`; those
 in `UNORDERED` are sums too, in an order that is the compiler's.
 """
@@ -42,6 +43,7 @@ MOVES = frozenset(
     all_gather all_to_all ppermute pmax pmin ragged_all_to_all
     """.split()
 )
+SHIFTS = frozenset({"slice", "dynamic_slice", "gather", "concatenate", "pad", "rev"})
 SUMS = frozenset({"dot_general", "reduce_sum", "reduce_prod", "cumsum", "cumprod"})
 UNORDERED = frozenset(
     """
