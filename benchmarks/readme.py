@@ -270,7 +270,8 @@ def learned_smollm2(result: dict[str, Any]) -> str:
         "**Learned on SmolLM2.** 3 bits in groups of 64, one static grid, 64 windows of 512 "
         f"tokens; {settings['steps']} steps of {settings['rows']} window(s) on the whole network's "
         f"KL, or {settings['block_steps']} for every block: KL on text it learned from, on 16 "
-        f"held-out windows, and minutes.{said}\n\n"
+        "held-out windows, and minutes. SignRound learns ranges too. Where no look at the rounded "
+        f"weights was better than nearest rounding, that is kept.{said}\n\n"
         + table(["rounding", "calibration text", "held-out text", "minutes"], lines)
         + f"\n{ran(result)}{result.get('note', '')}.\n"
     )
@@ -309,7 +310,8 @@ def activations(result: dict[str, Any]) -> str:
     ]
     said = [
         "**Quantized inputs.** SmolLM2-135M, 8 held-out windows; 8-bit weights with one scale per "
-        "output, 4-bit ones in groups of 64 or per row, all linears of the blocks.\n\n",
+        "output, 4-bit ones in groups of 64 or per row, all linears of the blocks. *LKD*: the "
+        "weights of each block learned on its outputs, from the full model's inputs.\n\n",
         table(["weights and inputs", "bits per weight", "KL", "same first choice"], lines),
     ]
     if speed := result.get("speed"):
