@@ -115,6 +115,9 @@ def run(setting: str, method: str, seed: int) -> dict[str, Any]:
 
     result = {"kl": kl(qparams), "bits_per_weight": report.bits_per_weight}
     result["traces"] = report.to_json()["traces"]
+    if len(result["traces"]) > 1:  # of all stages: what the looks at rounded weights found
+        kept = ("looks", "kept_at", "stopped")
+        result["traces"] = [{key: trace[key] for key in kept} for trace in result["traces"]]
     tuned, trace = jq.tune_scales(fn, params, qparams, batches, descent=Descent(SCALE_STEPS, 1e-3))
     result["scales"] = {"kl": kl(tuned), "kept_at": trace.kept_at}
     return result

@@ -248,7 +248,7 @@ def learned(result: dict[str, Any]) -> str:
         "SignRound learns ranges too; *block* learns blocks on their outputs, *KL* and DiscQuant "
         "all weights on the network's.\n\n"
         + table(["rounding", *rows], lines)
-        + f"\n{ran(result)}.\n"
+        + f"\n{ran(result)}{result.get('note', '')}.\n"
     )
 
 
