@@ -237,7 +237,8 @@ def learned(result: dict[str, Any]) -> str:
         spread = f" ± {statistics.stdev(found):.4f}" if len(set(found)) > 1 else ""
         return f"{statistics.mean(found):.4f}{spread}, {statistics.mean(tuned):.4f}"
 
-    methods = list(dict.fromkeys(method for found in rows.values() for method in found))
+    most = sorted(rows.values(), key=len, reverse=True)  # the fullest column says the order
+    methods = list(dict.fromkeys(method for found in most for method in found))
     lines = [[m, *(cell(rows[name].get(m, {})) for name in rows)] for m in methods]
     return (
         "**Learned roundings.** A byte-level network of a million weights, trained; one "
