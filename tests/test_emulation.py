@@ -563,6 +563,26 @@ def test_what_is_read_at_two_places_is_computed_once(format):
     assert operations(8) < 2.2 * operations(4)
 
 
+@pytest.mark.parametrize("format", [10, jnp.float16])
+def test_bits_that_are_only_moved_stay_bits(format):
+    """Words carried as floats: a subnormal, infinities, NaN with a payload, quiet or not."""
+    words = np.array([0, 1 << 31, 1, 0x7F800000, 0x7FC00001, 0x7F800001, 0x3F800000], np.uint32)
+
+    def fn(words, x):
+        carried = lax.bitcast_convert_type(words, jnp.float32)
+
+        def step(_, state):
+            carried, x = state
+            x = x - jnp.roll(x, 1)
+            return jnp.concatenate([carried[1:], carried[:1]]), x
+
+        carried, x = lax.fori_loop(0, 3, step, (carried, x))
+        return lax.bitcast_convert_type(carried, jnp.uint32), x
+
+    moved, _ = jq.emulate(fn, format)(words, WIDE)
+    np.testing.assert_array_equal(moved, np.roll(words, -3))
+
+
 # Bad input
 
 

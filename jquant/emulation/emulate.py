@@ -37,6 +37,7 @@ from jquant.emulation.operations import (
     SHIFTS,
     SUMS,
     UNORDERED,
+    VIEWS,
     Operation,
     scope,
 )
@@ -188,6 +189,7 @@ class _Rounder:
             assert key is not None
             self.start = noise.seed(key) if self.hashed else key
         self.one: Any = None  # see `once.py`
+        self.computed: dict[int, Any] = {}  # by id, results of arithmetic and what only moved them
         self.numbers: dict[Any, int] = {}  # of operations, by where they stand
 
     def special(self, value: Any) -> bool:
@@ -231,9 +233,17 @@ class _Rounder:
                 )
             return walker.run(trace(in_order(eqn), *values)[0], values)
         moves = name in MOVES and not (name in COMPLEX and _complex(eqn.invars[0].aval))
+        computed = any(id(value) in self.computed for value in values)
         if name in SHIFTS:
-            values = [walker.share("once", v, lambda v=v: once(v, self.one)) for v in values]
+            values = [
+                walker.share("once", v, lambda v=v: once(v, self.one))
+                if id(v) in self.computed
+                else v
+                for v in values
+            ]
         results = bind(eqn, values)
+        if moves and computed and name in VIEWS:
+            self.computed |= {id(result): result for result in results}
         if moves or (name in CONVERSIONS and not all_):
             return results
         if name not in ARITHMETIC | CONVERSIONS | MOVES and not self.settings.rules.names(name):
@@ -244,13 +254,15 @@ class _Rounder:
         for at, (var, value) in enumerate(zip(eqn.outvars, results, strict=True)):
             if _floating(var.aval):
                 results[at] = self.result(value, at, self._operation(eqn, at, walker), walker)
+                if name in ARITHMETIC:
+                    self.computed[id(results[at])] = results[at]
         return results
 
     def result(self, value: Array, at: int, operation: Operation, walker: Walker) -> Array:
         """A result of an operation that computes, or converts, rounded."""
         found = self._result(value, at, operation, walker)
         whole = isinstance(self.target(operation), Numbers)
-        return once(found, self.one) if whole else found
+        return once(found, self.one) if whole and operation.primitive in ARITHMETIC else found
 
     def _result(self, value: Array, at: int, operation: Operation, walker: Walker) -> Array:
         if self.start is None or operation.primitive in CONVERSIONS:

@@ -7,9 +7,10 @@ plain program's time that way (random 30, in the range of float16 366 times); it
 now (2.1, 7.6).
 
 A division is what XLA's CPU compiler does not repeat: the number is divided by a one that the
-compiler cannot know (`opaque.py`). So are operands of what moves numbers about, and, as whole
-formats take some forty instructions, all results that are rounded to one. Other compilers are left
-to judge for themselves.
+compiler cannot know (`opaque.py`). So are results of arithmetic where something reads them at
+another place, and, as whole formats take some forty instructions, all that are rounded to one. What
+a program only moves is never divided: it may be bits, and a division makes zero of subnormals and
+quiet NaN of signalling ones. Other compilers are left to judge for themselves.
 """
 
 from __future__ import annotations

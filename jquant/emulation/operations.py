@@ -6,9 +6,10 @@
 * `MOVES` give back numbers they were given, or something as short: `select`, `max`, `floor`,
   `gather`. Bit casts are among them: whoever works on bits knows what for.
 
-`SHIFTS` are moves that read a number at other places than where it is needed, see `once.py`.
-`SUMS` are those of arithmetic whose many partial results have an order here, see `sums.py`; those
-in `UNORDERED` are sums too, in an order that is the compiler's.
+`SHIFTS` are moves that read a number at other places than where it is needed, see `once.py`;
+`VIEWS` give an operand's numbers at their own place, and need it as they do themselves. `SUMS` are
+those of arithmetic whose many partial results have an order here, see `sums.py`; those in
+`UNORDERED` are sums too, in an order that is the compiler's.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ MOVES = frozenset(
     """.split()
 )
 SHIFTS = frozenset({"slice", "dynamic_slice", "gather", "concatenate", "pad", "rev"})
+VIEWS = frozenset({"neg", "abs", "reshape", "transpose", "broadcast_in_dim", "squeeze"})
 SUMS = frozenset({"dot_general", "reduce_sum", "reduce_prod", "cumsum", "cumprod"})
 UNORDERED = frozenset(
     """
