@@ -18,14 +18,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, Integer, PRNGKeyArray
 
-from jquant.blocks import Blocks
-from jquant.calibration.evidence import Evidence
-from jquant.grids.base import Grid, Params
-from jquant.rounding.base import Rounded
+from jquant.grids.base import Params
 from jquant.rounding.descent import Descent
-from jquant.rounding.learned import learn_alone
+from jquant.rounding.learned import Learned
 from jquant.rounding.relaxed import (
     Between,
     Target,
@@ -41,7 +38,7 @@ _STRETCH, _SHIFT = 1.2, 0.1  # γ = -0.1 and ζ = 1.1 of Louizos et al. 2018
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class AdaRound:
+class AdaRound(Learned):
     """Learn up or down for every weight through a stretched sigmoid.
 
     Args:
@@ -82,24 +79,8 @@ class AdaRound:
             raise ValueError(f"AdaRound.free must be from 0 to below 1, got {self.free}")
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"moment"})
-
-    @property
     def papers(self) -> tuple[str, ...]:
         return ("nagel2020adaround",)
-
-    def __call__(
-        self,
-        w: Float[Array, "*batch out in"],
-        grid: Grid,
-        blocks: Blocks = Blocks(),
-        *,
-        evidence: Evidence | Float[Array, "*batch in in"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Rounded:
-        """Round `w` on the squared error of its outputs; see `learn_alone`."""
-        return learn_alone(self, w, grid, blocks, evidence, key)
 
     def start(self, target: Target, key: PRNGKeyArray | None) -> Variables:
         del key

@@ -27,20 +27,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, Integer, PRNGKeyArray
 
-from jquant.blocks import Blocks
-from jquant.calibration.evidence import Evidence
-from jquant.grids.base import Grid, Params
-from jquant.rounding.base import Rounded
+from jquant.grids.base import Params
 from jquant.rounding.descent import Descent
-from jquant.rounding.learned import learn_alone
+from jquant.rounding.learned import Learned
 from jquant.rounding.relaxed import Between, Target, Unit, Variables
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class DiscQuant:
+class DiscQuant(Learned):
     """Learn the position of every weight between its two neighbours; a linear term rounds them.
 
     Args:
@@ -93,18 +90,6 @@ class DiscQuant:
     @property
     def papers(self) -> tuple[str, ...]:
         return ("chee2025discquant",)
-
-    def __call__(
-        self,
-        w: Float[Array, "*batch out in"],
-        grid: Grid,
-        blocks: Blocks = Blocks(),
-        *,
-        evidence: Evidence | Float[Array, "*batch in in"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Rounded:
-        """Round `w` on the squared error of its outputs; see `learn_alone`."""
-        return learn_alone(self, w, grid, blocks, evidence, key)
 
     def start(self, target: Target, key: PRNGKeyArray | None) -> Variables:
         if self.start_at == "original":

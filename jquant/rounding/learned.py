@@ -29,37 +29,47 @@ from jquant.rounding.elementwise import fit_grid, second_moment
 from jquant.rounding.relaxed import Relaxation, Target, Unit, Variables
 
 
-def learn_alone(
-    relaxation: Relaxation,
-    w: Float[Array, "*batch out in"],
-    grid: Grid,
-    blocks: Blocks,
-    evidence: Evidence | Float[Array, "*batch in in"] | None,
-    key: PRNGKeyArray | None,
-    *,
-    data_free: bool = False,
-) -> Rounded:
-    """Round `w` by descending the loss above; H is the identity where `data_free`.
+class Learned:
+    """What makes a relaxation a rounding: called with a weight, it descends the loss above.
 
-    Returns:
-        Codes and parameters, and in `info`, float32 `[*batch]`: `kept_at`, the step after which the
-        codes were taken (0: nearest rounding), `rounded`, the share of weights within 0.01 of a
-        grid point at the end, and `diverged`, 1 if the loss was not finite at the end.
-
-    Raises:
-        EvidenceError: no evidence, or of another shape.
+    A rounding whose `needs` have no `"moment"` descends it with the identity for H.
     """
-    moment, name, width = second_moment(evidence), type(relaxation).__name__, w.shape[-1]
-    wanted = (*w.shape[:-2], width, width)
-    if moment is None and not data_free:
-        raise EvidenceError(f"{name} needs the second moment of the inputs: pass evidence=")
-    if moment is not None and moment.shape != wanted:
-        raise EvidenceError(
-            f"{name} on weights {w.shape} needs a second moment of shape {wanted}, got "
-            f"{moment.shape}"
-        )
-    count = evidence.count if isinstance(evidence, Evidence) else jnp.ones(w.shape[:-2])
-    return _learn(relaxation, w, moment, count, key, grid, blocks, data_free)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"moment"})
+
+    def __call__(
+        self,
+        w: Float[Array, "*batch out in"],
+        grid: Grid,
+        blocks: Blocks = Blocks(),
+        *,
+        evidence: Evidence | Float[Array, "*batch in in"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Rounded:
+        """Round `w` on the squared error of its outputs.
+
+        Returns:
+            Codes and parameters, and in `info`, float32 `[*batch]`: `kept_at`, the step after which
+            the codes were taken (0: nearest rounding), `rounded`, the share of weights within 0.01
+            of a grid point at the end, and `diverged`, 1 if the loss was not finite at the end.
+
+        Raises:
+            EvidenceError: no evidence, or of another shape.
+        """
+        assert isinstance(self, Relaxation)
+        moment, name, width = second_moment(evidence), type(self).__name__, w.shape[-1]
+        wanted, data_free = (*w.shape[:-2], width, width), "moment" not in self.needs
+        if moment is None and not data_free:
+            raise EvidenceError(f"{name} needs the second moment of the inputs: pass evidence=")
+        if moment is not None and moment.shape != wanted:
+            raise EvidenceError(
+                f"{name} on weights {w.shape} needs a second moment of shape {wanted}, got "
+                f"{moment.shape}"
+            )
+        count = evidence.count if isinstance(evidence, Evidence) else jnp.ones(w.shape[:-2])
+        return _learn(self, w, moment, count, key, grid, blocks, data_free)
 
 
 class _Best(NamedTuple):

@@ -24,15 +24,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, Integer, PRNGKeyArray
 
-from jquant.blocks import Blocks
-from jquant.calibration.evidence import Evidence
-from jquant.grids.base import Grid, Params
+from jquant.grids.base import Params
 from jquant.grids.exponents import SEARCHED
-from jquant.rounding.base import Rounded
 from jquant.rounding.descent import Descent
-from jquant.rounding.learned import learn_alone
+from jquant.rounding.learned import Learned
 from jquant.rounding.relaxed import (
     Between,
     Target,
@@ -46,7 +43,7 @@ from jquant.rounding.relaxed import (
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class NUPES:
+class NUPES(Learned):
     """Learn codes over the whole grid, and the exponent of a power grid that has one to learn.
 
     Args:
@@ -104,18 +101,6 @@ class NUPES:
     @property
     def papers(self) -> tuple[str, ...]:
         return ("yvinec2023nupes",)
-
-    def __call__(
-        self,
-        w: Float[Array, "*batch out in"],
-        grid: Grid,
-        blocks: Blocks = Blocks(),
-        *,
-        evidence: Evidence | Float[Array, "*batch in in"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Rounded:
-        """Round `w` on the squared error of its outputs; see `learn_alone`."""
-        return learn_alone(self, w, grid, blocks, evidence, key, data_free=self.data_free)
 
     def start(self, target: Target, key: PRNGKeyArray | None) -> Variables:
         del key

@@ -19,21 +19,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, Integer, PRNGKeyArray
 
-from jquant.blocks import Blocks
-from jquant.calibration.evidence import Evidence
-from jquant.grids.base import Grid, Params
+from jquant.grids.base import Params
 from jquant.grids.ranges import MinMax
-from jquant.rounding.base import Rounded
 from jquant.rounding.descent import Descent
-from jquant.rounding.learned import learn_alone
+from jquant.rounding.learned import Learned
 from jquant.rounding.relaxed import Between, Cell, Target, Unit, Variables
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class SignRound:
+class SignRound(Learned):
     """Learn a shift of every weight before it is rounded, and the ranges of the groups.
 
     Args:
@@ -62,24 +59,8 @@ class SignRound:
     descent: Descent = Descent(200, 1 / 200, "sign_sgd", "linear")
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"moment"})
-
-    @property
     def papers(self) -> tuple[str, ...]:
         return ("cheng2023signround",)
-
-    def __call__(
-        self,
-        w: Float[Array, "*batch out in"],
-        grid: Grid,
-        blocks: Blocks = Blocks(),
-        *,
-        evidence: Evidence | Float[Array, "*batch in in"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Rounded:
-        """Round `w` on the squared error of its outputs; see `learn_alone`."""
-        return learn_alone(self, w, grid, blocks, evidence, key)
 
     def start(self, target: Target, key: PRNGKeyArray | None) -> Variables:
         del key
