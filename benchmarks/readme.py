@@ -271,8 +271,8 @@ def learned_smollm2(result: dict[str, Any]) -> str:
         "**Learned on SmolLM2.** 3 bits in groups of 64, one static grid, 64 windows of 512 "
         f"tokens; {settings['steps']} steps of {settings['rows']} window(s) on the whole network's "
         f"KL, or {settings['block_steps']} for every block: KL on text it learned from, on 16 "
-        "held-out windows, and minutes. SignRound learns ranges too. Where no look at the rounded "
-        f"weights was better than nearest rounding, that is kept.{said}\n\n"
+        "held-out windows, and minutes. SignRound learns ranges too where they are not kept."
+        f"{said}\n\n"
         + table(["rounding", "calibration text", "held-out text", "minutes"], lines)
         + f"\n{ran(result)}{result.get('note', '')}.\n"
     )
