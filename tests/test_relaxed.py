@@ -310,6 +310,7 @@ def test_nothing_to_lose_stays_as_it_is():
         (lambda: AdaRound(free=1.0), "AdaRound.free"),
         (lambda: NUPES(steepness=(0.0, 1.0)), "NUPES.steepness"),
         (lambda: NUPES(weight=-1), "weight >= 0"),
+        (lambda: NUPES(free=-0.1), "NUPES.free"),
     ],
 )  # fmt: skip
 def test_settings_out_of_their_set_are_refused(make, said):
