@@ -1,9 +1,9 @@
 """Tables of the README from `results/arithmetic.json`: a part of it → `(head, rows)`.
 
 The `band` goes from the least to the largest distance of any two double-precision runs from other
-starts. Lorenz 96 forgets its start at once, so distances are to such runs, and `double` is that of
-the double run from the same start: what rounding nothing gives. Shallow water and a few days of
-weather do not: there, distances are to the double run from the same start, beside the band.
+starts. Lorenz 96 and the atmosphere forget their starts, so distances are to such runs, and
+`double` is that of the double run from the same start: what rounding nothing gives. Shallow water
+does not in its days: there, distances are to the double run from the same start, beside the band.
 """
 
 from __future__ import annotations
@@ -30,27 +30,32 @@ def shallow_water(part: dict[str, Any]) -> Table:
 def atmosphere(part: dict[str, Any]) -> Table:
     """Of SPEEDY; a run that blew up has no distance."""
     units = {name: f"{name} ({unit})" for name, unit in part["units"].items()}
-    rows = part["rows"].items()
-    w1 = {b: {r: row[r].get("same_start") for r in ROUNDINGS} for b, row in rows}
-    name = f"SPEEDY (jcm), days: {part['days']}, W1 per point to double, same start"
-    return _climate(name, units, part, w1)
+    w1 = {b: {r: row[r].get("w1") for r in ROUNDINGS} for b, row in part["rows"].items()}
+    name = f"SPEEDY (jcm), {part['days']} days: W1 per point to double, other starts"
+    head, rows = _climate(name, units, part, w1)
+    double = (cell for v in units for cell in (f"{part['double']['w1'][v]:.4f}", ""))
+    return head, [*rows, ["double", *double]]
 
 
 def about_atmosphere(part: dict[str, Any]) -> str:
     cost, used = part["seconds_per_day"], part["versions"]
     times = ", ".join(f"{r} {cost[r] / cost['double']:.1f}" for r in ROUNDINGS)
-    rain = {
-        r: run["mean"]["precipitation"] for r, run in part["rows"]["10"].items() if "mean" in run
-    }
-    wet = ", ".join(f"{r} {mm:.3f}" for r, mm in rain.items())
-    full = part["double"]["means"][0]["precipitation"]
+    rain = "; ".join(
+        f"{r} "
+        + ", ".join(
+            f"{row[r]['mean']['precipitation']:.3f}" if "mean" in row[r] else "blew up"
+            for row in part["rows"].values()
+        )
+        for r in ROUNDINGS
+    )
+    full = sorted(run["precipitation"] for run in part["double"]["means"])
     return (
         f"SPEEDY is `jcm` {used['jcm']} as it comes, T31 with 8 levels, under `emulate` in float64 "
         f"with JAX {used['jax']}: six-hour means of precipitation, of the lowest layer's "
         f"temperature and of the eastward wind half-way up, on {part['days']} days after "
-        f"{part['lead']}. That is weather; the paper's runs are ten years long. Mean precipitation "
-        f"at 10 bits: {wet} mm/6 h, double {full:.3f}. Processor time over that of double: "
-        f"{times} times.\n"
+        f"{part['lead']}; the paper's runs are ten years long. Mean precipitation in mm/6 h, bits "
+        f"as in the table: {rain}; double {full[0]:.3f} to {full[-1]:.3f}. Processor time over "
+        f"that of double: {times} times.\n"
     )
 
 
