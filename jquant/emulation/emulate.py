@@ -233,7 +233,6 @@ class _Rounder:
                 )
             return walker.run(trace(in_order(eqn), *values)[0], values)
         moves = name in MOVES and not (name in COMPLEX and _complex(eqn.invars[0].aval))
-        computed = any(id(value) in self.computed for value in values)
         if name in SHIFTS:
             values = [
                 walker.share("once", v, lambda v=v: once(v, self.one))
@@ -242,7 +241,7 @@ class _Rounder:
                 for v in values
             ]
         results = bind(eqn, values)
-        if moves and computed and name in VIEWS:
+        if name in VIEWS and any(id(value) in self.computed for value in values):
             self.computed |= {id(result): result for result in results}
         if moves or (name in CONVERSIONS and not all_):
             return results
