@@ -564,6 +564,19 @@ def test_what_is_read_at_two_places_is_computed_once(format):
 
 
 @pytest.mark.parametrize("format", [10, jnp.float16])
+def test_no_kernel_rounds_what_it_pieces_together(format):
+    """It would ask for every element which piece it is from, and not be vectorised."""
+
+    def fn(x):
+        around = jnp.roll(x * x, 1)
+        return around[1:] - around[:-1]
+
+    program = jax.jit(jq.emulate(fn, format)).lower(WIDE).compile().as_text()
+    pieced = [line for line in program.splitlines() if " concatenate(" in line]
+    assert pieced and all("ROOT" in line for line in pieced)  # the last thing that a kernel does
+
+
+@pytest.mark.parametrize("format", [10, jnp.float16])
 def test_bits_that_are_only_moved_stay_bits(format):
     """Words carried as floats: a subnormal, infinities, NaN with a payload, quiet or not."""
     words = np.array([0, 1 << 31, 1, 0x7F800000, 0x7FC00001, 0x7F800001, 0x3F800000], np.uint32)
@@ -574,7 +587,8 @@ def test_bits_that_are_only_moved_stay_bits(format):
         def step(_, state):
             carried, x = state
             x = x - jnp.roll(x, 1)
-            return jnp.concatenate([carried[1:], carried[:1]]), x
+            mixed = jnp.concatenate([carried[1:], carried[:1], x])
+            return mixed[: len(words)], x
 
         carried, x = lax.fori_loop(0, 3, step, (carried, x))
         return lax.bitcast_convert_type(carried, jnp.uint32), x

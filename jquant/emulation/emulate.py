@@ -189,7 +189,7 @@ class _Rounder:
             assert key is not None
             self.start = noise.seed(key) if self.hashed else key
         self.one: Any = None  # see `once.py`
-        self.computed: dict[int, Any] = {}  # by id, results of arithmetic and what only moved them
+        self.computed: dict[int, Any] = {}  # by id, arrays of nothing but results of arithmetic
         self.numbers: dict[Any, int] = {}  # of operations, by where they stand
 
     def special(self, value: Any) -> bool:
@@ -233,6 +233,8 @@ class _Rounder:
                 )
             return walker.run(trace(in_order(eqn), *values)[0], values)
         moves = name in MOVES and not (name in COMPLEX and _complex(eqn.invars[0].aval))
+        arrays = [v for v in values if jnp.ndim(v) and _floating(v)]  # a padding value is none
+        computed = bool(arrays) and all(id(array) in self.computed for array in arrays)
         if name in SHIFTS:
             values = [
                 walker.share("once", v, lambda v=v: once(v, self.one))
@@ -241,7 +243,7 @@ class _Rounder:
                 for v in values
             ]
         results = bind(eqn, values)
-        if name in VIEWS and any(id(value) in self.computed for value in values):
+        if name in VIEWS | SHIFTS and computed:
             self.computed |= {id(result): result for result in results}
         if moves or (name in CONVERSIONS and not all_):
             return results

@@ -8,9 +8,11 @@ now (2.1, 7.6).
 
 A division is what XLA's CPU compiler does not repeat: the number is divided by a one that the
 compiler cannot know (`opaque.py`). So are results of arithmetic where something reads them at
-another place, and, as whole formats take some forty instructions, all that are rounded to one. What
-a program only moves is never divided: it may be bits, and a division makes zero of subnormals and
-quiet NaN of signalling ones. Other compilers are left to judge for themselves.
+another place, arrays pieced together from nothing else where they are read so again (a kernel that
+rounds what it pieces together is not vectorised), and, as whole formats take some forty
+instructions, all results that are rounded to one. What a program only moves is never divided: it
+may be bits, and a division makes zero of subnormals and quiet NaN of signalling ones. Other
+compilers are left to judge for themselves.
 """
 
 from __future__ import annotations
