@@ -3,8 +3,8 @@
 XLA fuses what computes a number into what reads it. A `roll` or a difference of neighbours reads
 numbers at two places, so they are computed twice, and what they are made of is four times: cheap
 for an addition, not for one with a rounding behind it. A step of shallow water took ten times the
-plain program's time that way (random 30, in the range of float16 366 times); it takes 1.05 times
-now (2.1, 7.6).
+plain program's time that way (random 30, in the range of float16 366 times); it takes 1.03 times
+now (2.0, 7.7).
 
 A division is what XLA's CPU compiler does not repeat: the number is divided by a one that the
 compiler cannot know (`opaque.py`). So are results of arithmetic where something reads them at
