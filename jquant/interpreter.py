@@ -21,7 +21,7 @@ emits nothing. For it loops count their steps, and it sees the program's constan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -44,16 +44,27 @@ class Client(Protocol):
         """Whether a value needs the client's attention."""
         ...
 
+    def asks(self, eqn: core.JaxprEqn, values: Sequence[Any]) -> bool:
+        """Whether the rule is to be asked about an equation without special operands."""
+        ...
+
     def rule(self, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> Sequence[Any] | None:
         """The results of an equation with a special operand; None lets the walker descend."""
         ...
 
-    def drop(self, value: Any, eqn: core.JaxprEqn) -> jax.Array:
-        """An ordinary array in place of a special value that cannot go on as such; may raise."""
+    def drop(self, value: Any, eqn: core.JaxprEqn, data: bool = False) -> jax.Array:
+        """An ordinary array in place of a special value that cannot go on as such; may raise.
+
+        `data`: it is the first of the values that a loop makes of it and of ordinary ones.
+        """
         ...
 
-    def name(self, value: Any) -> Any:
-        """The first item of the keys under which this special value's emissions are filed."""
+    def leave(self, results: list[Any], walker: Walker) -> list[Any]:
+        """The results of a function, or of the body of a loop or branch, that is left now."""
+        ...
+
+    def names(self, value: Any) -> Collection[Any]:
+        """The first items of the keys under which this special value's emissions are filed."""
         ...
 
     def merge(self, left: Any, right: Any) -> Any:
@@ -129,8 +140,9 @@ class Walker:
 
     def evaluate(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
         """The results of one equation; operands and results may be special."""
-        if self.every or any(map(self.client.special, values)):
-            results = self.client.rule(eqn, values, self)
+        client = self.client
+        if self.every or any(map(client.special, values)) or client.asks(eqn, values):
+            results = client.rule(eqn, values, self)
             return self.descend(eqn, values) if results is None else results
         if eqn.primitive.name in VIEWS and len(values) == 1:
             what = eqn.primitive.name, repr(sorted(eqn.params.items()))
@@ -159,7 +171,7 @@ class Walker:
         self.emitted, self._shared, self.site = {}, {}, (*self.site, body)
         self.steps = self.steps if step is None else (*self.steps, step)
         try:
-            results = self.run(closed, values)
+            results = self.client.leave(self.run(closed, values), self)
             return results, self.emitted
         finally:
             self.emitted, self._shared, self.site, self.steps, self.within = outer
@@ -205,9 +217,9 @@ class Walker:
         num_consts, num_carry = scan_parts(params)
         consts, init = values[:num_consts], values[num_consts : num_consts + num_carry]
         xs = values[num_consts + num_carry :]
-        init, rest = self._invariants(eqn, closed, init, num_consts)
+        init, rest = self._invariants(eqn, closed, init, num_consts, values)
 
-        stacked = {self.client.name(x) for x in xs if self.client.special(x)}
+        stacked = {name for x in xs if self.client.special(x) for name in self.client.names(x)}
         row = jax.eval_shape(lambda xs: jax.tree.map(lambda a: a[0], xs), xs)
         shapes = self._emission_shapes(closed, [*consts, *rest(init), *row])
         summed = [key for key in shapes if key[0] not in stacked]
@@ -240,7 +252,12 @@ class Walker:
         return [*rest(carry), *ys]
 
     def _invariants(
-        self, eqn: core.JaxprEqn, closed: core.ClosedJaxpr, init: list[Any], offset: int
+        self,
+        eqn: core.JaxprEqn,
+        closed: core.ClosedJaxpr,
+        init: list[Any],
+        offset: int,
+        operands: list[Any],
     ) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
         """Take special values that a loop passes on unchanged out of its carry.
 
@@ -253,16 +270,33 @@ class Walker:
                 if closed.jaxpr.outvars[k] is closed.jaxpr.invars[offset + k]:
                     fixed[k] = value
                 else:
-                    init = [*init[:k], self.client.drop(value, eqn), *init[k + 1 :]]
+                    data = not self._closed(closed, k, offset, len(init), operands)
+                    init = [*init[:k], self.client.drop(value, eqn, data), *init[k + 1 :]]
         left = [None if k in fixed else value for k, value in enumerate(init)]
         return left, lambda carry: [fixed.get(k, value) for k, value in enumerate(carry)]
+
+    def _closed(
+        self, closed: core.ClosedJaxpr, k: int, offset: int, count: int, operands: Sequence[Any]
+    ) -> bool:
+        """Whether a loop makes its carry `k` of special values and its own counters only."""
+        jaxpr, todo, seen = closed.jaxpr, [k], set()
+        while todo:
+            seen.add(k := todo.pop())
+            sources = _sources(jaxpr, jaxpr.outvars[k])
+            for place in (j for j, var in enumerate(jaxpr.invars) if var in sources):
+                if not self.client.special(operands[place]) and jnp.ndim(operands[place]) > 0:
+                    return False
+                if 0 <= place - offset < count and place - offset not in seen:
+                    todo.append(place - offset)
+        return True
 
     def _while(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
         params = eqn.params
         cond, body = close(params["cond_jaxpr"]), close(params["body_jaxpr"])
         split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
         cond_consts, body_consts = values[: split[0]], values[split[0] : split[1]]
-        init, rest = self._invariants(eqn, body, values[split[1] :], len(body_consts))
+        operands = values[split[0] :]
+        init, rest = self._invariants(eqn, body, values[split[1] :], len(body_consts), operands)
         shapes = self._emission_shapes(body, [*body_consts, *rest(init)])
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), list(shapes.values()))
 
@@ -317,6 +351,7 @@ _DESCENTS: dict[str, Callable[[Walker, core.JaxprEqn, list[Any]], Sequence[Any]]
     "while": Walker._while,
     "cond": Walker._cond,
 }
+LOOPS = frozenset({"scan", "while", "cond"})
 DESCENDED = _CALLS | frozenset(_DESCENTS)  # the primitives a walker enters by itself
 
 
@@ -356,6 +391,15 @@ def scan_parts(params: dict[str, Any]) -> tuple[int, int]:
 
 def _variables(atoms: Sequence[Any]) -> list[Any]:
     return [atom for atom in atoms if not isinstance(atom, core.Literal)]
+
+
+def _sources(jaxpr: Any, var: Any) -> set[Any]:
+    """All variables of a jaxpr that one of them is made of."""
+    sources = {var}
+    for eqn in jaxpr.eqns[::-1]:
+        if not sources.isdisjoint(eqn.outvars):
+            sources.update(_variables(eqn.invars))
+    return sources
 
 
 def _next(count: jax.Array | None) -> jax.Array | None:

@@ -235,7 +235,10 @@ class Job:
             pieces = [piece for piece in self.done if piece.path == path]
             outcome = Outcome.sum([self.outcomes[piece] for piece in pieces])
             loop = next((nested[piece] for piece in pieces if piece in nested), None)
-            note = "" if loop is None else f"in a {loop}: calibrated in one pass with all in it"
+            notes = [self.plan.weights[path].note] if outcome.tokens is not None else []
+            if loop is not None:
+                notes.append(f"in a {loop}: calibrated in one pass with all in it")
+            note = "; ".join(filter(None, notes))
             rows[path] = row_of(path, scheme, quantized[path], outcome, note)
         kept = tuple(path for path in self.plan.weights if path not in self.plan)
         names = tuple(tuple(map(str, stage.pieces)) for stage in stages)

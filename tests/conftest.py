@@ -19,8 +19,8 @@ import pytest
 
 from jquant.io.files import FileState
 
-# Most of the suite's time is compilation. Programs are kept between runs, and shared by workers: all
-# of them, since seven in ten compile in less than the 0.1 s that JAX would need to keep one.
+# Most of the suite's time is compilation. Programs are kept between runs, and shared by workers:
+# all of them, since seven in ten compile in less than 0.1 s, JAX's least for keeping one.
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

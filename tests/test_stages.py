@@ -193,7 +193,10 @@ class _Plain:
     def special(self, value: Any) -> bool:
         return False
 
-    rule = drop = name = merge = None
+    def asks(self, eqn: Any, values: Any) -> bool:
+        return False
+
+    rule = drop = names = merge = leave = None
 
 
 def flat_of(fn: Any, params: Any, x: Any, stacks: Any = None) -> Flat:

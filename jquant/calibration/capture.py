@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.reading import Reading, assemble
+from jquant.calibration.reading import Reading, assemble, decisive
 from jquant.calibration.weights import Sightings, observe
 from jquant.errors import EvidenceError
 from jquant.lazy import realize
@@ -211,6 +211,7 @@ def _file(total: Sightings) -> dict[str, Evidence]:
     shapes = dict(total.shapes)
     evidence: dict[str, Evidence] = {}
     for path, sightings in found.items():
-        axes = sightings[0][0].axes(shapes[path])
-        evidence[path] = assemble([s for s in sightings if s[0].axes(shapes[path]) == axes])
+        axes = decisive([use for use in total.uses if use.path == path]).axes(shapes[path])
+        same = [s for s in sightings if s[0].axes(shapes[path]) == axes]
+        evidence[path] = assemble(same, shapes[path])
     return evidence

@@ -1,29 +1,31 @@
 """Where an array came from: which axes of which parameter its axes are made of.
 
 A weight seldom meets its input as it was stored: it is cast, transposed, reshaped to heads, split
-into q, k and v, sliced out of a stack. An `Origin` follows it through such *views*: for every axis
-of the current array it lists the `Part`s of the parameter's axes that make it up, outermost first.
-When the array is at last contracted, each part's role (in, out, batch) is the role of the array
-axis it lies on; nothing is guessed by rank. An origin is static. A scan drops leading array axes
-without telling it: they are simply the first entries of `axes` beyond the array's rank.
+into q, k and v, sliced out of a stack, joined with others. An `Origin` follows it through such
+*views*: for every axis of the current array it lists the `Part`s of the parameter's axes that make
+it up, outermost first. When the array is at last contracted, each part's role (in, out, batch) is
+the role of the array axis it lies on; nothing is guessed by rank. An origin is static. A scan drops
+leading array axes without telling it: they are simply the first entries of `axes` beyond the
+array's rank.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array
 
 
 class Part(NamedTuple):
     """A mixed-radix digit of a parameter axis, or a window of one.
 
     Parameter axis `axis` is read as digits; this one has the given `stride` and `size`, and the
-    array holds its values `start .. start + length`. `axis` is -1 for an axis made by broadcasting.
+    array holds its values `start .. start + length`, last first where it is `reversed`. `axis` is
+    -1 for an axis made by broadcasting. A `shuffled` part holds the values in an order, or a
+    choice, that only the array knows.
     """
 
     axis: int
@@ -31,106 +33,217 @@ class Part(NamedTuple):
     size: int
     start: int
     length: int
+    reversed: bool = False
+    shuffled: bool = False
 
     @property
     def whole(self) -> bool:
         return self.length == self.size
 
 
+Axis = tuple[Part, ...]
+
+
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Origin:
-    """The parameter's path, the parts of each array axis, parts fixed by indexing.
+    """What an array owes to one parameter, or to one product of parameters.
 
-    `broken` names the first operation that was no view: the array is computed from the weight, but
-    is no longer the weight.
+    Attributes:
+        path: the parameter's; empty for a product.
+        axes: the parts of each array axis.
+        fixed: parts that indexing has pinned to one value.
+        broken: the first operation that was no view: the array is computed from the weight, but is
+            no longer the weight.
+        through: the elementwise operations, other than by one common factor, that the weight has
+            been through.
+        offsets: for each array axis, where the parameter's share of it begins if it does not fill
+            it (a concatenation, padding); None where it does.
+        product: the number of a product of parameters, whose axes `axes` speaks of; see
+            `products.py`.
     """
 
     path: str
-    axes: tuple[tuple[Part, ...], ...]
+    axes: tuple[Axis, ...]
     fixed: tuple[Part, ...] = ()
     broken: str | None = None
+    through: tuple[str, ...] = ()
+    offsets: tuple[int | None, ...] = ()
+    product: int | None = None
 
     @staticmethod
-    def of(path: str, shape: Sequence[int]) -> Origin:
-        return Origin(path, tuple((Part(k, 1, n, 0, n),) for k, n in enumerate(shape)))
+    def of(path: str, shape: Sequence[int], product: int | None = None) -> Origin:
+        axes = tuple((Part(k, 1, n, 0, n),) for k, n in enumerate(shape))
+        return Origin(path, axes, offsets=(None,) * len(axes), product=product)
 
-    def scanned(self, rank: int) -> tuple[Part, ...]:
-        """Parts on axes that scans have sliced away from an array of `rank`, outermost first."""
-        return tuple(part for axis in self.axes[: len(self.axes) - rank] for part in axis)
+    def break_at(self, operation: str) -> Origin:
+        """No view any more, since this operation."""
+        return replace(self, axes=(), fixed=(), offsets=(), broken=self.broken or operation)
 
-    def _with(
-        self, rank: int, axes: Sequence[tuple[Part, ...]], fixed: Sequence[Part] = ()
-    ) -> Origin:
-        dropped = self.axes[: len(self.axes) - rank]
-        return replace(self, axes=(*dropped, *axes), fixed=(*self.fixed, *fixed))
+    def pass_through(self, operation: str) -> Origin:
+        """The same axes, other numbers."""
+        if operation in self.through:
+            return self
+        return replace(self, through=(*self.through, operation))
 
-    def own(self, rank: int) -> tuple[tuple[Part, ...], ...]:
+    def scanned(self, rank: int) -> tuple[Axis, ...]:
+        """The axes that scans have sliced away from an array of `rank`, outermost first."""
+        return self.axes[: len(self.axes) - rank]
+
+    def own(self, rank: int) -> tuple[Axis, ...]:
         """The axes that an array of `rank` still has."""
         return self.axes[len(self.axes) - rank :]
 
+    def own_offsets(self, rank: int) -> tuple[int | None, ...]:
+        return self.offsets[len(self.offsets) - rank :]
+
+    @property
+    def stretched(self) -> bool:
+        """Whether broadcasting has repeated it."""
+        return any(part.axis < 0 and part.length > 1 for axis in self.axes for part in axis)
+
+    def _with(
+        self,
+        rank: int,
+        axes: Sequence[Axis],
+        offsets: Sequence[int | None],
+        fixed: Sequence[Part] = (),
+    ) -> Origin:
+        return replace(
+            self,
+            axes=(*self.scanned(rank), *axes),
+            offsets=(*self.offsets[: len(self.offsets) - rank], *offsets),
+            fixed=(*self.fixed, *fixed),
+        )
+
     def transpose(self, permutation: Sequence[int]) -> Origin:
-        own = self.own(len(permutation))
-        return self._with(len(permutation), [own[k] for k in permutation])
+        rank = len(permutation)
+        own, offsets = self.own(rank), self.own_offsets(rank)
+        return self._with(rank, [own[k] for k in permutation], [offsets[k] for k in permutation])
 
     def broadcast(self, rank: int, shape: Sequence[int], dims: Sequence[int]) -> Origin | None:
-        """`broadcast_in_dim`: new axes come from nowhere; stretching the weight is no view."""
-        own = self.own(rank)
-        axes: list[tuple[Part, ...]] = [() if n == 1 else (Part(-1, 1, n, 0, n),) for n in shape]
-        for part, dim in zip(own, dims, strict=True):
-            if math.prod(p.length for p in part) == shape[dim]:
-                axes[dim] = part
-            elif any(p.axis >= 0 and p.size > 1 for p in part):
+        """`broadcast_in_dim`: new axes come from nowhere, and so does what stretches an axis."""
+        axes: list[Axis] = [() if n == 1 else (Part(-1, 1, n, 0, n),) for n in shape]
+        offsets: list[int | None] = [None] * len(shape)
+        for parts, offset, dim in zip(self.own(rank), self.own_offsets(rank), dims, strict=True):
+            length = math.prod(p.length for p in parts)
+            if length == shape[dim] or offset is not None:
+                axes[dim], offsets[dim] = parts, offset
+            elif any(p.axis >= 0 and p.size > 1 for p in parts):
                 return None
-        return self._with(rank, axes)
+        return self._with(rank, axes, offsets)
 
-    def squeeze(self, rank: int, dims: Sequence[int]) -> Origin:
-        own = self.own(rank)
+    def squeeze(self, rank: int, dims: Sequence[int]) -> Origin | None:
+        own, offsets = self.own(rank), self.own_offsets(rank)
         fixed = [part for dim in dims for part in own[dim] if part.axis >= 0 and not part.whole]
-        return self._with(rank, [axis for k, axis in enumerate(own) if k not in dims], fixed)
+        if any(part.shuffled for part in fixed):
+            return None
+        left = [k for k in range(rank) if k not in dims]
+        return self._with(rank, [own[k] for k in left], [offsets[k] for k in left], fixed)
 
     def window(self, shape: Sequence[int], dim: int, start: int, length: int) -> Origin | None:
         """Values `start .. start + length` of one array axis."""
-        own = list(self.own(len(shape)))
         if length == shape[dim]:
             return self
+        own, offsets = list(self.own(len(shape))), list(self.own_offsets(len(shape)))
+        offset = offsets[dim]
+        if offset is not None:  # what the window shows of this share of the axis
+            mine = math.prod(part.length for part in own[dim])
+            low, high = max(start, offset), min(start + length, offset + mine)
+            if low >= high:
+                return GONE
+            whole = (low, high) == (start, start + length)
+            offsets[dim] = None if whole else low - start
+            start, length = low - offset, high - low
+            if length == mine:
+                return self._with(len(shape), own, offsets)
         parts = [part for part in own[dim] if part.size > 1]
-        if len(parts) != 1:
+        if len(parts) != 1 or parts[0].shuffled:
             return None
         part = parts[0]
-        own[dim] = (part._replace(start=part.start + start, length=length),)
-        return self._with(len(shape), own)
+        skipped = part.length - start - length if part.reversed else start
+        own[dim] = (part._replace(start=part.start + skipped, length=length),)
+        return self._with(len(shape), own, offsets)
+
+    def place(self, rank: int, dim: int, offset: int) -> Origin | None:
+        """One array axis as a share of a longer one, beginning at `offset`."""
+        offsets = list(self.own_offsets(rank))
+        offsets[dim] = offset + (offsets[dim] or 0)
+        return self._with(rank, self.own(rank), offsets)
+
+    def reverse(self, shape: Sequence[int], dims: Sequence[int]) -> Origin:
+        own, offsets = list(self.own(len(shape))), list(self.own_offsets(len(shape)))
+        for dim in dims:
+            own[dim] = tuple(part._replace(reversed=not part.reversed) for part in own[dim])
+            offset = offsets[dim]
+            if offset is not None:
+                offsets[dim] = shape[dim] - offset - math.prod(part.length for part in own[dim])
+        return self._with(len(shape), own, offsets)
+
+    def shuffle(self, shape: Sequence[int], dim: int, length: int) -> Origin | None:
+        """One array axis indexed: `length` of its values, in an order that is not known."""
+        own = list(self.own(len(shape)))
+        parts = [part for part in own[dim] if part.size > 1]
+        if len(parts) != 1 or self.own_offsets(len(shape))[dim] is not None:
+            return None
+        own[dim] = (parts[0]._replace(length=length, shuffled=True),)
+        return self._with(len(shape), own, self.own_offsets(len(shape)))
 
     def reshape(self, shape: Sequence[int], new: Sequence[int]) -> Origin | None:
         """Regroup the parts into axes of sizes `new`, splitting whole ones at the boundaries."""
-        parts = [p for axis in self.own(len(shape)) for p in axis if p.length > 1]
-        ones = [p for axis in self.own(len(shape)) for p in axis if p.length == 1 and not p.whole]
-        axes: list[tuple[Part, ...]] = []
-        for size in new:
-            axis: list[Part] = []
-            left = size
-            while left > 1:
-                if not parts:
-                    return None
-                part = parts.pop(0)
-                if left % part.length == 0:
-                    axis.append(part)
-                    left //= part.length
-                elif part.whole and part.length % left == 0:
-                    inner = part.length // left
-                    axis.append(Part(part.axis, part.stride * inner, left, 0, left))
-                    parts.insert(0, Part(part.axis, part.stride, inner, 0, inner))
-                    left = 1
-                else:
-                    return None
-            axes.append(tuple(axis))
-        return self._with(len(shape), axes, ones)
+        own, offsets = self.own(len(shape)), self.own_offsets(len(shape))
+        placed = [k for k, offset in enumerate(offsets) if offset is not None]
+        if not placed:
+            regrouped = _regroup(own, new)
+            if regrouped is None:
+                return None
+            axes, ones = regrouped
+            return self._with(len(shape), axes, [None] * len(new), ones)
+        # A shared axis stays as it is; what lies on either side of it is regrouped by itself.
+        at = placed[0]
+        before = math.prod(shape[:at])
+        there = next(
+            (k for k in range(len(new)) if math.prod(new[:k]) == before and new[k] == shape[at]),
+            None,
+        )
+        if len(placed) > 1 or there is None:
+            return None
+        sides = _regroup(own[:at], new[:there]), _regroup(own[at + 1 :], new[there + 1 :])
+        if sides[0] is None or sides[1] is None:
+            return None
+        left, ones = sides[0]
+        right, more = sides[1]
+        axes = [*left, own[at], *right]
+        after = [offsets[at] if k == there else None for k in range(len(new))]
+        return self._with(len(shape), axes, after, [*ones, *more])
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Tagged:
-    """An array and its origin. As a pytree it has one leaf, so control flow slices it."""
+GONE = Origin("", ())  # of a window that shows nothing of the parameter's share of an axis
 
-    array: Array
-    origin: Origin = field(metadata={"static": True})
+
+def _regroup(axes: Sequence[Axis], new: Sequence[int]) -> tuple[list[Axis], list[Part]] | None:
+    """The parts as axes of sizes `new`, and those that indexing has pinned."""
+    parts = [p for axis in axes for p in axis if p.length > 1]
+    ones = [p for axis in axes for p in axis if p.length == 1 and not p.whole]
+    if any(part.shuffled for part in ones):
+        return None
+    grouped: list[Axis] = []
+    for size in new:
+        axis: list[Part] = []
+        left = size
+        while left > 1:
+            if not parts:
+                return None
+            part = parts.pop(0)
+            if left % part.length == 0:
+                axis.append(part)
+                left //= part.length
+            elif part.whole and not part.shuffled and part.length % left == 0:
+                inner = part.length // left
+                axis.append(part._replace(stride=part.stride * inner, size=left, length=left))
+                parts.insert(0, part._replace(size=inner, length=inner))
+                left = 1
+            else:
+                return None
+        grouped.append(tuple(axis))
+    return grouped, ones

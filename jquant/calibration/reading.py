@@ -8,6 +8,7 @@ on a window of the weight belongs in the evidence of the whole. Readings are sta
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -27,7 +28,9 @@ class Reading(NamedTuple):
     """The roles of a weight's parts at one use.
 
     `batch` is ordered as the leading axes of the evidence gathered there; `fixed` are batch parts
-    that indexing has pinned to one value; `inner` is in canonical order.
+    that indexing has pinned to one value; `inner` is in canonical order. Where the weight was
+    joined with others along a loop's axis, `windows` say which part of the evidence's leading axes
+    is its own, `(axis, start, stop)`.
     """
 
     kind: Kind
@@ -35,6 +38,7 @@ class Reading(NamedTuple):
     fixed: tuple[Part, ...]
     inner: tuple[Part, ...]
     outer: tuple[Part, ...]
+    windows: tuple[tuple[int, int, int], ...] = ()
 
     def axes(self, shape: Sequence[int]) -> tuple[tuple[tuple[int, Role], ...], ...]:
         """For each parameter axis, its digits `(size, role)`, outermost first.
@@ -64,42 +68,92 @@ class Reading(NamedTuple):
         return tuple(axes)
 
 
+class Sighting(NamedTuple):
+    """A use of the weight called `path`: how it is read there, by how many rows, after what.
+
+    `through` are the elementwise operations that the weight had been through.
+    """
+
+    path: str
+    reading: Reading
+    rows: int
+    through: tuple[str, ...] = ()
+
+
+def decisive(sightings: Sequence[Sighting]) -> Reading:
+    """The reading that decides a weight's axes: where it meets most rows, the first of equals."""
+    met = [s for s in sightings if s.reading.kind != "lookup"] or list(sightings)
+    return max(met, key=lambda s: s.rows).reading  # of equals, max takes the first
+
+
 def order(parts: Sequence[Part]) -> list[int]:
     """Positions of the parts in the order of the parameter's axes: the canonical order."""
     return sorted(range(len(parts)), key=lambda k: (parts[k].axis, -parts[k].stride))
 
 
-def assemble(sightings: Sequence[tuple[Reading, Evidence]]) -> Evidence:
+def assemble(sightings: Sequence[tuple[Reading, Evidence]], shape: Sequence[int]) -> Evidence:
     """The evidence of a whole weight from uses of it, or of windows of it, with equal axes.
 
     Windows of in axes fill blocks of the second moment, indices of batch axes its slices. Windows
     of out axes share it: those that saw the same input count once, others are added up.
+
+    Args:
+        sightings: each use, and the evidence gathered there.
+        shape: of the weight.
     """
-    places: dict[tuple[tuple[Part, ...], ...], Evidence] = {}
+    places: dict[Reading, Evidence] = {}
     for reading, evidence in sightings:
-        key = reading.batch, reading.fixed, reading.inner
+        key = reading._replace(kind="dot", outer=())
         old = places.get(key)
         if old is not evidence:
             places[key] = evidence if old is None else old.merge(evidence)
     first = sightings[0][0]
-    batch = {(p.axis, p.stride): p for p in (*first.batch, *first.fixed)}
+    batch = {(p.axis, p.stride): p for p in (*first.batch, *first.fixed) if p.axis >= 0}
     whole = [batch[key] for key in sorted(batch, key=lambda key: (key[0], -key[1]))]
     total: Evidence | None = None
-    for (seen, fixed, inner), evidence in places.items():
-        part = _place(evidence, seen, fixed, inner, whole)
+    for reading, evidence in places.items():
+        part = _place(_own_share(evidence, reading), reading, whole)
         total = part if total is None else total.merge(part)
     assert total is not None
-    return total
+    # Digits of one axis, as nested loops over a stack have them, are one axis of the whole.
+    sizes = [n for axis in first.axes(shape) for n, role in axis if role == "batch"]
+    if list(total.count.shape) == sizes:
+        return total
+    rank = total.count.ndim
+    return jax.tree.map(lambda a: a.reshape(*sizes, *a.shape[rank:]), total)
 
 
-def _place(
-    evidence: Evidence,
-    seen: tuple[Part, ...],
-    fixed: tuple[Part, ...],
-    inner: tuple[Part, ...],
-    whole: list[Part],
-) -> Evidence:
+def _own_share(evidence: Evidence, reading: Reading) -> Evidence:
+    """Evidence with an axis for every part of `reading.batch` that is a weight's, first to last."""
+    parts, rank = reading.batch, evidence.count.ndim
+    index = [slice(None)] * rank
+    for axis, start, stop in reading.windows:
+        index[axis] = slice(start, stop)
+    turned = tuple(slice(None, None, -1 if part.reversed else 1) for part in parts)
+
+    def own(array: jnp.ndarray) -> jnp.ndarray:
+        array = array[tuple(index)]
+        return array.reshape(*[p.length for p in parts], *array.shape[rank:])[turned]
+
+    if (
+        index != [slice(None)] * rank
+        or evidence.count.shape != tuple(p.length for p in parts)
+        or any(part.reversed for part in parts)
+    ):
+        evidence = jax.tree.map(own, evidence)
+    for axis in [k for k, part in enumerate(parts) if part.axis < 0][::-1]:  # copies, all seen
+        rows = [
+            jax.tree.map(lambda a, k=k, axis=axis: jnp.take(a, k, axis), evidence)
+            for k in range(parts[axis].length)
+        ]
+        evidence = functools.reduce(Evidence.merge, rows)
+    return evidence
+
+
+def _place(evidence: Evidence, reading: Reading, whole: list[Part]) -> Evidence:
     """Evidence of one window as evidence of the whole weight, zero elsewhere."""
+    seen = tuple(part for part in reading.batch if part.axis >= 0)
+    fixed, inner = reading.fixed, reading.inner
     sizes = tuple(part.size for part in whole)
     if not fixed and all(part.whole for part in (*seen, *inner)):
         turn = order(seen)

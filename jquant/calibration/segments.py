@@ -20,8 +20,8 @@ from jquant.calibration.canonical import equation_key, literal_key
 from jquant.calibration.capture import accumulate
 from jquant.calibration.flat import Atom
 from jquant.calibration.observe import Observer
-from jquant.calibration.origin import Origin, Tagged
 from jquant.calibration.stages import Segment, evaluate, read
+from jquant.calibration.tagged import Tagged, constant
 from jquant.calibration.weights import Sightings, sightings
 from jquant.interpreter import Walker, bind
 
@@ -54,7 +54,7 @@ def segment_key(segment: Segment, shapes: Mapping[int, jax.ShapeDtypeStruct]) ->
 
     head = tuple((shapes[n].shape, str(shapes[n].dtype)) for n in segment.sources)
     body = tuple((equation_key(s.eqn), name(s.ins), name(s.outs)) for s in segment.steps)
-    return head, body, name(segment.outputs), name(segment.watched)
+    return head, body, name(segment.outputs), name(segment.watched), name(segment.fixed)
 
 
 def advance(segment: Segment, key: Hashable) -> Callable[[list[Array]], list[Array]]:
@@ -119,13 +119,14 @@ def gather(segment: Segment, key: Hashable, spread: bool = False) -> Gather:
 
 
 def _watch(observer: Observer, segment: Segment, operands: list[Array]) -> Walker:
-    watched = set(segment.watched)
+    watched, fixed = set(segment.watched), set(segment.fixed)
     values: dict[int, Any] = {
-        n: Tagged(x, Origin.of(str(k), x.shape)) if n in watched else x
+        n: Tagged.of(str(k), x) if n in watched else Tagged(x) if n in fixed else x
         for k, (n, x) in enumerate(zip(segment.sources, operands, strict=True))
     }
-    walker = Walker(observer)
+    walker = Walker(observer, constant=constant)
     evaluate(walker, segment.steps, values)
+    observer.leave([values[n] for n in segment.outputs], walker)
     return walker
 
 

@@ -22,14 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 
 from jquant.calibration.flat import Atom, Flat, Piece, Step
 from jquant.calibration.observe import Observer
-from jquant.calibration.origin import Origin, Tagged
 from jquant.calibration.subnets import Level, compared
+from jquant.calibration.tagged import Tagged, constant, is_key
 from jquant.interpreter import Walker
 
 Granularity = Literal["weight", "block", "all"]
@@ -63,6 +63,7 @@ class Segment:
     sources: tuple[int, ...]
     outputs: tuple[int, ...]
     watched: tuple[int, ...] = ()  # weights whose inputs are evidence
+    fixed: tuple[int, ...] = ()  # sources that depend on no input
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def cut_at_weights(
 
     `level`: to compare the weights there; `reconstruct`: to run each stage to where it joins.
     """
-    uses, nested = _uses(flat, planned)
+    found = _find(flat, planned)
+    uses = found.uses
     levels = _levels(flat.steps, uses)
     spans = _spans(flat.steps, uses, levels)
     stages = tuple(
@@ -116,27 +118,47 @@ def cut_at_weights(
         )
         for low, high in _ranges([*spans.values(), *_blocks(flat, spans, granularity)])
     )
-    return _Cutter(flat, stages, uses, levels, level, reconstruct).cut(nested)
+    return _Cutter(flat, stages, found, levels, level, reconstruct).cut()
 
 
 Uses = dict[int, tuple[int, ...]]  # step → the weights it uses
 
 
-def _uses(flat: Flat, planned: Callable[[str], bool]) -> tuple[Uses, dict[Piece, str]]:
-    """Which steps use which weights, found by running all of them abstractly.
+class _Found(NamedTuple):
+    """What running all steps abstractly shows.
 
-    An embedding lookup has no evidence. It counts for weights that are looked up only.
+    Attributes:
+        uses: which steps use which weights. An embedding lookup has no evidence: it counts for
+            weights that are looked up only.
+        nested: weights that are used inside a step's own loop or branch, and its name.
+        fixed: values that depend on no input.
+        effective: those of them that stand for weights: they change when the weights do.
     """
+
+    uses: Uses
+    nested: dict[Piece, str]
+    fixed: frozenset[int]
+    effective: frozenset[int]
+
+
+def _find(flat: Flat, planned: Callable[[str], bool]) -> _Found:
     wanted = {n: piece for n, piece in flat.pieces.items() if planned(piece.path)}
     observer = Observer()
     numbers = {str(piece): number for number, piece in wanted.items()}
+    known = {*flat.pieces, *flat.consts, *(n for n in flat.inputs if is_key(flat.shapes[n]))}
+    fixed: set[int] = set()
+    effective: set[int] = set()
 
     def probe(values: dict[int, Any]) -> int:
         tagged = {
-            n: Tagged(v, Origin.of(str(wanted[n]), v.shape)) if n in wanted and v.ndim > 1 else v
+            n: Tagged.of(str(wanted[n]), v) if n in wanted else Tagged(v) if n in known else v
             for n, v in values.items()
         }
-        evaluate(Walker(observer), flat.steps, tagged)
+        walker = Walker(observer, constant=constant)
+        evaluate(walker, flat.steps, tagged)
+        observer.leave([tagged[n] for n in flat.outputs if isinstance(n, int)], walker)
+        fixed.update(n for n, v in tagged.items() if isinstance(v, Tagged) and not v.dependent)
+        effective.update(n for n in fixed if tagged[n].good)
         return 0
 
     sources = [*flat.pieces, *flat.inputs, *flat.consts]
@@ -144,25 +166,27 @@ def _uses(flat: Flat, planned: Callable[[str], bool]) -> tuple[Uses, dict[Piece,
     kinds: dict[int, set[str]] = {}
     found: dict[int, dict[int, set[str]]] = {}
     nested: dict[Piece, str] = {}
-    for (at, *rest), (path, reading) in observer.uses.items():
+    for ((at, *inside), _), (path, reading, *_) in observer.uses.items():
         number = numbers[path]
         kinds.setdefault(number, set()).add(reading.kind)
         found.setdefault(at, {}).setdefault(number, set()).add(reading.kind)
-        if len(rest) > 1:  # deeper than the slot: inside the step's own loop or branch
+        if inside:
             nested[flat.pieces[number]] = flat.steps[at].eqn.primitive.name
     uses = {
         at: tuple(n for n, how in by.items() if how != {"lookup"} or kinds[n] == {"lookup"})
         for at, by in found.items()
     }
-    return {at: numbers for at, numbers in sorted(uses.items()) if numbers}, nested
+    uses = {at: numbers for at, numbers in sorted(uses.items()) if numbers}
+    return _Found(uses, nested, frozenset(fixed), frozenset(effective))
 
 
 def evaluate(walker: Walker, steps: Sequence[Step], values: dict[int, Any]) -> dict[int, Any]:
     """Run steps; `values` holds their sources, and then their results too."""
     for at, step in enumerate(steps):
-        walker.site = (at,)
+        walker.site, walker.within = (at,), (step.eqn,)
         operands = [read(values, atom) for atom in step.ins]
         values.update(zip(step.outs, walker.evaluate(step.eqn, operands), strict=True))
+    walker.site, walker.within = (), ()
     return values
 
 
@@ -181,12 +205,13 @@ def _needed(steps: Sequence[Step], uses: Uses, values: Iterable[int]) -> set[int
     return kept
 
 
-def _light(flat: Flat, uses: Uses) -> set[int]:
-    """Values that are cheap to make again from parameters and inputs."""
+def _light(flat: Flat, found: _Found) -> set[int]:
+    """Values to be made again from parameters and inputs: cheap ones, and effective weights."""
     light = {*flat.pieces, *flat.inputs, *flat.consts}
     for at, step in enumerate(flat.steps):
-        cheap = step.eqn.primitive.name not in _HEAVY and not step.eqn.effects and at not in uses
-        if cheap and light.issuperset(step.reads):
+        cheap = step.eqn.primitive.name not in _HEAVY or not found.effective.isdisjoint(step.outs)
+        again = cheap and not step.eqn.effects and at not in found.uses
+        if again and light.issuperset(step.reads):
             light.update(step.outs)
     return light
 
@@ -262,13 +287,14 @@ class _Cutter:
         self,
         flat: Flat,
         stages: tuple[Stage, ...],
-        uses: Uses,
+        found: _Found,
         levels: Mapping[int, int],
         level: Level | None,
         reconstruct: bool,
     ):
-        self.flat, self.stages, self.uses = flat, stages, uses
-        self.light = _light(flat, uses)
+        self.flat, self.stages, self.found = flat, stages, found
+        self.uses = uses = found.uses
+        self.light = _light(flat, found)
         stage_of = {0: 0}  # the prologue is number 0
         for k, stage in enumerate(stages, start=1):
             stage_of.update(dict.fromkeys(range(stage.first, stage.last + 1), k))
@@ -293,7 +319,7 @@ class _Cutter:
             for n in flat.steps[at].reads:
                 self.until[n] = max(self.until.get(n, 0), self.home[at])
 
-    def cut(self, nested: Mapping[Piece, str]) -> Cut:
+    def cut(self) -> Cut:
         alive = tuple(
             frozenset(
                 n for n, k in self.made.items()
@@ -312,7 +338,7 @@ class _Cutter:
             gathers.append(self._segment(k, roots=roots, watched=sorted(watched)))
         return Cut(
             self.flat, self.stages, advances[0], tuple(gathers), tuple(advances[1:]), alive,
-            nested, self.comparisons, tuple(self.reconstructions),
+            self.found.nested, self.comparisons, tuple(self.reconstructions),
         )  # fmt: skip
 
     def _segment(
@@ -337,7 +363,9 @@ class _Cutter:
                 kept.append(at)
                 wanted.update(steps[at].reads)
         chosen = tuple(steps[at] for at in kept[::-1])
-        return Segment(chosen, _sources(chosen), tuple(outputs), tuple(watched))
+        sources = _sources(chosen)
+        fixed = tuple(n for n in sources if n in self.found.fixed) if watched else ()
+        return Segment(chosen, sources, tuple(outputs), tuple(watched), fixed)
 
 
 def _sources(steps: Sequence[Step]) -> tuple[int, ...]:

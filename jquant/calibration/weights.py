@@ -18,8 +18,9 @@ from jaxtyping import PyTree
 from jquant.blocks import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.observe import Observer
-from jquant.calibration.origin import Origin, Tagged
-from jquant.calibration.reading import Kind, Reading
+from jquant.calibration.origin import Part
+from jquant.calibration.reading import Kind, Reading, Sighting, decisive
+from jquant.calibration.tagged import Tagged, constant, is_key
 from jquant.interpreter import Walker, trace
 
 
@@ -33,12 +34,15 @@ class Use:
     """One use of a weight: the kind of operation, and the axes it gave the weight.
 
     `counted` is False for a use whose axes differ from those chosen for the weight: its inputs are
-    not in the weight's evidence.
+    not in the weight's evidence. `through` are the elementwise operations between the weight and
+    this use (masks, noise, other summands), but for multiplication by one number: codes are of the
+    weight before them.
     """
 
     kind: Kind
     in_axes: tuple[int, ...]
     counted: bool = True
+    through: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,13 @@ class Weight:
     Attributes:
         path: `/`-joined keys of the leaf.
         shape, dtype: of the leaf.
-        in_axes: contracted axes (of a pure lookup: the features).
+        in_axes: contracted axes (of a pure lookup: the features), at the use with most rows.
         out_axes: axes that appear in the result (of a pure lookup: the rows).
         batch_axes: axes that run along with the input: stacked layers, experts, conv groups.
         uses: every operation it enters.
         split_shape: `shape`, unless one axis plays two roles and is split in two.
+        slices: how many different inputs parts of its outputs meet, as of a fused kernel that is
+            sliced. Its evidence is of all of them together.
     """
 
     path: str
@@ -63,6 +69,16 @@ class Weight:
     batch_axes: tuple[int, ...]
     uses: tuple[Use, ...]
     split_shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def note(self) -> str:
+        """What is to be known when its evidence is read, or nothing."""
+        through = dict.fromkeys(name for use in self.uses for name in use.through)
+        notes = [f"codes are of the weight before {', '.join(through)}"] if through else []
+        if self.slices > 1:
+            notes.append(f"slices of its outputs meet {self.slices} inputs: one moment of all")
+        return "; ".join(notes)
 
     @property
     def layout(self) -> Layout:
@@ -117,7 +133,7 @@ class Sightings:
 
     values: list[Evidence]
     keys: tuple[tuple[str, Reading, int], ...] = field(metadata={"static": True})
-    uses: tuple[tuple[str, Reading], ...] = field(metadata={"static": True})
+    uses: tuple[Sighting, ...] = field(metadata={"static": True})
     mixed: tuple[tuple[str, str], ...] = field(metadata={"static": True})
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = field(metadata={"static": True})
 
@@ -133,14 +149,13 @@ def observe(
     closed, _ = trace(fn, params, *inputs)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     args = [
-        Tagged(leaf, Origin.of(path_of(keys), leaf.shape))
-        if getattr(leaf, "ndim", 0) >= 2 and wanted(path_of(keys))
-        else leaf
+        Tagged.of(path_of(keys), leaf) if wanted(path_of(keys)) else Tagged(leaf)
         for keys, leaf in leaves
     ]
     observer = Observer(spread=spread)
-    walker = Walker(observer)
-    walker.run(closed, [*args, *jax.tree.leaves(inputs)])
+    walker = Walker(observer, constant=constant)
+    args += [Tagged(x) if is_key(x) else x for x in jax.tree.leaves(inputs)]
+    observer.leave(walker.run(closed, args), walker)
     shapes = [(path_of(keys), tuple(leaf.shape)) for keys, leaf in leaves]
     return sightings(walker, observer, shapes)
 
@@ -190,16 +205,17 @@ def find_weights(
         return ignore is None or re.fullmatch(ignore, path) is None
 
     seen = jax.eval_shape(lambda params, inputs: observe(fn, wanted, params, inputs), *shapes)
-    found: dict[str, list[Reading]] = {}
-    for path, reading in seen.uses:
-        found.setdefault(path, []).append(reading)
+    found: dict[str, list[Sighting]] = {}
+    for sighting in seen.uses:
+        found.setdefault(sighting.path, []).append(sighting)
     weights: dict[str, Weight] = {}
     others: dict[str, str] = {}
     mixed = dict(seen.mixed)
     for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes[0])[0]:
         path = path_of(keys)
         if path in found:
-            weights[path] = _weight(path, leaf, found[path])
+            keys = [(reading, at) for name, reading, at in seen.keys if name == path]
+            weights[path] = _weight(path, leaf, found[path], keys)
         elif leaf.ndim < 2:
             others[path] = f"it has {leaf.ndim} {'axis' if leaf.ndim == 1 else 'axes'}"
         elif not wanted(path):
@@ -211,22 +227,37 @@ def find_weights(
     return Weights(weights, others)
 
 
-def _weight(path: str, leaf: jax.ShapeDtypeStruct, readings: list[Reading]) -> Weight:
-    """The weight that these uses make of a leaf: the first one with inputs decides the axes."""
-    chosen = next((r for r in readings if r.kind != "lookup"), readings[0])
-    axes = chosen.axes(leaf.shape)
+def _weight(
+    path: str,
+    leaf: jax.ShapeDtypeStruct,
+    sightings: list[Sighting],
+    keys: Sequence[tuple[Reading, int]],
+) -> Weight:
+    """The weight that these uses, and the evidence gathered there, make of a leaf."""
+    axes = decisive(sightings).axes(leaf.shape)
     flat = [digit for axis in axes for digit in axis]
 
     def numbers(flat: Sequence[tuple[int, str]], role: str) -> tuple[int, ...]:
         return tuple(k for k, digit in enumerate(flat) if digit[1] == role)
 
     uses = []
-    for reading in readings:
+    for _, reading, _, through in sightings:
         own = reading.axes(leaf.shape)
         inner = numbers([digit for axis in own for digit in axis], "in")
-        uses.append(Use(reading.kind, inner, reading.kind != "lookup" and own == axes))
+        counted = reading.kind != "lookup" and own == axes
+        uses.append(Use(reading.kind, inner, counted, through))
     return Weight(
         path, leaf.shape, leaf.dtype,
         numbers(flat, "in"), numbers(flat, "out"), numbers(flat, "batch"),
-        tuple(uses), tuple(size for size, _ in flat),
+        tuple(uses), tuple(size for size, _ in flat), _slices(leaf.shape, axes, keys),
     )  # fmt: skip
+
+
+def _slices(shape: Sequence[int], axes: Any, keys: Sequence[tuple[Reading, int]]) -> int:
+    """How many inputs are met by parts of the outputs; 1 where every input meets all outputs."""
+    inputs: dict[tuple[Part, ...], set[int]] = {}
+    for reading, at in keys:
+        if reading.axes(shape) == axes:
+            inputs.setdefault(reading.outer, set()).add(at)
+    alike = all(met == next(iter(inputs.values())) for met in inputs.values())
+    return 1 if alike else len(set().union(*inputs.values()))

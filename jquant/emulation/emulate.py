@@ -195,13 +195,19 @@ class _Rounder:
     def special(self, value: Any) -> bool:
         return False
 
-    def name(self, value: Any) -> None:
-        return None
+    def asks(self, eqn: core.JaxprEqn, values: Sequence[Any]) -> bool:
+        return False
+
+    def names(self, value: Any) -> tuple[()]:
+        return ()
+
+    def leave(self, results: list[Any], walker: Walker) -> list[Any]:
+        return results
 
     def merge(self, left: Any, right: Any) -> Any:
         raise AssertionError("emulation emits nothing")
 
-    def drop(self, value: Any, eqn: core.JaxprEqn) -> jax.Array:
+    def drop(self, value: Any, eqn: core.JaxprEqn, data: bool = False) -> jax.Array:
         raise AssertionError("emulation has no special values")
 
     def constant(self, value: Any, kind: Any, walker: Walker, what: str = "constant") -> Any:

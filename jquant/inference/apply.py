@@ -62,13 +62,19 @@ class _Decoder:
     def special(self, value: Any) -> bool:
         return isinstance(value, QTensor | _Waiting)
 
-    def name(self, value: Any) -> None:
-        return None
+    def asks(self, eqn: core.JaxprEqn, values: Sequence[Any]) -> bool:
+        return False
+
+    def names(self, value: Any) -> tuple[()]:
+        return ()
+
+    def leave(self, results: list[Any], walker: Walker) -> list[Any]:
+        return results
 
     def merge(self, left: Any, right: Any) -> Any:
         raise AssertionError("apply emits nothing")
 
-    def drop(self, value: Any, eqn: core.JaxprEqn) -> jax.Array:
+    def drop(self, value: Any, eqn: core.JaxprEqn, data: bool = False) -> jax.Array:
         return _decode(value)
 
     def rule(self, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> Sequence[Any] | None:

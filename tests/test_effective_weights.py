@@ -1,0 +1,396 @@
+"""A weight is followed to its product through whatever does not depend on the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jquant as jq
+from jquant.errors import UnsupportedPrimitiveError
+from tests.functions import _gram, _normal
+
+X = _normal(9, 12, 4)
+MASK = jnp.asarray(np.tri(4, 6), jnp.float32)
+
+
+def _same(*paths: str) -> Callable[[Mapping[str, Any], Any], dict[str, Any]]:
+    """All these weights see the input as it is."""
+    return lambda params, x: {path: _gram(x) for path in paths}
+
+
+MAPS = {
+    "mask": lambda w: w * MASK,
+    "where": lambda w: jnp.where(MASK > 0, w, 0),
+    "clipped": lambda w: jnp.clip(w, -0.5, 0.5),
+    "noise": lambda w: w + 0.1 * jax.random.normal(jax.random.key(0), w.shape),
+    "dropconnect": lambda w: (
+        w * jax.random.bernoulli(jax.random.key(0), 0.5, w.shape).astype(w.dtype)
+    ),
+    "standardised": lambda w: (w - w.mean(0)) / w.std(0),
+    "squashed": jnp.tanh,
+    "fake quantized": lambda w: jnp.round(w * 7).astype(jnp.int8).astype(jnp.float32) / 7,
+}
+FACTORS = {
+    "a literal": lambda w, x: w / 4.0,
+    "a constant": lambda w, x: w / jnp.sqrt(16.0),
+    "its norm": lambda w, x: w / jnp.linalg.norm(w),
+    "its largest singular value": lambda w, x: w / jnp.linalg.svd(w)[1][0],
+    "computed from inputs": lambda w, x: x.mean() * w,
+    "negative": lambda w, x: -w,
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_an_elementwise_map_is_followed_and_told(name: str) -> None:
+    fn = lambda p, x: x @ MAPS[name](p["w"])  # noqa: E731
+    params = {"w": _normal(0, 4, 6)}
+    (use,) = jq.find_weights(fn, params, X)["w"].uses
+    assert use.counted and use.through
+    np.testing.assert_allclose(jq.capture(fn, params, [X])["w"].second_moment, _gram(X), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_a_common_factor_is_a_view(name: str) -> None:
+    fn = lambda p, x: x @ FACTORS[name](p["w"], x)  # noqa: E731
+    params = {"w": _normal(0, 4, 6)}
+    (use,) = jq.find_weights(fn, params, X)["w"].uses
+    assert use.counted and not use.through
+    np.testing.assert_allclose(jq.capture(fn, params, [X])["w"].second_moment, _gram(X), rtol=1e-5)
+
+
+def _low_rank(params, x):
+    moment = _gram(x)
+    return {"w": moment, "a": moment, "b": params["a"].T @ moment @ params["a"]}
+
+
+def _absorbed(params, x):  # q · k with both projections of one side multiplied beforehand
+    heads = jnp.einsum("td,dhr->htr", x, params["q"])
+    return {
+        "q": _gram(x),
+        "k": jnp.einsum("htr,hts->hrs", heads, heads),
+    }
+
+
+def _two_axes(params, x):
+    return {"w": _gram(x), "b": _gram(jnp.einsum("td,df->tf", x, params["w"].reshape(4, 6)))}
+
+
+def _chain(params, x):
+    moments = []
+    for w in params["s"].reshape(4, 4, 4):
+        moments.append(_gram(x))
+        x = jnp.tanh(x @ w)
+    return {"s": jnp.stack(moments).reshape(2, 2, 4, 4)}
+
+
+CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "a sum": (
+        lambda p, x: x @ (p["w"] + p["v"]), {"w": (4, 6), "v": (4, 6)}, _same("w", "v"),
+    ),
+    "two uses, one masked": (
+        lambda p, x: x[:1] @ p["w"] + x @ (p["w"] * MASK), {"w": (4, 6)},
+        lambda p, x: {"w": _gram(x) + _gram(x[:1])},
+    ),
+    "a product": (
+        lambda p, x: x @ (p["a"] @ p["b"]), {"a": (4, 3), "b": (3, 6)},
+        lambda p, x: {"a": _gram(x), "b": p["a"].T @ _gram(x) @ p["a"]},
+    ),
+    "a product from the left": (
+        lambda p, x: (p["b"] @ p["a"]) @ x.T, {"a": (3, 4), "b": (6, 3)},
+        lambda p, x: {"a": _gram(x), "b": p["a"] @ _gram(x) @ p["a"].T},
+    ),
+    "a product turned and scaled": (
+        lambda p, x: x @ (0.5 * (p["a"] @ p["b"]).T), {"a": (6, 3), "b": (3, 4)},
+        lambda p, x: {"b": _gram(x), "a": p["b"] @ _gram(x) @ p["b"].T},
+    ),
+    "a low-rank adapter": (
+        lambda p, x: x @ (p["w"] + 0.1 * (p["a"] @ p["b"])),
+        {"w": (4, 6), "a": (4, 3), "b": (3, 6)}, _low_rank,
+    ),
+    "absorbed projections": (
+        lambda p, x: jnp.einsum("td,hdc->htc", x, jnp.einsum("dhr,chr->hdc", p["q"], p["k"])),
+        {"q": (4, 2, 3), "k": (5, 2, 3)}, _absorbed,
+    ),
+    "a product by heads": (
+        lambda p, x: jnp.einsum("td,dhk->thk", x, (p["w"] @ p["b"]).reshape(4, 2, 3)),
+        {"w": (4, 6), "b": (6, 6)}, _two_axes,
+    ),
+    "its own square": (
+        lambda p, x: x @ (p["w"] @ p["w"]), {"w": (4, 4)},
+        lambda p, x: {"w": _gram(x) + _gram(x @ p["w"])},
+    ),
+    "joined outputs": (
+        lambda p, x: x @ jnp.concatenate([p["w"], p["v"], jnp.zeros((4, 2))], 1),
+        {"w": (4, 6), "v": (4, 3)}, _same("w", "v"),
+    ),
+    "joined inputs": (
+        lambda p, x: jnp.concatenate([x, 2 * x], 1) @ jnp.concatenate([p["w"], p["v"]]),
+        {"w": (4, 6), "v": (4, 6)}, lambda p, x: {"w": _gram(x), "v": 4 * _gram(x)},
+    ),
+    "padded inputs": (
+        lambda p, x: jnp.pad(x, ((0, 0), (1, 2)), constant_values=1.0)
+        @ jnp.pad(p["w"], ((1, 2), (0, 0))),
+        {"w": (4, 6)}, _same("w"),
+    ),
+    "stacked and batched": (
+        lambda p, x: jnp.einsum("etd,edf->etf", jnp.stack([x, 3 * x]), jnp.stack([p["w"], p["v"]])),
+        {"w": (4, 6), "v": (4, 6)}, lambda p, x: {"w": _gram(x), "v": 9 * _gram(x)},
+    ),
+    "backwards": (
+        lambda p, x: x @ p["w"][::-1], {"w": (4, 6)}, lambda p, x: {"w": _gram(x[:, ::-1])},
+    ),
+    "half of it backwards": (
+        lambda p, x: x[:, :2] @ p["w"][::-1][:2], {"w": (4, 6)},
+        lambda p, x: {"w": jnp.zeros((4, 4)).at[2:, 2:].set(_gram(x[:, 1::-1]))},
+    ),
+    "columns in another order": (
+        lambda p, x: x @ p["w"][:, jnp.array([3, 1, 0])], {"w": (4, 6)}, _same("w"),
+    ),
+    "read column by column": (
+        lambda p, x: x @ lax.reshape(p["w"], (4, 4), dimensions=(1, 0)), {"w": (4, 4)}, _same("w"),
+    ),
+    "rows repeated": (
+        lambda p, x: jnp.repeat(x, 2, 1) @ jnp.repeat(p["w"], 2, 0), {"w": (4, 6)},
+        lambda p, x: {"w": 4 * _gram(x)},
+    ),
+    "a stack backwards": (
+        lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["s"][::-1])[0],
+        {"s": (2, 4, 4)},
+        lambda p, x: {"s": jnp.stack([_gram(jnp.tanh(x @ p["s"][1])), _gram(x)])},
+    ),
+    "a stack scanned twice over": (
+        lambda p, x: lax.scan(
+            lambda h, pair: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, pair),
+            x, p["s"].reshape(1, 2, 4, 4),
+        )[0],
+        {"s": (2, 4, 4)},
+        lambda p, x: {"s": jnp.stack([_gram(x), _gram(jnp.tanh(x @ p["s"][0]))])},
+    ),
+    "stack axes merged": (
+        lambda p, x: lax.scan(
+            lambda h, w: (jnp.tanh(h @ w), None), x, p["s"].reshape(4, 4, 4)
+        )[0],
+        {"s": (2, 2, 4, 4)}, _chain,
+    ),
+    "stacks joined before a loop": (
+        lambda p, x: lax.scan(
+            lambda h, w: (jnp.tanh(h @ w), None), x, jnp.concatenate([p["s"], p["t"]])
+        )[0],
+        {"s": (1, 4, 4), "t": (1, 4, 4)},
+        lambda p, x: {"s": _gram(x)[None], "t": _gram(jnp.tanh(x @ p["s"][0]))[None]},
+    ),
+    "a kernel stretched to three dimensions": (
+        lambda p, x: lax.conv_general_dilated(
+            x.reshape(1, 2, 2, 3, 4),
+            jnp.repeat(p["w"].reshape(1, 1, 1, 4, 6), 2, 0),
+            (1, 1, 1), "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        ),
+        {"w": (4, 6)},
+        lambda p, x: {"w": _gram(x.reshape(2, 6, 4).sum(0))},
+    ),
+    "experts of twice the inputs": (
+        lambda p, x: lax.ragged_dot(
+            jnp.repeat(x, 2, 1), jnp.repeat(p["w"], 2, 1), jnp.array([5, 7])
+        ),
+        {"w": (2, 4, 6)},
+        lambda p, x: {"w": 4 * jnp.stack([_gram(x[:5]), _gram(x[5:])])},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_weight_sees_what_meets_it(name: str) -> None:
+    fn, shapes, moments = CASES[name]
+    params = {path: _normal(k, *shape) for k, (path, shape) in enumerate(shapes.items())}
+    hand = moments(params, X)
+    found = jq.capture(fn, params, [X])
+    assert set(found) == set(hand)
+    for path, evidence in found.items():
+        np.testing.assert_allclose(
+            evidence.second_moment, hand[path], rtol=2e-4, atol=2e-4, err_msg=path
+        )
+    # Stage by stage sees the same, and what it makes of it is what `apply` runs.
+    plan = jq.plan(jq.find_weights(fn, params, X), {".*": jq.Scheme(jq.grids.Uniform(8))})
+    gptq = jq.plan(plan.weights, {".*": jq.presets.int8_gptq()})
+    qparams, report = jq.quantize(fn, params, gptq, [X], granularity="all")
+    assert set(report) == set(hand)
+    np.testing.assert_allclose(jq.apply(fn)(qparams, X), fn(params, X), atol=0.3)
+    staged, _ = jq.quantize(fn, params, gptq, [X])
+    for path in hand:
+        assert staged[path].shape == params[path].shape
+
+
+def test_products_are_calibrated_as_the_function_written_without_them() -> None:
+    params = {"a": _normal(0, 16, 8), "b": _normal(1, 8, 12)}
+    x = _normal(2, 256, 16) * jnp.linspace(0.1, 3, 16)
+    together, apart = lambda p, x: x @ (p["a"] @ p["b"]), lambda p, x: (x @ p["a"]) @ p["b"]
+    one, two = (jq.capture(fn, params, [x]) for fn in (together, apart))
+    for path in params:
+        np.testing.assert_allclose(
+            one[path].second_moment, two[path].second_moment, rtol=1e-4, atol=1e-2
+        )
+
+
+def test_what_only_scales_or_shifts_is_no_weight() -> None:
+    params = {"w": _normal(0, 4, 6), "scale": _normal(1, 12, 4), "shift": _normal(2, 12, 6),
+              "gain": _normal(3, 1, 6), "norm": _normal(4, 3, 4)}  # fmt: skip
+
+    def fn(p, x):
+        x = jnp.einsum("td,td->td", x, p["scale"])
+        x = lax.scan(lambda h, s: (h * (1 + s), None), x, p["norm"])[0]
+        return x @ (p["w"] * p["gain"]) + p["shift"]
+
+    weights = jq.find_weights(fn, params, X)
+    assert list(weights) == ["w"]
+    assert weights["w"].uses[0].through == ("mul",)
+    assert set(weights.others) == {"scale", "shift", "gain", "norm"}
+
+
+def test_the_first_state_of_a_recurrence_is_no_weight() -> None:
+    params = {"h": _normal(0, 3, 4), "w": _normal(1, 4, 4), "u": _normal(2, 4, 4)}
+
+    def fn(p, x):
+        def cell(h, x):
+            return jnp.tanh(h @ p["w"] + x @ p["u"]), h
+
+        return lax.scan(cell, p["h"], x.reshape(4, 3, 4))
+
+    weights = jq.find_weights(fn, params, X)
+    assert list(weights) == ["u", "w"]
+    assert weights.others == {"h": "it is used by 'scan' only"}
+
+
+def test_spectral_normalisation_is_a_factor() -> None:
+    module = nn.SpectralNorm(nn.Dense(6))
+    variables = module.init(jax.random.key(0), X, update_stats=False)
+    fn = lambda v, x: module.apply(v, x, update_stats=False)  # noqa: E731
+    weights = jq.find_weights(fn, variables, X)
+    found = jq.capture(fn, variables, [X])["params/layer_instance/kernel"]
+    assert weights["params/layer_instance/kernel"].in_axes == (0,)
+    assert float(found.count) == 12
+    np.testing.assert_allclose(found.second_moment, _gram(X), rtol=1e-5)
+
+
+def _modules() -> dict[str, tuple[Any, Any]]:
+    return {
+        "weight norm": (nn.WeightNorm(nn.Dense(6)), X),
+        "lstm": (nn.RNN(nn.OptimizedLSTMCell(5)), X.reshape(3, 4, 4)),
+        "transposed convolution": (
+            nn.ConvTranspose(4, (3,), transpose_kernel=True), X.reshape(3, 4, 4),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["weight norm", "lstm", "transposed convolution"])
+def test_layers_of_flax_that_make_their_kernels(name: str) -> None:
+    module, x = _modules()[name]
+    variables = module.init(jax.random.key(0), x)
+    kernels = {
+        jax.tree_util.keystr(k, simple=True, separator="/")
+        for k, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]
+        if jax.tree_util.keystr(k, simple=True, separator="/").endswith("kernel")
+    }
+    weights = jq.find_weights(module.apply, variables, x)
+    assert set(weights) == kernels
+    plan = jq.plan(weights, {".*": jq.presets.int8_gptq()})
+    qparams, report = jq.quantize(module.apply, variables, plan, [x])
+    assert all(row.error <= 1.05 * row.nearest_error for row in report.values())
+    assert jnp.abs(jq.apply(module.apply)(qparams, x) - module.apply(variables, x)).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        pytest.param(lambda e, t: jax.vmap(lambda i: e[i])(t), id="vmap"),
+        pytest.param(lambda e, t: lax.map(lambda i: e[i], t), id="map"),
+        pytest.param(lambda e, t: jnp.stack([e[t[0]], e[t[1]]]), id="scalars"),
+        pytest.param(lambda e, t: lax.dynamic_slice(e, (t[0], 0), (1, 4)), id="slice"),
+        pytest.param(lambda e, t: jax.vmap(eqx.nn.Embedding(weight=e))(t), id="equinox"),
+    ],
+)
+def test_a_lookup_of_one_token_at_a_time(pick) -> None:
+    params, tokens = {"e": _normal(0, 7, 4), "w": _normal(1, 4, 6)}, jnp.array([3, 1])
+
+    def fn(p, t):
+        h = pick(p["e"], t) @ p["w"]
+        return (h[:, :4]) @ p["e"].T
+
+    kinds = [use.kind for use in jq.find_weights(fn, params, tokens)["e"].uses]
+    assert kinds in (["lookup", "dot"], ["lookup", "lookup", "dot"])
+    np.testing.assert_allclose(
+        jq.capture(fn, params, [tokens])["w"].second_moment, _gram(pick(params["e"], tokens)),
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+
+
+def test_a_table_of_several_features_is_looked_up() -> None:
+    params, tokens = {"e": _normal(0, 7, 3, 4), "w": _normal(1, 4, 6)}, jnp.array([3, 1, 0])
+
+    def fn(p, t):
+        rows = p["e"][t]
+        return (rows * jnp.tanh(rows[:, :1])).sum(1) @ p["w"]
+
+    weight = jq.find_weights(fn, params, tokens)["e"]
+    assert (weight.in_axes, weight.out_axes) == ((1, 2), (0,))
+    assert [use.kind for use in weight.uses] == ["lookup"]
+
+
+HIDDEN = {
+    "fft": (lambda w, x: x @ jnp.fft.fft(w).real, "fft"),
+    "solve": (lambda w, x: x @ jnp.linalg.solve(w, jnp.eye(4)), "custom_linear_solve"),
+    "reduced": (lambda w, x: x @ w.reshape(4, 2, 2).sum(2), "reduce_sum"),
+    "picked by data": (
+        lambda w, x: jax.vmap(
+            lambda r: r @ lax.switch((r[0] > 0).astype(int), [lambda: w, lambda: -w])
+        )(x),
+        "select_n",
+    ),
+    "masked by data": (lambda w, x: x @ jnp.where(x[:4, :4] > 0, w, 0), "select_n"),
+    "rows in another order": (lambda w, x: x @ w[jnp.array([3, 1, 0, 2])], "dot_general"),
+    "an iteration": (
+        lambda w, x: x @ lax.fori_loop(0, 3, lambda _, w: 1.5 * w - 0.5 * w @ w.T @ w, w),
+        "scan",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_cannot_be_followed_is_refused_and_never_lost(name: str) -> None:
+    wrap, primitive = HIDDEN[name]
+    params = {"deep": {"w": _normal(0, 4, 4)}}
+    with pytest.raises(UnsupportedPrimitiveError, match="'deep/w'") as caught:
+        jq.find_weights(lambda p, x: wrap(p["deep"]["w"], x), params, X)
+    assert primitive in str(caught.value)
+
+
+def test_codes_of_the_weight_before_a_map_are_told() -> None:
+    fn = lambda p, x: x @ (p["w"] * MASK)  # noqa: E731
+    params = {"w": _normal(0, 4, 6)}
+    plan = jq.plan(jq.find_weights(fn, params, X), {".*": jq.presets.int4_gptq()})
+    _, report = jq.quantize(fn, params, plan, [X])
+    assert report["w"].note == "codes are of the weight before mul"
+
+
+def test_slices_of_a_fused_kernel_that_meet_different_inputs_are_told() -> None:
+    params = {"w": _normal(0, 4, 6)}
+
+    def crossed(p, x):
+        return x @ p["w"][:, :3], jnp.tanh(x) @ p["w"][:, 3:]
+
+    def alike(p, x):
+        return x @ p["w"][:, :3], x @ p["w"][:, 3:]
+
+    assert jq.find_weights(alike, params, X)["w"].slices == 1
+    weights = jq.find_weights(crossed, params, X)
+    assert weights["w"].slices == 2
+    plan = jq.plan(weights, {".*": jq.presets.int4_gptq()})
+    _, report = jq.quantize(crossed, params, plan, [X])
+    assert "meet 2 inputs" in report["w"].note
