@@ -234,3 +234,26 @@ def test_a_later_batch_that_does_not_fit_is_named() -> None:
     params = {"w": jnp.ones((4, 3))}
     with pytest.raises(EvidenceError, match=r"batch 1 has float32\[2, 5\], where batch 0 has"):
         jq.capture(lambda p, x: x @ p["w"], params, [jnp.ones((2, 4)), jnp.ones((2, 5))])
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [(1e20, "finite, but so large"), (jnp.inf, "NaN or infinite"), (jnp.nan, "NaN or infinite")],
+)
+@pytest.mark.parametrize("tokens", [3, 1200])
+def test_inputs_that_are_too_large_are_told_from_those_that_are_not_finite(
+    size, says, tokens
+) -> None:
+    x = _normal(0, tokens, 4)
+    with pytest.raises(EvidenceError, match=f"'w' is {says}.*first in batch 1"):
+        jq.capture(
+            lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}, [x, x.at[1, 1].set(size), x]
+        )
+
+
+def test_large_inputs_are_no_trouble_until_their_sums_are() -> None:
+    fn, params, x = lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}, jnp.full((3, 4), 1e18)
+    found = jq.capture(fn, params, [x, x])["w"]
+    np.testing.assert_allclose(found.second_moment, 6e36, rtol=1e-5)
+    with pytest.raises(EvidenceError, match="'w' is finite, but so large.*first in batch 2"):
+        jq.capture(fn, params, [x * 7, x * 7, x * 7, x])

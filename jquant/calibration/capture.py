@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree, UInt8
 
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.reading import Reading, assemble, decisive
@@ -53,7 +53,8 @@ def capture(
 
     Raises:
         UnsupportedPrimitiveError: a watched weight cannot be followed; names path and primitive.
-        EvidenceError: no batches, or an input that is NaN or infinite; names path and batch.
+        EvidenceError: no batches, or an input that is NaN, infinite, or too large to be squared;
+            names path and batch.
 
     Example:
         >>> fn = lambda p, x: x @ p["w"]
@@ -84,14 +85,14 @@ def capture(
 
 
 class Tally:
-    """Sightings added up over batches, and which batches were finite."""
+    """Sightings added up over batches, and what is wrong with those of each batch (`_FLAWS`)."""
 
     def __init__(self) -> None:
         self.total: Sightings | None = None
-        self.finite: list[Bool[Array, " values"]] = []
+        self.flaws: list[UInt8[Array, " values"]] = []
 
     def add(self, run: Callable[..., Any], *operands: Any) -> None:
-        """Add a batch: `run(total, *operands)` gives the new total and which values are finite.
+        """Add a batch: `run(total, *operands)` gives what `accumulate` does.
 
         Raises:
             EvidenceError: the batch shows other uses than the ones before.
@@ -100,18 +101,18 @@ class Tally:
             shapes = jax.eval_shape(run, None, *operands)[0]
             self.total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         try:
-            self.total, finite = run(self.total, *operands)
+            self.total, flaws = run(self.total, *operands)
         except UsesDiffer as error:
             raise EvidenceError(
-                f"batch {len(self.finite)} takes another path through the function than batch 0: "
+                f"batch {len(self.flaws)} takes another path through the function than batch 0: "
                 "its weights are used differently; pass batches that take the same path, or "
                 "capture them apart and merge"
             ) from error
-        self.finite.append(finite)
+        self.flaws.append(flaws)
 
     def wait(self) -> None:
         """Until the last batch is done, where it would otherwise be queued only."""
-        jax.block_until_ready(self.finite[-1])
+        jax.block_until_ready(self.flaws[-1])
 
     def evidence(
         self, name: Callable[[str], str] = lambda path: path, where: str = ""
@@ -119,16 +120,19 @@ class Tally:
         """The evidence of whole weights by path; `name` and `where` serve the error's message.
 
         Raises:
-            EvidenceError: an input was not finite; names weight, batch and `where`.
+            EvidenceError: an input was not finite, or too large for its moment; names weight, batch
+                and `where`.
         """
         assert self.total is not None, "no batch was added"
-        table = np.asarray(jnp.stack(self.finite))  # [batches, values]
+        table = np.asarray(jnp.stack(self.flaws))  # [batches, values]
         for path, _, position in self.total.keys:
-            if not table[:, position].all():
-                batch = int(np.argmin(table[:, position]))
+            column = table[:, position]
+            if column.any():
+                batch = int(np.argmax(column > 0))
+                said, remedy = _FLAWS[int(column[batch])]
                 raise EvidenceError(
-                    f"the input of weight {name(path)!r} is NaN or infinite, first in batch "
-                    f"{batch}{where}; check that batch, or run the function in a wider dtype"
+                    f"the input of weight {name(path)!r} is {said}, first in batch {batch}{where}; "
+                    f"{remedy}"
                 )
         return _file(self.total)
 
@@ -150,6 +154,17 @@ def kinds(inputs: Any) -> tuple[tuple[tuple[int, ...], str], ...]:
 def in_words(inputs: Any) -> str:
     """The same in words: `int32[4, 512]`."""
     return ", ".join(f"{dtype}{list(shape)}" for shape, dtype in kinds(inputs))
+
+
+# What may be wrong with an input, and what to do about it.
+_FLAWS = {
+    1: (
+        "finite, but so large that its second moment is beyond float32",
+        "scale the function's inputs or the weights before it so that sums of squares over tokens "
+        "stay below 3e38 (values up to 1e16 always do), or keep the weight (jq.keep)",
+    ),
+    2: ("NaN or infinite", "check that batch, or run the function in a wider dtype"),
+}
 
 
 class UsesDiffer(Exception):
@@ -175,7 +190,7 @@ def _cached(function: Callable[..., Any]) -> Callable[..., Any]:
 def capture_step(
     fn: Callable[..., Any], paths: frozenset[str] | None, spread: bool = False
 ) -> Callable[..., Any]:
-    """The compiled program: sums so far, and a batch, to sums and whether they are finite."""
+    """The compiled program: sums so far, and a batch, to sums and what is wrong with them."""
 
     def wanted(path: str) -> bool:
         return paths is None or path in paths
@@ -186,21 +201,32 @@ def capture_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def accumulate(total: Sightings | None, new: Sightings) -> tuple[Sightings, Bool[Array, " values"]]:
-    """Both together, and for each value of `new` whether it is finite.
+def accumulate(
+    total: Sightings | None, new: Sightings
+) -> tuple[Sightings, UInt8[Array, " values"]]:
+    """Both together, and for each value of `new` what is wrong with it: 0 nothing, see `_FLAWS`.
 
     Raises:
         UsesDiffer: they are not sightings of the same uses.
     """
-    # An input channel that is not finite shows in its own sum of squares.
-    power = [jnp.diagonal(value.second_moment, axis1=-2, axis2=-1) for value in new.values]
-    finite = [jnp.all(jnp.isfinite(channel)) for channel in power]
+    single = new.values
     if total is not None:
         if (total.keys, len(total.values)) != (new.keys, len(new.values)):
             raise UsesDiffer
         values = [old.merge(more) for old, more in zip(total.values, new.values, strict=True)]
         new = replace(new, values=values)
-    return new, jnp.stack(finite) if finite else jnp.ones(0, bool)
+    flaws = [_flaw(one, all_) for one, all_ in zip(single, new.values, strict=True)]
+    return new, jnp.stack(flaws) if flaws else jnp.zeros(0, jnp.uint8)
+
+
+def _flaw(batch: Evidence, total: Evidence) -> UInt8[Array, ""]:
+    """What is wrong with the inputs of a batch, or with the sums that they are added to."""
+    assert batch.abs_max is not None
+    # Whatever is too large shows in its own sum of squares.
+    sums = [jnp.diagonal(total.second_moment, axis1=-2, axis2=-1), total.drift]
+    fine = [jnp.all(jnp.isfinite(leaf)) for leaf in sums if leaf is not None]
+    flaw = jnp.where(jnp.all(jnp.stack(fine)), 0, 1)
+    return jnp.where(jnp.all(jnp.isfinite(batch.abs_max)), flaw, 2).astype(jnp.uint8)
 
 
 def _file(total: Sightings) -> dict[str, Evidence]:

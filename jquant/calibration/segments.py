@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
-from jaxtyping import Array, Bool
+from jaxtyping import Array, UInt8
 
 from jquant.calibration.canonical import equation_key, literal_key
 from jquant.calibration.capture import accumulate
@@ -93,11 +93,12 @@ class Reconstruction:
         return run(operands)
 
 
-Gather = Callable[..., tuple[Sightings, Bool[Array, " values"]]]
+Gather = Callable[..., tuple[Sightings, UInt8[Array, " values"]]]
 
 
 def gather(segment: Segment, key: Hashable, spread: bool = False) -> Gather:
-    """The compiled program: sums so far and values of the sources to sums, and which are finite.
+    """The compiled program: sums so far and values of the sources to sums, and what is wrong with
+    them (`accumulate`).
 
     The weights are called by their place among the sources, `"0"`, `"1"`, …. Where the sources'
     values in the full-precision network are given too, the evidence holds the drift between them;

@@ -209,7 +209,7 @@ class Walk:
         """The evidence of a stage's weights, by piece, over all batches.
 
         Raises:
-            EvidenceError: an input is NaN or infinite; names weight, batch and stage.
+            EvidenceError: an input is NaN, infinite or too large; names weight, batch and stage.
         """
         tally, names = Tally(), {}
         arrays: dict[Piece, Array] = {}
