@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Integer
 from jquant import grids
 from jquant.blocks import Blocks
 from jquant.errors import PlanError
+from jquant.extremes import all_finite
 from jquant.grids import MSE, Grid, MinMax, Params, Uniform, nearest
 
 Granularity = Literal["token", "tensor", "static"]
@@ -196,14 +197,14 @@ def encode(
         for every token, NaN for those that are not finite, to multiply results by.
     """
     x = x.astype(jnp.float32)
-    # Both propagate NaN. Zero is in every range: it keeps its value, and an empty token has one.
+    finite = all_finite(x, axis=-1)
+    # Zero is in every range: it keeps its value, and an empty token has one.
     if even(choice.grid):
         high = jnp.max(jnp.abs(x), axis=-1, initial=0.0)
         low = -high
     else:
         low = jnp.min(x, axis=-1, initial=0.0)
         high = jnp.max(x, axis=-1, initial=0.0)
-    finite = jnp.isfinite(low) & jnp.isfinite(high)
     sound = jnp.where(finite, 1.0, jnp.nan).astype(jnp.float32)
     if static is not None:
         params = jax.tree.map(lambda leaf: leaf[..., None], static)

@@ -5,6 +5,7 @@ Every message names the path, what was got, and what to pass instead.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -214,9 +215,13 @@ def check_evidence(plan: Plan, evidence: Mapping[str, Evidence]) -> None:
                 f"weight {path!r}: second moment must be {(*shape[:-2], shape[-1], shape[-1])}, "
                 f"got {moment.shape}"
             )
-        fine, skew = (np.asarray(a) for a in _sound(moment))
-        if not fine:
-            raise EvidenceError(f"weight {path!r}: its second moment holds NaN or infinite values")
+        fine, skew = _sound(found)
+        for name, is_fine in fine.items():
+            if not is_fine:
+                raise EvidenceError(
+                    f"weight {path!r}: its {name.replace('_', ' ')} holds NaN or infinite values; "
+                    "capture it again from finite inputs"
+                )
         if skew > 1e-3:
             raise EvidenceError(
                 f"weight {path!r}: its second moment is not symmetric (off by {skew:.1e} of its "
@@ -249,6 +254,14 @@ def not_used(name: str) -> str:
 
 
 @jax.jit
-def _sound(moment: Array) -> tuple[Array, Array]:
+def _sound(evidence: Evidence) -> tuple[dict[str, Array], Array]:
+    """Which parts of evidence are finite, and how far the moment is from symmetric."""
+    moment = evidence.second_moment
+    parts = {part.name: getattr(evidence, part.name) for part in dataclasses.fields(evidence)}
+    fine = {
+        name: jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(part)]))
+        for name, part in parts.items()
+        if part is not None
+    }
     skew = jnp.max(jnp.abs(moment - jnp.swapaxes(moment, -1, -2)))
-    return jnp.all(jnp.isfinite(moment)), skew / jnp.maximum(jnp.max(jnp.abs(moment)), 1e-30)
+    return fine, skew / jnp.maximum(jnp.max(jnp.abs(moment)), 1e-30)

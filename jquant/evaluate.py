@@ -207,7 +207,7 @@ def _pair(
         p, q, target = token
         log_p, log_q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
         # where p is 0 the term is 0, also if a log is minus infinity
-        terms = jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_q), 0.0)
+        terms = jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * (log_p - log_q))
         losses = -jnp.stack((log_p[target], log_q[target]))
         return jnp.sum(terms), losses, jnp.argmax(p) == jnp.argmax(q)
 

@@ -54,7 +54,7 @@ class KL:
 
         def one(q: Array, p: Array) -> Array:
             log_p, log_q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
-            return jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_q), 0.0))
+            return jnp.sum(jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * (log_p - log_q)))
 
         return _over_tokens(one, found, wanted, 1 / self.temperature)
 

@@ -23,6 +23,7 @@ from jquant.blocks import Layout, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.spread import Spread
 from jquant.distortion import output_error
+from jquant.extremes import largest
 from jquant.grids.base import nearest
 from jquant.qtensor import Inputs, LowRank, QTensor, weight_bits, weight_bytes
 from jquant.rounding.base import Rounded
@@ -96,7 +97,7 @@ def _inputs(scheme: Scheme, evidence: Evidence | None) -> Inputs | None:
     if evidence.spread is not None:
         return Inputs(choice, dict(_ranges(evidence.spread, choice)))
     assert evidence.abs_max is not None
-    most = jnp.max(evidence.abs_max, axis=-1)
+    most = largest(evidence.abs_max, axis=-1)
     return Inputs(choice, dict(choice.fit(-most, most)))
 
 

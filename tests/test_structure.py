@@ -18,6 +18,7 @@ RANKS = (
         "blocks",
         "distortion",
         "distances",
+        "extremes",
         "lazy",
         "noise",
         "objectives",

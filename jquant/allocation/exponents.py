@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jquant.extremes import largest
 from jquant.grids.exponents import Loss, best_exponent, losses, summed
 from jquant.grids.power import Power
 
@@ -63,9 +64,9 @@ def _of_all(grid: Power, weights: list[Array], known: list[Array | None]) -> Flo
     """The search, of weights `[*g, b]` and what to weigh their errors by."""
     weights = [w.astype(jnp.float32) for w in weights]
     units = [Power(grid.bits, 1.0).fit(w)["scale"] for w in weights]
-    largest = jnp.max(jnp.stack([jnp.max(unit) for unit in units]))
+    top = largest(jnp.stack([largest(unit) for unit in units]))
     each = [
-        [summed(loss, (unit / largest) ** 2) for loss in losses(grid, w / unit[..., None], weight)]
+        [summed(loss, (unit / top) ** 2) for loss in losses(grid, w / unit[..., None], weight)]
         for w, unit, weight in zip(weights, units, known, strict=True)
     ]
 

@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jquant.calibration.spread import Spread
+from jquant.extremes import largest
 
 
 @jax.tree_util.register_dataclass
@@ -86,7 +87,7 @@ class Evidence:
         """
         if count is None:
             count = jnp.full(x.shape[:-2], x.shape[-2], jnp.float32)
-        magnitude = jnp.max(jnp.abs(x), axis=-2, initial=0).astype(jnp.float32)
+        magnitude = largest(jnp.abs(x), axis=-2, initial=0).astype(jnp.float32)
         total = jnp.sum(x, axis=-2, dtype=jnp.float32)
         drift = None if full is None else _drift(x, full)
         histogram = Spread.of(x) if spread else None

@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jquant.activations import Activations, Percentile, even
+from jquant.extremes import largest, least
 from jquant.grids.base import Params
 from jquant.grids.ranges import MinMax
 
@@ -76,11 +77,11 @@ class Spread:
         group = jnp.where(jnp.any(rows != 0, axis=-1), group, groups).astype(jnp.int32)
         place = jnp.where(group < groups, group * BINS, groups * BINS)[:, None] + _bin(rows)
         counts = jnp.zeros(groups * BINS, jnp.int32).at[place].add(1, mode="drop")
-        least = jax.ops.segment_min(jnp.min(rows, -1, initial=0.0), group, groups)
-        most = jax.ops.segment_max(jnp.max(rows, -1, initial=0.0), group, groups)
+        low = jax.ops.segment_min(least(rows, -1, initial=0.0), group, groups)
+        high = jax.ops.segment_max(largest(rows, -1, initial=0.0), group, groups)
         return Spread(
-            jnp.minimum(least, 0.0),
-            jnp.maximum(most, 0.0),
+            jnp.minimum(low, 0.0),
+            jnp.maximum(high, 0.0),
             counts.reshape(groups, BINS).astype(jnp.float32),
         )
 

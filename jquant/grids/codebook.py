@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
+from jquant.extremes import largest
 from jquant.grids.base import Params
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax, best_of
 
@@ -105,10 +106,11 @@ class Codebook:
     ) -> Params:
         """`scale` `[*g]`, in its stored dtype; `importance` weighs the errors of `MSE`.
 
-        Finite weights give finite parameters and values; a group of zeros has scale 1.
+        Finite weights give finite parameters and values; a group of zeros has scale 1, one
+        that holds NaN a scale of NaN.
         """
         w = w.astype(jnp.float32)
-        top = jnp.max(jnp.abs(w), axis=-1)
+        top = largest(jnp.abs(w), axis=-1)
         sizes = np.abs(self.values)
         stored = jnp.finfo(self.scale_dtype)
         # Values stay normal, and finite.
@@ -118,7 +120,7 @@ class Codebook:
         def at(factor: Float[Array, "*#g"]) -> Params:
             # XLA would multiply by the reciprocal of a constant.
             scale = top * factor / (float(sizes.max()) + 0.0 * top)
-            scale = jnp.where(top > 0, jnp.clip(scale, least, most), 1.0)
+            scale = jnp.where(top == 0, 1.0, jnp.clip(scale, least, most))
             return {"scale": scale.astype(self.scale_dtype)}
 
         if isinstance(self.range, MinMax):

@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32, Integer
 from jaxtyping import Float as Real
 
+from jquant.extremes import largest
 from jquant.grids.base import Params
 from jquant.grids.formats import FORMATS, Format, Overflow, Special, find_format
 from jquant.grids.ranges import MSE, MinMax, best_of
@@ -149,27 +150,27 @@ class Float:
         float32, over the last two axes of `*g`, which are kept with size one.
 
         `importance` weighs the errors of `MSE`. Finite weights give finite parameters and values; a
-        group of zeros has scale 1, and one of tiny weights a scale at which values stay normal.
+        group of zeros has scale 1, one of tiny weights a scale at which values stay normal, and one
+        that holds NaN a scale of NaN.
         """
         if self.scale is None:
             return {}
         w, numbers, stored = w.astype(jnp.float32), self.format, SCALES[self.scale]
-        largest = jnp.max(jnp.abs(w) if self.signed else w, axis=-1, initial=0.0)
-        largest = jnp.minimum(largest, CAP)
+        top = jnp.minimum(largest(jnp.abs(w) if self.signed else w, axis=-1, initial=0.0), CAP)
         least = 2.0**-126 / numbers.smallest
         tensor = None
         if self.scale == "e4m3":
-            axes = tuple(range(max(largest.ndim - 2, 0), largest.ndim))
-            whole = jnp.max(largest, axis=axes, keepdims=True)
+            axes = tuple(range(max(top.ndim - 2, 0), top.ndim))
+            whole = largest(top, axis=axes, keepdims=True)
             unit = numbers.largest * stored.most
             tensor = as_stored(whole, unit, SCALES["float32"], least / stored.least)
 
         def at(factor: Array | float) -> Params:
             if self.scale == "e8m0":
-                return {"scale": power_of_two(largest * factor, numbers, self.scale_rule)}
+                return {"scale": power_of_two(top * factor, numbers, self.scale_rule)}
             if tensor is None:
-                return {"scale": as_stored(largest * factor, numbers.largest, stored, least)}
-            scale = as_stored(largest * factor, numbers.largest * tensor, stored, 0.0)
+                return {"scale": as_stored(top * factor, numbers.largest, stored, least)}
+            scale = as_stored(top * factor, numbers.largest * tensor, stored, 0.0)
             return {"scale": scale, "tensor": tensor}
 
         if isinstance(self.range, MinMax):

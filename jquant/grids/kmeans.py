@@ -93,10 +93,13 @@ class KMeans:
         """`table` `[*g, 2**bits]`. Weights of no importance at all still draw values (by 2^-20).
 
         Groups of no more distinct weights than values are kept as they are. Values that are left
-        over, or that their type cannot tell apart, follow at its least steps.
+        over, or that their type cannot tell apart, follow at its least steps. A group
+        that holds NaN has a table of NaN.
         """
         table = _tables(w.astype(jnp.float32), importance, 2**self.bits, self.iterations)
-        return {"table": _increasing(table, self.table_dtype)}
+        table = _increasing(table, self.table_dtype)
+        bad = jnp.any(jnp.isnan(w), axis=-1, keepdims=True)  # the ranks of values know no NaN
+        return {"table": jnp.where(bad, jnp.array(jnp.nan, table.dtype), table)}
 
     def bracket(
         self, w: Float[Array, "*g b"], params: Params

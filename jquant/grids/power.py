@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from jquant.extremes import largest
 from jquant.grids.base import Params
 from jquant.grids.exponents import SEARCHED, best_exponent, losses, power, summed
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax, best_of
@@ -128,10 +129,11 @@ class Power:
         """`scale` `[*g]`; `exponent` float16, `[*g]`, or of size 1 in the last two if per weight.
 
         Finite weights give finite parameters and increasing values: m is capped at a quarter of
-        float32's largest, and is at least what keeps the smallest value normal.
+        float32's largest, and is at least what keeps the smallest value normal; NaN in a group
+        that holds NaN.
         """
         w = w.astype(jnp.float32)
-        top = jnp.max(jnp.abs(w), axis=-1)
+        top = largest(jnp.abs(w), axis=-1)
         params = {"scale": self._scale(top)}
         if self.exponent is None:
             params["exponent"] = _searched(self, w, params["scale"], importance)
@@ -148,7 +150,7 @@ class Power:
         least = tiny * self.codes[1] ** (1 / (self.exponent or SEARCHED[0]))
         cap = float(min(jnp.finfo(jnp.float32).max / 4, jnp.finfo(self.scale_dtype).max))
         least = max(least, LEAST_SCALE[self.scale_dtype])
-        return jnp.clip(jnp.where(top > 0, top, 1.0), least, cap).astype(self.scale_dtype)
+        return jnp.clip(jnp.where(top == 0, 1.0, top), least, cap).astype(self.scale_dtype)
 
     def _parts(self, params: Params) -> tuple[Array, Array | float]:
         """m and the exponent as float32, with an axis for the weights of a group."""
@@ -236,7 +238,7 @@ def _searched(
     proxy, error = losses(grid, w / unit[..., None], importance)
     if grid.per == "weight":
         axes = tuple(range(-min(2, unit.ndim), 0))
-        share = (unit / jnp.max(unit, axis=axes, keepdims=True)) ** 2
+        share = (unit / largest(unit, axis=axes, keepdims=True)) ** 2
         proxy, error = (summed(loss, share, axes) for loss in (proxy, error))
     return best_exponent(proxy, error)
 

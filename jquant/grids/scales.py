@@ -41,11 +41,12 @@ CAP = 2.0**127
 def as_stored(
     largest: Float[Array, "*g"], unit: Float[Array, "*#g"] | float, stored: Storage, least: float
 ) -> Float[Array, "*g"]:
-    """The scale `largest / unit`, at least `least`, as it is stored; 1 for groups of zeros."""
+    """The scale `largest / unit`, at least `least`, as it is stored; 1 for groups of zeros,
+    NaN for those that hold NaN."""
     # As in `Uniform`: XLA would multiply by the reciprocal of a constant.
     scale = largest / (unit + 0.0 * largest)
     scale = jnp.clip(scale, max(stored.least, least), stored.most)
-    return jnp.where(largest > 0, scale, 1.0).astype(stored.dtype)
+    return jnp.where(largest == 0, 1.0, scale).astype(stored.dtype)
 
 
 def power_of_two(largest: Float[Array, "*g"], numbers: Format, rule: Rule) -> Float[Array, "*g"]:
@@ -66,4 +67,4 @@ def power_of_two(largest: Float[Array, "*g"], numbers: Format, rule: Rule) -> Fl
     # Between the field at which the least number stays normal, and that of the largest finite one.
     field = jnp.clip(field, max(1, numbers.bias + numbers.mantissa_bits), min(254, 255 - exponent))
     scale = lax.bitcast_convert_type(jnp.where(largest > 0, field, 127) << 23, jnp.float32)
-    return scale.astype(SCALES["e8m0"].dtype)
+    return jnp.where(jnp.isnan(largest), largest, scale).astype(SCALES["e8m0"].dtype)

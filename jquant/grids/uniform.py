@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from jquant.extremes import largest, least
 from jquant.grids.base import Params, code_dtype
 from jquant.grids.hqq import HQQ, best_zero
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax, best_of
@@ -153,13 +154,14 @@ class Uniform:
         `zero` has the grid's code dtype (float32 in A3, whose zero point may lie outside the codes;
         that of the scale in A4). `importance` weighs the errors of `MSE` and `HQQ`; `MinMax` has no
         use for it. Finite weights give finite parameters and values, whatever their range: ranges
-        are capped at a quarter of float32's, and a group of zeros has scale 1.
+        are capped at a quarter of float32's, and a group of zeros has scale 1. A group that holds
+        NaN has a scale of NaN.
         """
         w = w.astype(jnp.float32)
         # Reductions start from zero where the convention wants zero inside.
         start = 0.0 if self._row.range == "zero inside" else None
-        low = jnp.min(w, axis=-1, initial=start)
-        high = jnp.max(w, axis=-1, initial=start)
+        low = least(w, axis=-1, initial=start)
+        high = largest(w, axis=-1, initial=start)
         if self._row.range == "even":
             high = jnp.maximum(high, -low)
             low = -high
@@ -186,7 +188,7 @@ class Uniform:
         least = max(LEAST_STEP, 4.0 * float(stored.eps)) if row.zero == "real" else LEAST_STEP
         scale = jnp.maximum(scale, magnitude * least)
         scale = jnp.clip(scale, LEAST_SCALE[self.scale_dtype], float(stored.max))
-        scale = jnp.where(magnitude > 0, scale, 1.0).astype(self.scale_dtype)
+        scale = jnp.where(magnitude == 0, 1.0, scale).astype(self.scale_dtype)
         if row.zero == "none":
             return {"scale": scale}
         zero = -low / scale.astype(jnp.float32)
