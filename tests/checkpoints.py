@@ -63,8 +63,11 @@ def write_gguf(
     *,
     tokenizer: dict[str, Any] | None = None,
     rope_freqs: np.ndarray | None = None,
+    keys: dict[str, Any] | None = None,
 ) -> Path:
     """Write `model` as GGUF; 2-D weights take the type of the first matching key of `types`.
+
+    `keys` are written besides, after the architecture's name and a dot.
 
     The model's own weights are rounded in place to what was written: it stays the reference.
     """
@@ -81,6 +84,9 @@ def write_gguf(
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     for key, value in (tokenizer or {}).items():
         getattr(writer, f"add_{key}")(value)
+    for key, value in (keys or {}).items():
+        kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+        getattr(writer, f"add_{kinds[type(value)]}")(f"{arch}.{key}", value)
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", rope_freqs.astype(np.float32))
     for name, parameter in model.named_parameters():
