@@ -123,3 +123,19 @@ def byte_tokenizer() -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
+
+
+def piece_tokenizer(*text: str) -> dict[str, Any]:
+    """SentencePiece's tables: bytes, two pieces of a user's own, joins of the words of `text`."""
+    words = sorted({f"▁{word}" for line in text for word in line.split()})
+    pieces = sorted({word[:end] for word in words for end in range(2, len(word) + 1)}, key=len)
+    pieces += sorted({character for word in words for character in word})
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "<|go|>", "▁▁▁"]
+    return {
+        "tokenizer_model": "llama",
+        "token_list": [*tokens, *pieces],
+        "token_types": [2, 3, 3] + [6] * 256 + [4, 4] + [1] * len(pieces),
+        "token_scores": [0.0] * len(tokens) + [-float(i) for i in range(len(pieces))],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }

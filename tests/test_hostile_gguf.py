@@ -13,11 +13,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from checkpoints import byte_tokenizer, torch_model, write_gguf
+from checkpoints import byte_tokenizer, piece_tokenizer, torch_model, write_gguf
 
 from jquant import models
 from jquant.errors import CheckpointError
 from jquant.models.gguf_file import read_gguf
+from jquant.models.tokenizing import tokenizer_named
 
 UINT32, FLOAT32, STRING, ARRAY = 4, 6, 8, 9
 
@@ -75,6 +76,27 @@ def test_flipped_bits_are_refused_or_harmless(valid: bytes, tmp_path: Path) -> N
             assert jax.tree.map(np.shape, params) == shapes
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     assert refused > 100
+
+
+def test_flipped_bits_of_pieces_and_scores_are_refused_or_harmless(
+    valid: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "pieces.gguf"
+    network = torch_model(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    write_gguf(path, network, tokenizer=piece_tokenizer("the there then"))
+    whole = path.read_bytes()
+    start, end = whole.index(b"tokenizer.ggml.model"), whole.index(b"output_norm.weight")
+    rng = np.random.default_rng(0)
+    refused = 0
+    for place in rng.integers(start, end, 200):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            tokenizer_named(path)("the then<|go|>there é")
+        except CheckpointError:
+            refused += 1
+    assert refused > 20
 
 
 def string(text: bytes) -> bytes:

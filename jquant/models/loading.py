@@ -26,7 +26,7 @@ from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf, from_hf
 from jquant.models.decoder import Decoder
 from jquant.models.gguf_file import GGUFFile, read_gguf
 from jquant.models.quantized import is_quantized, load_quantized
-from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_from_hf
+from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_from_hf, tokenizer_named
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _DTYPES = ("F32", "F16", "BF16")
@@ -50,7 +50,8 @@ def load(
         scan_layers: stack the layers' parameters `[L, ...]` and run them in a scan.
         dtype: compute dtype, "float32" or "bfloat16" (matmul inputs; results stay float32).
         param_dtype: dtype the parameters are kept in.
-        tokenizer: take the tokenizer from this Hugging Face directory or hub id instead.
+        tokenizer: take the tokenizer from this instead: a directory with one, its
+            `tokenizer.json`, another GGUF file, or a hub id.
         lazy: leave the parameters in their files: each leaf is a `Lazy`, and of a stack `[L, ...]`
             the window `[l]` reads one layer's tensor. Names and shapes are verified now, bytes when
             they are read; the files must stay as they are until then.
@@ -60,7 +61,8 @@ def load(
         place if the checkpoint holds none.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged, incomplete or of an unsupported kind.
+        CheckpointError: the checkpoint is missing, damaged, incomplete or of an unsupported kind,
+            or no tokenizer is where `tokenizer` says.
             Reading a lazy leaf raises it if the values are damaged, or the file has changed.
 
     Example: `fn, params, tokenizer = load("model.gguf", dtype="bfloat16")`
@@ -92,9 +94,7 @@ def _load_gguf(
             factors = file.tensor(_ROPE_FACTORS)[...]
         config = from_gguf(file.metadata, shapes, factors)
         found = (
-            tokenizer_from_gguf(file.metadata)
-            if tokenizer is None
-            else tokenizer_from_hf(tokenizer)
+            tokenizer_from_gguf(file.metadata) if tokenizer is None else tokenizer_named(tokenizer)
         )
     except CheckpointError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
@@ -166,7 +166,7 @@ def _load_directory(
         config, "hf", shapes, tensor,
         origin=path.name, scan_layers=scan_layers, param_dtype=param_dtype,
     )  # fmt: skip
-    found = tokenizer_from_hf(path if tokenizer is None else tokenizer)
+    found = tokenizer_from_hf(path) if tokenizer is None else tokenizer_named(tokenizer)
     return fn, params, found
 
 

@@ -20,7 +20,7 @@ from jquant.io import read_header
 from jquant.io import save as save_checkpoint
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
-from jquant.models.tokenizing import tokenizer_from_hf
+from jquant.models.tokenizing import tokenizer_from_hf, tokenizer_named
 from jquant.qtensor import is_qtensor
 
 CHECKPOINT = "jquant.safetensors"
@@ -60,11 +60,12 @@ def load_quantized(
 ) -> tuple[Decoder, Any, Any]:
     """`(fn, qparams, tokenizer)` as `save_quantized` got them.
 
-    Run it by `jquant.apply(fn)(qparams, tokens)`. `tokenizer` names another folder or hub id to
-    take the tokenizer from. With `lazy`, arrays stay in the file, see `jquant.load`.
+    Run it by `jquant.apply(fn)(qparams, tokens)`. `tokenizer` names another folder, GGUF file
+    or hub id to take the tokenizer from. With `lazy`, arrays stay in the file, see `jquant.load`.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or its parameters are not those of its decoder.
+        CheckpointError: the checkpoint is damaged, its parameters are not those of its decoder, or
+            no tokenizer is where `tokenizer` says.
     """
     path = Path(folder) / CHECKPOINT
     fn, expected = _decoder(path)
@@ -76,7 +77,8 @@ def load_quantized(
             f"{path}: the parameters do not fit the decoder at {unlike[0]!r}: expected "
             f"{expected.get(unlike[0])}, found {found.get(unlike[0])}"
         )
-    return fn, qparams, tokenizer_from_hf(folder if tokenizer is None else tokenizer)
+    found = tokenizer_from_hf(folder) if tokenizer is None else tokenizer_named(tokenizer)
+    return fn, qparams, found
 
 
 def _decoder(path: Path) -> tuple[Decoder, dict[str, tuple[int, ...]]]:

@@ -1,13 +1,15 @@
 """The tokenizer of a checkpoint, from a GGUF file's metadata or a Hugging Face directory.
 
-A GGUF file holds the vocabulary and the merges of a byte-level BPE, but of the pre-tokenizer (where
-text may never be joined) only the *name*; the table below says what the names mean. It matters: the
-conversion inside `transformers` ignores the name, so that SmolLM2, which keeps digits apart, got
-113 108 tokens for a text that has 112 955. A name that is not in the table is refused.
+SentencePiece's tables are read in `pieces.py`. Of a byte-level BPE a GGUF file holds the vocabulary
+and the merges, but of the pre-tokenizer (where text may never be joined) only the *name*; the table
+below says what the names mean. It matters: the conversion inside `transformers` ignores the name,
+so that SmolLM2, which keeps digits apart, got 113 108 tokens for a text that has 112 955. A name
+that is not in the table is refused.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from jquant.errors import CheckpointError
+from jquant.models.claims import only
+from jquant.models.gguf_file import read_gguf
+from jquant.models.pieces import CONTROL, UNKNOWN, USER_DEFINED, by_score
 
 if TYPE_CHECKING:  # transformers takes a second to import, so only those who ask for one pay
     from transformers import PreTrainedTokenizerFast
@@ -31,12 +36,21 @@ _PRE: dict[str, str | None] = {
     "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-_CONTROL, _USER_DEFINED = 3, 4
+_GPT2, _MODEL, _PRE_KEY = "gpt-2", "tokenizer.ggml.model", "tokenizer.ggml.pre"
+# llama.cpp's, where SentencePiece's tables name none
+_USUAL = {"unknown": 0, "bos": 1, "eos": 2}
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_ANOTHER = (
+    "pass another tokenizer: tokenizer= (--tokenizer on the command line) with a folder, a GGUF "
+    "file or a hub id"
+)
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast | None:
     """Build the tokenizer a GGUF file describes; None where it describes none.
+
+    Byte-level BPE ("gpt2") and SentencePiece's BPE by score ("llama"). A byte-level one that does
+    not say how text is cut before merging is taken for GPT-2's, with a warning.
 
     Example: `tokenizer("some text")["input_ids"]`, `tokenizer.decode(ids)` and
     `tokenizer.apply_chat_template(messages)` are those of `transformers`.
@@ -44,21 +58,76 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast 
     Raises:
         CheckpointError: the tokenizer's kind is not supported, or its tables contradict each other.
     """
-    from transformers import PreTrainedTokenizerFast
-
     kind = metadata.get("tokenizer.ggml.model")
     if kind is None or kind == "no_vocab":
         return None
-    pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or not isinstance(pre, str) or pre not in _PRE:
+    try:
+        return _built(metadata, kind)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_ANOTHER}") from error
+
+
+def _built(metadata: Mapping[str, Any], kind: object) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    only({_MODEL: kind}, _MODEL, ("gpt2", "llama"))
+    by_bytes = kind == "gpt2"
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise CheckpointError("tokenizer.ggml.tokens: expected a list of strings")
+    if len(set(tokens)) != len(tokens):
+        raise CheckpointError("tokenizer.ggml.tokens: a token appears twice")
+    kinds = np.asarray(metadata.get("tokenizer.ggml.token_type", ()))
+    kinds = kinds if kinds.size else np.ones(len(tokens), int)
+    if kinds.shape != (len(tokens),) or kinds.dtype.kind not in "iu":
         raise CheckpointError(
-            f"tokenizer.ggml.model = {str(kind)[:80]!r} with tokenizer.ggml.pre = "
-            f"{str(pre)[:80]!r} is not supported; supported: 'gpt2' with "
-            f"{', '.join(sorted(_PRE))}; for another, pass "
-            "tokenizer='<Hugging Face directory or hub id>'"
+            f"tokenizer.ggml.token_type: {kinds.dtype} {kinds.shape}; {len(tokens)} tokens"
         )
-    tokens, vocabulary, merges = _tables(metadata)
-    bpe = models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA3)
+    usual = {} if by_bytes else {
+        key: i for key, i in _USUAL.items() if np.isin(kinds[i : i + 1], (CONTROL, UNKNOWN)).any()
+    }  # fmt: skip
+    named = {
+        role: _token(metadata, key, tokens, usual.get(key))
+        for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+    }
+    if by_bytes:
+        tokenizer, begins = _byte_level(metadata, tokens)
+        whole = np.isin(kinds, (CONTROL, USER_DEFINED))
+    else:
+        tokenizer, begins = by_score(metadata, tokens, kinds.tolist(), named["unk"]), True
+        whole = kinds == CONTROL
+    tokenizer.add_tokens(  # in one call: each rebuilds the search for all of them
+        [
+            AddedToken(tokens[i], special=bool(kinds[i] == CONTROL), normalized=False)
+            for i in np.flatnonzero(whole)
+            if tokens[i]
+        ]
+    )
+    _put_around(tokenizer, metadata, named, begins)
+    template = metadata.get("tokenizer.chat_template")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=template if isinstance(template, str) else None,
+        clean_up_tokenization_spaces=False,
+        **{f"{role}_token": token for role, token in named.items() if token is not None},
+    )
+
+
+def _byte_level(
+    metadata: Mapping[str, Any], tokens: list[str]
+) -> tuple[tokenizers.Tokenizer, bool]:
+    """Byte-level BPE, and whether texts begin with a token of their own unless the file tells."""
+    pre = only(metadata, _PRE_KEY, tuple(sorted(_PRE)), default=_GPT2)
+    if _PRE_KEY not in metadata:
+        warnings.warn(
+            f"the file has no {_PRE_KEY}, so text is cut as {_GPT2} does, which is wrong for most "
+            f"models; if this one was trained with another tokenizer, {_ANOTHER}",
+            stacklevel=2,
+        )
+    bpe = models.BPE(
+        {token: i for i, token in enumerate(tokens)}, _merges(metadata, tokens),
+        ignore_merges=pre in _LLAMA3,
+    )  # fmt: skip
     tokenizer = tokenizers.Tokenizer(bpe)
     pattern = _PRE[pre]
     cut = (
@@ -71,36 +140,51 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast 
     tokenizer.decoder = decoders.ByteLevel()
     if "qwen" in pre:
         tokenizer.normalizer = normalizers.NFC()
-    kinds = metadata.get("tokenizer.ggml.token_type", [])
-    if np.shape(kinds) not in ((0,), (len(tokens),)):
-        raise CheckpointError(
-            f"tokenizer.ggml.token_type has the shape {np.shape(kinds)}; {len(tokens)} tokens"
-        )
-    whole = [  # in one call: each rebuilds the search for all of them
-        AddedToken(token, special=bool(which == _CONTROL), normalized=False)
-        for token, which in zip(tokens, kinds, strict=False)
-        if which in (_CONTROL, _USER_DEFINED) and token
-    ]
-    tokenizer.add_tokens(whole)
-    named = {
-        f"{role}_token": _token(metadata, key, tokens)
-        for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-    }
-    bos = named["bos_token"]
-    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", pre in _LLAMA3) is True:
+    return tokenizer, pre in _LLAMA3
+
+
+def _put_around(
+    tokenizer: tokenizers.Tokenizer,
+    metadata: Mapping[str, Any],
+    named: Mapping[str, str | None],
+    begins: bool,
+) -> None:
+    """Have every text begin and end with the tokens the file asks for."""
+    sides = []
+    for role, default in (("bos", begins), ("eos", False)):
+        key = f"tokenizer.ggml.add_{role}_token"
+        wanted = only(metadata, key, (True, False), default=default)
+        token = named[role]
+        if wanted and token is None and key in metadata:
+            raise CheckpointError(f"{key} = True, and there is no tokenizer.ggml.{role}_token_id")
+        sides.append([token] if wanted and token is not None else [])
+    (first, last), around = sides, [*sides[0], *sides[1]]
+    if around:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"],
-            pair=[bos, "$A", bos, "$B:1"],
-            special_tokens=[(bos, vocabulary[bos])],
+            single=[*first, "$A", *last],
+            pair=[*first, "$A", *last, *(f"{t}:1" for t in first), "$B:1"]
+            + [f"{t}:1" for t in last],
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in set(around)],
         )
-    template = metadata.get("tokenizer.chat_template")
-    given = {name: value for name, value in named.items() if value is not None}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=template if isinstance(template, str) else None,
-        clean_up_tokenization_spaces=False,
-        **given,
-    )
+
+
+def tokenizer_named(source: str | Path) -> Any:
+    """The tokenizer that a caller names: a folder, a file of one, a GGUF file, or a hub id.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    path = Path(source)
+    if path.is_file() and path.name not in _FILES:
+        found = tokenizer_from_gguf(read_gguf(path).metadata)
+    else:
+        found = tokenizer_from_hf(path.parent if path.is_file() else source)
+    if found is None:
+        raise CheckpointError(
+            f"{source}: there is no tokenizer; expected {', '.join(_FILES)}, or a GGUF file that "
+            "has one"
+        )
+    return found
 
 
 def tokenizer_from_hf(source: str | Path) -> Any:
@@ -119,27 +203,25 @@ def tokenizer_from_hf(source: str | Path) -> Any:
         raise CheckpointError(f"{source}: the tokenizer cannot be read: {error}") from error
 
 
-def _tables(
-    metadata: Mapping[str, Any],
-) -> tuple[list[str], dict[str, int], list[tuple[str, str]]]:
-    """The tokens, their ids, and the merges, checked: `tokenizers` raises untyped errors."""
-    tokens, merges = (metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
-    if not isinstance(tokens, list) or not isinstance(merges, list) or not tokens:
-        raise CheckpointError("tokenizer.ggml.tokens and .merges: expected two lists of strings")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        raise CheckpointError("tokenizer.ggml.tokens: a token appears twice")
+def _merges(metadata: Mapping[str, Any], tokens: list[str]) -> list[tuple[str, str]]:
+    """The merges, checked: `tokenizers` raises untyped errors."""
+    merges = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(merges, list):
+        raise CheckpointError("tokenizer.ggml.merges: expected a list of strings")
+    known = set(tokens)
     pairs = []
     for merge in merges:
         left, _, right = merge.partition(" ")
-        if not (left in vocabulary and right in vocabulary and left + right in vocabulary):
+        if not {left, right, left + right} <= known:
             raise CheckpointError(f"tokenizer.ggml.merges: {merge[:80]!r} joins unknown tokens")
         pairs.append((left, right))
-    return tokens, vocabulary, pairs
+    return pairs
 
 
-def _token(metadata: Mapping[str, Any], key: str, tokens: list[str]) -> str | None:
-    index = metadata.get(f"tokenizer.ggml.{key}_token_id")
+def _token(
+    metadata: Mapping[str, Any], key: str, tokens: list[str], usual: int | None
+) -> str | None:
+    index = metadata.get(f"tokenizer.ggml.{key}_token_id", usual)
     if index is None:
         return None
     if not isinstance(index, int) or not 0 <= index < len(tokens):

@@ -1,0 +1,149 @@
+"""SentencePiece's byte-pair segmentation by score, from the tables of a GGUF file.
+
+Llama 2, Mistral and TinyLlama have pieces with scores and no merges: of all neighbours whose join
+is a piece, the one of the highest score is joined first, the leftmost of equals. Every way to cut a
+piece into two pieces, sorted by the piece's score, is a list of merges for `tokenizers`' BPE that
+does the same. Spaces are `▁`, one more stands before the text (`add_space_prefix`), a character
+without a piece becomes its UTF-8 bytes.
+
+What kind a token is decides who may make it (as in SentencePiece): merges make normal pieces only;
+user-defined ones are cut out of the text first and never joined; control tokens are those of
+`transformers`, found in the text as they are written, with a new beginning after them.
+
+Two things such a list cannot say. A stretch of text between user-defined pieces that reads like
+the name of a byte (`<0x41>`) is that byte. And two ways to make the *same* piece that overlap have
+no fixed order (`aa a aa` has `aa a` first, `a aa a` has `a aa`); the longer left part goes first,
+which is right wherever a run is joined from its beginning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+from jquant.errors import CheckpointError
+from jquant.models.claims import only
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_LONGEST = 256  # characters; SentencePiece's default is 16, and every cut of a piece is looked up
+_SPACE = "▁"
+_NEVER = "\ufdd0"  # a code point that is no character: behind a name that no text may have
+
+
+def by_score(
+    metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int], unknown: str | None
+) -> tokenizers.Tokenizer:
+    """The segmentation that a GGUF file of `tokenizer.ggml.model = "llama"` describes.
+
+    Args:
+        metadata: the file's.
+        tokens: the pieces by id, all different.
+        kinds: what each of them is (`tokenizer.ggml.token_type`).
+        unknown: the piece for what has no piece, or None.
+
+    Raises:
+        CheckpointError: scores or bytes are missing or contradict each other, or the file asks for
+            what SentencePiece does to text before it (only spaces are done).
+    """
+    prefix = only(metadata, "tokenizer.ggml.add_space_prefix", (True, False), default=True)
+    only(metadata, "tokenizer.ggml.remove_extra_whitespaces", (False,), default=False)
+    if np.size(metadata.get("tokenizer.ggml.precompiled_charsmap", ())):
+        raise CheckpointError("tokenizer.ggml.precompiled_charsmap is not supported")
+    if "tokenizer.ggml.token_type" not in metadata:
+        raise CheckpointError("tokenizer.ggml.token_type is missing; it tells bytes from pieces")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    as_bytes = {token for token, kind in zip(tokens, kinds, strict=True) if kind == BYTE}
+    missing = [name for name in map("<0x{:02X}>".format, range(256)) if name not in as_bytes]
+    if missing and (unknown is None or as_bytes):
+        raise CheckpointError(
+            f"tokenizer.ggml.tokens: no byte token {missing[0]!r}, and no unknown one that might "
+            "stand for all"
+        )
+    merges = _merges(tokens, kinds, _scores(metadata, len(tokens)))
+    given = [token for token, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED]
+    given = sorted(filter(None, given), key=len, reverse=True)
+    if given:
+        vocabulary = _by_merges_alone(vocabulary, kinds, merges)
+        merges = [pair for pair in merges if {*pair, "".join(pair)} <= vocabulary.keys()]
+    bpe = models.BPE(
+        vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=not missing,
+        ignore_merges=bool(given),
+    )  # fmt: skip
+    found = tokenizers.Tokenizer(bpe)
+    spaces: list[Any] = [normalizers.Replace(" ", _SPACE)]
+    found.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE)] * prefix + spaces)
+    if given:
+        pattern = "|".join(re.escape(piece) for piece in given)
+        found.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    found.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.Replace(_NEVER, ""), decoders.ByteFallback()]
+        + [decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)] * prefix
+    )
+    return found
+
+
+def _scores(metadata: Mapping[str, Any], count: int) -> np.ndarray:
+    scores = np.asarray(metadata.get("tokenizer.ggml.scores", ()))
+    if scores.shape != (count,) or scores.dtype.kind != "f" or not np.isfinite(scores).all():
+        raise CheckpointError(
+            f"tokenizer.ggml.scores: {scores.dtype} {scores.shape}; expected a finite number for "
+            f"each of {count} tokens"
+        )
+    return scores
+
+
+def _merges(
+    tokens: Sequence[str], kinds: Sequence[int], scores: np.ndarray
+) -> list[tuple[str, str]]:
+    """Every pair of pieces that may be joined, the one of the highest score first."""
+    joined = {t: i for i, t in enumerate(tokens) if kinds[i] in (NORMAL, UNUSED) and t}
+    found: list[tuple[str, str]] = []
+    before: dict[float, str] = {}
+    for piece, i in sorted(joined.items(), key=lambda item: -scores[item[1]]):
+        if len(piece) > _LONGEST:
+            raise CheckpointError(
+                f"tokenizer.ggml.tokens: {piece[:80]!r} … has {len(piece)} characters; supported: "
+                f"{_LONGEST}"
+            )
+        cuts = [(piece[:at], piece[at:]) for at in range(len(piece) - 1, 0, -1)]
+        pairs = [cut for cut in cuts if all(len(c) == 1 or c in joined for c in cut)]
+        alone = next((c for cut in pairs for c in cut if c not in joined), None)
+        if alone is not None:
+            raise CheckpointError(
+                f"tokenizer.ggml.tokens: {piece!r} has the character {alone!r}, which is no token"
+            )
+        if not pairs:
+            continue
+        if kinds[i] == UNUSED:
+            raise CheckpointError(f"tokenizer.ggml.token_type: {piece!r} is unused, yet joins")
+        other = before.setdefault(float(scores[i]), piece)
+        if other != piece:
+            raise CheckpointError(
+                f"tokenizer.ggml.scores: {other!r} and {piece!r} have the same score "
+                f"{scores[i]}, so that which is joined first is not known"
+            )
+        found += pairs
+    return found
+
+
+def _by_merges_alone(
+    vocabulary: Mapping[str, int], kinds: Sequence[int], merges: Sequence[tuple[str, str]]
+) -> dict[str, int]:
+    """The vocabulary, with pieces that no merges make under names that no text has.
+
+    Beside user-defined pieces a stretch of text that is a token is looked up, not merged. (What no
+    merges make of its own text is never made on the way to something longer either.)
+    """
+    plain = models.BPE(dict(vocabulary), list(merges), fuse_unk=True, byte_fallback=True)
+
+    def name(piece: str, i: int) -> str:
+        made = kinds[i] != NORMAL or [t.id for t in plain.tokenize(piece)] == [i]
+        return piece if made else piece + _NEVER
+
+    return {name(piece, i): i for piece, i in vocabulary.items()}
