@@ -31,6 +31,14 @@ class UnsupportedPrimitiveError(ValueError):
     """An operation that a weight enters, or a program to emulate has, is not understood."""
 
 
+class QuantizedWeightError(ValueError, TypeError, AttributeError):
+    """A quantized weight is used as the array it stands for.
+
+    Also what Python raises for an operand, and for an attribute that is not there, so that whoever
+    asks whether a value can be used as an array (`hasattr(value, "T")`) is told that it cannot.
+    """
+
+
 class FormatError(ValueError):
     """Numbers cannot be rounded to a format, or a rule for formats decides nothing."""
 
