@@ -11,6 +11,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class TreeError(ValueError):
+    """Parameters or inputs hold what is no array or number, or two leaves with one path."""
+
+
 class WeightError(ValueError):
     """A parameter cannot be quantized as asked: non-finite, wrong rank, wrong dtype."""
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jquant.arguments import inputs_of
 from jquant.inference import apply
 
 TOKENS_PER_FORWARD = 1024  # rounded down to whole rows: bounds the logits in memory
@@ -63,7 +64,8 @@ def compare(
     Args:
         fn: `fn(params, tokens[B, T]) -> logits[B, T, V]`.
         params, qparams: the two sets of parameters; either may hold quantized weights.
-        batches: token arrays `[B, T]`, T >= 2; B and T may vary (each T compiles once).
+        batches: token arrays `[B, T]`, alone or as a tuple of one, T >= 2; B and T may vary (each T
+            compiles once).
         progress: called with the number of positions done so far.
 
     Returns:
@@ -244,7 +246,10 @@ def _microbatches(batches: Iterable[Tokens]) -> Iterator[tuple[np.ndarray, int]]
     """
     rows_of: dict[int, int] = {}
     for i, batch in enumerate(batches):
-        tokens = np.asarray(batch)
+        inputs = inputs_of(np.asarray(batch) if isinstance(batch, list) else batch, i)
+        if len(inputs) != 1:
+            raise ValueError(f"batch {i} has {len(inputs)} inputs; expected tokens [B, T] alone")
+        tokens = np.asarray(inputs[0])
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.shape[1] < 2:
             raise ValueError(
                 f"batch {i} is {tokens.dtype} {tokens.shape}; expected integer tokens [B, T] with "

@@ -17,11 +17,11 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
+from jquant.arguments import by_path, replaced
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.onepass import OnePass
 from jquant.calibration.stages import Granularity
 from jquant.calibration.walk import Walk
-from jquant.calibration.weights import path_of
 from jquant.checks import (
     check_evidence,
     check_needs,
@@ -35,7 +35,6 @@ from jquant.lazy import Lazy, realize
 from jquant.learning import is_learned
 from jquant.objectives import Objective, Stagewise
 from jquant.progress import Progress, Told
-from jquant.qtensor import is_qtensor
 from jquant.report import Report
 from jquant.scheme import Plan
 from jquant.whole import learn_whole
@@ -63,7 +62,7 @@ def quantize(
         params: its parameters. Leaves may be `Lazy` (or memory maps): each is read when its stage
             comes, and forgotten.
         plan: what `plan` returned.
-        batches: calibration batches, each one array or a tuple of `fn`'s inputs.
+        batches: calibration batches, as for `capture`.
         evidence: path → `Evidence` (as from `capture`), for the weights it names instead of
             batches.
         objective: what learned roundings (`DiscQuant`, `NUPES`, …) descend. None: each weight its
@@ -89,6 +88,7 @@ def quantize(
         `save` writes them one by one, `realize` reads them all.
 
     Raises:
+        TreeError: params or a batch hold what is no array or number, or two leaves have one path.
         PlanError, WeightError, EvidenceError: see the messages; raised before any work, except for
             inputs that turn out not finite, and for a factorisation that fails where the scheme
             allows no fallback.
@@ -131,8 +131,7 @@ def quantize(
     job.run()
     lazy = any(isinstance(leaf, Lazy) for leaf in arrays.values())
     quantized = {path: job.whole(path) for path in plan}
-    result = [quantized.get(path, leaf) for path, leaf in arrays.items()]
-    tree = jax.tree.unflatten(jax.tree.structure(params), result)
+    tree = replaced(params, quantized)
     return tree if lazy else realize(tree), job.report(quantized)
 
 
@@ -158,7 +157,7 @@ def _whole(
     if not batches:
         raise EvidenceError("got no batches; pass at least one array or tuple of inputs")
     params = realize(params)
-    arrays = _by_path(params)
+    arrays = by_path(params)
     check_weights(learned, arrays)
     check_evidence(learned, evidence)
     before, record = None, None
@@ -181,12 +180,11 @@ def _whole(
         if progress is not None:
             progress(Progress(0, 1, name, "learning", done, descent.steps))
 
-    leaves = _by_path(qparams)
+    leaves = by_path(qparams)
     found, trace = learn_whole(
         fn, params, leaves, learned, batches, objective,
         evidence=evidence, key=key, record=record, told=None if progress is None else told,
     )  # fmt: skip
-    leaves |= {path: q for path, (q, _) in found.items()}
     rows = dict(report) | {
         path: row_of(path, learned[path], q, outcome, "") for path, (q, outcome) in found.items()
     }
@@ -199,13 +197,7 @@ def _whole(
         peak_bytes(),
         (trace,),
     )
-    return jax.tree.unflatten(jax.tree.structure(params), list(leaves.values())), whole
-
-
-def _by_path(tree: PyTree) -> dict[str, Any]:
-    """Path → leaf, a quantized weight being one."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)[0]
-    return {path_of(keys): leaf for keys, leaf in leaves}
+    return replaced(qparams, {path: q for path, (q, _) in found.items()}), whole
 
 
 def prepare(
@@ -223,7 +215,7 @@ def prepare(
     """All that `quantize` does before any work: the checks, the stages, the leaves by path."""
     if granularity not in ("weight", "block", "all"):
         raise PlanError(f"granularity must be 'weight', 'block' or 'all', got {granularity!r}")
-    arrays, structure = _by_path(params), jax.tree.structure(params)
+    arrays, structure = by_path(params), jax.tree.structure(params)
     given = dict(evidence or {})
     check_weights(plan, arrays)
     staged = batches is not None and granularity != "all"

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
+from jquant.arguments import by_path, replaced
 from jquant.blocks import Blocks, from_blocks, to_blocks
-from jquant.calibration.weights import path_of
 from jquant.errors import EvidenceError, PlanError
 from jquant.grids.base import Grid, Params
 from jquant.learning import Task, descend
@@ -147,8 +147,8 @@ def tune_scales(
         >>> trace.looks[trace.kept_at] < trace.looks[0]
         True
     """
-    flat, structure = jax.tree_util.tree_flatten_with_path(qparams, is_leaf=is_qtensor)
-    leaves = {path_of(keys): leaf for keys, leaf in flat}
+    leaves = by_path(qparams, "qparams")
+    structure = jax.tree.structure(qparams, is_leaf=is_qtensor)
     quantized: dict[str, QTensor] = {
         path: q
         for path, q in leaves.items()
@@ -172,6 +172,8 @@ def tune_scales(
     fixed = [None if path in quantized else leaf for path, leaf in leaves.items()]
     feed = Feed(jax.jit(fn), params, batches)
     found, trace = descend(task, targets, fixed, feed, list(quantized), told=progress)
-    for (path, q), rounded in zip(quantized.items(), found, strict=True):
-        leaves[path] = dataclasses.replace(q, params=dict(rounded.params))
-    return jax.tree.unflatten(structure, list(leaves.values())), trace
+    tuned = {
+        path: dataclasses.replace(q, params=dict(rounded.params))
+        for (path, q), rounded in zip(quantized.items(), found, strict=True)
+    }
+    return replaced(qparams, tuned), trace

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from jquant.arguments import inputs_of
 from jquant.calibration.evidence import Evidence
 from jquant.inference import apply
 from jquant.learning import Learned, Record, learn
@@ -63,8 +64,7 @@ class Feed:
         return len(self.batches)
 
     def __getitem__(self, number: int, /) -> tuple[Any, Any, tuple[Any, ...]]:
-        batch = self.batches[number]
-        inputs = batch if isinstance(batch, tuple) else (batch,)
+        inputs = inputs_of(self.batches[number], number)
         return inputs, self.run(self.params, *inputs), inputs
 
 

@@ -29,6 +29,7 @@ RANKS = (
     ("grids",),
     ("activations",),
     ("qtensor",),
+    ("arguments",),
     ("calibration",),
     ("rounding", "compensation"),
     ("scheme",),

@@ -26,11 +26,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jquant.allocation.choices import Axis, Choice, Choices
+from jquant.arguments import by_path
 from jquant.blocks import Blocks, Layout
 from jquant.calibration.flat import Piece
 from jquant.calibration.subnets import Level
 from jquant.calibration.walk import Walk
-from jquant.calibration.weights import Weight, path_of
+from jquant.calibration.weights import Weight
 from jquant.checks import check_finite, check_weights, not_used
 from jquant.errors import EvidenceError, PlanError
 from jquant.grids.base import Grid
@@ -116,8 +117,7 @@ def adadim(
     """
     if level not in ("residual", "weight"):
         raise PlanError(f"level must be 'residual' or 'weight', got {level!r}")
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    arrays = {path_of(keys): leaf for keys, leaf in leaves}
+    arrays, structure = by_path(params), jax.tree.structure(params)
     check_weights(plan, arrays)
     left = {path: why for path in plan if (why := _no_choice(plan.weights[path], plan[path]))}
     _check_any(plan, left)

@@ -26,10 +26,10 @@ from jaxtyping import Array, Float, PyTree
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.sensitivity import Sensitivity
 from jquant.allocation.trials import Told, outputs
+from jquant.arguments import by_path, inputs_of
 from jquant.calibration.flat import Piece
 from jquant.calibration.stages import block_of
 from jquant.calibration.walk import Walk
-from jquant.calibration.weights import path_of
 from jquant.checks import check_finite, check_weights, not_used
 from jquant.errors import EvidenceError
 from jquant.lazy import read, realize
@@ -134,10 +134,9 @@ def cmpq(
         Nanda et al., CPTQuant, 2024, https://arxiv.org/abs/2412.03599; Raghu et al., SVCCA, 2017,
         https://arxiv.org/abs/1706.05806
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    arrays = {path_of(keys): leaf for keys, leaf in leaves}
+    arrays, structure = by_path(params), jax.tree.structure(params)
     check_weights(candidates.plan({}), arrays)
-    batches = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    batches = [inputs_of(batch, number) for number, batch in enumerate(batches)]
     weights = candidates.weights
     # All weights cut, also those that are kept: the head ends the last block.
     planned = {path: w.stack_axes for path, w in weights.items() if w.has_inputs}
@@ -151,7 +150,7 @@ def cmpq(
         return array
 
     walk.advance(None, current, current)
-    lengths = [len(jax.tree.leaves(batch)[0]) for batch in batches]
+    lengths = [next(len(x) for x in jax.tree.leaves(batch) if np.ndim(x)) for batch in batches]
     states = {-1: _pooled(walk.alive, lengths)}
     for at in range(len(walk.stages)):
         walk.advance(at, current, current)

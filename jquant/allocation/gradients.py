@@ -31,7 +31,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.exact import scaled
 from jquant.allocation.sensitivity import Sensitivity
-from jquant.allocation.trials import Told, Trials, mean, swapped
+from jquant.allocation.trials import Told, Trials, mean
+from jquant.arguments import replaced
 from jquant.calibration.evidence import Evidence
 from jquant.errors import PlanError
 from jquant.objectives import KL, logits_of
@@ -271,7 +272,7 @@ def _gradient(
 
     def at(wide: dict[str, Array]) -> Array:
         now = {path: w.astype(weights[path].dtype) for path, w in wide.items()}
-        found = fn(swapped(params, now), *inputs)
+        found = fn(replaced(params, now), *inputs)
         return loss(found, *inputs) if wanted is None else loss(found, wanted)
 
     return jax.grad(at)({path: w.astype(jnp.float32) for path, w in weights.items()})
@@ -289,7 +290,7 @@ def _score(
 
     def at(wide: dict[str, Array]) -> tuple[Array, int]:
         now = {path: w.astype(weights[path].dtype) for path, w in wide.items()}
-        (logits,) = logits_of(fn(swapped(params, now), *inputs))
+        (logits,) = logits_of(fn(replaced(params, now), *inputs))
         flat = logits.reshape(-1, logits.shape[-1]).astype(jnp.float32)
         labels = jax.random.categorical(key, jax.lax.stop_gradient(flat))
         log_p = jnp.take_along_axis(jax.nn.log_softmax(flat), labels[:, None], -1)

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
+from jquant.arguments import by_path
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.weights import path_of
 from jquant.checks import check_evidence, check_finite, check_needs, check_weights
 from jquant.compensation import LoRC
 from jquant.distortion import output_error
@@ -84,8 +84,7 @@ def lorc_ranks(
     """
     if isinstance(bytes, bool) or not isinstance(bytes, int) or bytes < 1:
         raise PlanError(f"bytes must be a whole number above 0, got {bytes!r}")
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    arrays, given = {path_of(keys): leaf for keys, leaf in leaves}, dict(evidence or {})
+    arrays, given = by_path(params), dict(evidence or {})
     check_weights(plan, arrays)
     taking = Plan({p: s for p, s in plan.items() if s.compensation is not None}, plan.weights)
     if not taking:

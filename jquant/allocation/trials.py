@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jquant.allocation.candidates import Candidates, draft, key_of_scheme
+from jquant.arguments import Inputs, by_path, inputs_of, replaced
 from jquant.blocks import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.stages import block_of
-from jquant.calibration.weights import path_of
 from jquant.checks import check_evidence, check_needs, check_weights
 from jquant.errors import EvidenceError, PlanError
 from jquant.lazy import realize
@@ -30,7 +30,6 @@ from jquant.scheme import Scheme
 from jquant.solve import key_of, quantize_weight
 
 Told = Callable[[int, int], None]  # called with the trials done, and how many there are
-Inputs = tuple[Any, ...]
 
 
 class Trials:
@@ -62,8 +61,7 @@ class Trials:
             raise PlanError(
                 f"expected what allocation.candidates returns, got {type(candidates).__name__}"
             )
-        leaves, self.structure = jax.tree_util.tree_flatten_with_path(params)
-        shapes = {path_of(keys): leaf for keys, leaf in leaves}
+        shapes = by_path(params)
         for at in range(max(map(len, candidates.values()))):
             plan = candidates.plan({p: min(at, len(s) - 1) for p, s in candidates.items()})
             check_weights(plan, shapes)
@@ -71,11 +69,11 @@ class Trials:
                 check_needs(plan, evidence, key, batches=False, staged=False)
                 check_evidence(plan, evidence)
         self.candidates, self.evidence, self.key = candidates, evidence, key
-        self.batches: list[Inputs] = [b if isinstance(b, tuple) else (b,) for b in batches]
+        self.batches = [inputs_of(batch, number) for number, batch in enumerate(batches)]
         if not self.batches:
             raise EvidenceError("got no batches; pass at least one array or tuple of inputs")
         self.params = realize(params)
-        self.leaves = dict(zip(shapes, jax.tree.leaves(self.params), strict=True))
+        self.leaves = by_path(self.params)
 
     def wanted(self, fn: Callable[..., Any]) -> Iterator[tuple[Inputs, Any, int]]:
         """For every batch its inputs, the logits of the network as it came, and their tokens."""
@@ -124,17 +122,11 @@ class Trials:
 
     def swapped(self, weights: Mapping[str, Array]) -> PyTree:
         """The parameters with other arrays in the place of some weights."""
-        return swapped(self.params, weights)
+        return replaced(self.params, weights)
 
     def schemes(self) -> dict[str, tuple[str, ...]]:
         """What losses by scheme belong to, in words."""
         return {path: tuple(map(key_of_scheme, self.candidates[path])) for path in self.free}
-
-
-def swapped(params: PyTree, weights: Mapping[str, Array]) -> PyTree:
-    """Parameters with other arrays in the place of some leaves."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    return jax.tree.unflatten(structure, [weights.get(path_of(k), leaf) for k, leaf in leaves])
 
 
 @partial(jax.jit, static_argnames="fn")

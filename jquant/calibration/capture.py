@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, UInt8
 
+from jquant.arguments import by_path, inputs_of, shape_of
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.reading import Reading, assemble, decisive
 from jquant.calibration.weights import Sightings, observe
@@ -38,8 +39,9 @@ def capture(
     Args:
         fn: any JAX function `fn(params, *inputs)`.
         params: its parameters; lazy ones are read, all of them.
-        batches: an iterable; each batch is one array, or a tuple of `fn`'s inputs. Batches of one
-            shape share a compiled program.
+        batches: an iterable; each batch is a tuple of `fn`'s inputs, or the only one: an array, a
+            number, or any pytree of them (a NamedTuple too). Batches of one shape share a compiled
+            program.
         paths: the weights to watch; all of them when None.
         spread: also histograms of the inputs, for static ranges of `Activations`.
         progress: called after each batch with the number of batches done.
@@ -52,6 +54,7 @@ def capture(
         nothing to the moments, though to the count); all-zero slots of experts are not counted.
 
     Raises:
+        TreeError: params or a batch hold what is no array or number, or two leaves have one path.
         UnsupportedPrimitiveError: a watched weight cannot be followed; names path and primitive.
         EvidenceError: no batches, or an input that is NaN, infinite, or too large to be squared;
             names path and batch.
@@ -62,11 +65,12 @@ def capture(
         >>> evidence["w"].second_moment.tolist(), float(evidence["w"].count)
         ([[2.0, 0.0], [0.0, 2.0]], 4.0)
     """
+    by_path(params)  # refuses what is no tree of arrays
     step = capture_step(fn, None if paths is None else frozenset(paths), spread)
     params = realize(params)
     tally, first = Tally(), None
     for number, batch in enumerate(batches):
-        inputs = batch if isinstance(batch, tuple) else (batch,)
+        inputs = inputs_of(batch, number)
         first = inputs if first is None else first
         try:
             tally.add(step, params, inputs)
@@ -146,14 +150,14 @@ def not_taken(number: int, inputs: Any, first: Any, error: Exception) -> Evidenc
     )
 
 
-def kinds(inputs: Any) -> tuple[tuple[tuple[int, ...], str], ...]:
+def kinds(inputs: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shape and dtype of every array."""
-    return tuple((np.shape(x), str(jnp.result_type(x))) for x in jax.tree.leaves(inputs))
+    return tuple(map(shape_of, jax.tree.leaves(inputs)))
 
 
 def in_words(inputs: Any) -> str:
     """The same in words: `int32[4, 512]`."""
-    return ", ".join(f"{dtype}{list(shape)}" for shape, dtype in kinds(inputs))
+    return ", ".join(f"{kind.dtype}{list(kind.shape)}" for kind in kinds(inputs))
 
 
 # What may be wrong with an input, and what to do about it.

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from jquant.arguments import inputs_of, shape_of, value_of
 from jquant.calibration.canonical import jaxpr_key, text
-from jquant.calibration.capture import capture, capture_step
+from jquant.calibration.capture import capture, capture_step, kinds
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.flat import Piece
 from jquant.calibration.segments import Task
@@ -63,31 +64,26 @@ class OnePass:
         """What the function computes, for a fingerprint."""
         if self.wanted:
             for batch in list(self.batches)[:1]:
-                inputs = batch if isinstance(batch, tuple) else (batch,)
-                yield text(jaxpr_key(trace(self.fn, abstract(self.params), *inputs)[0]))
+                closed, _ = trace(self.fn, abstract(self.params), *inputs_of(batch, 0))
+                yield text(jaxpr_key(closed))
 
     def data(self) -> Iterator[Any]:
         """All arrays of all batches."""
-        for batch in self.batches:
-            yield from jax.tree.leaves(batch)
+        for number, batch in enumerate(self.batches):
+            yield from map(value_of, jax.tree.leaves(inputs_of(batch, number)))
 
     def tasks(self) -> Iterator[Task]:
         """The program that reads the evidence, for every shape of batch."""
         if not self.wanted:
             return
-        step, shapes = (
-            capture_step(self.fn, frozenset(self.wanted), self.spread),
-            abstract(self.params),
+        step = capture_step(self.fn, frozenset(self.wanted), self.spread)
+        shapes = jax.tree.map(shape_of, self.params)
+        times_of = Counter(
+            (jax.tree.structure(inputs), kinds(inputs))
+            for inputs in map(inputs_of, self.batches, itertools.count())
         )
-        kinds = Counter(
-            (
-                jax.tree.structure(b),
-                tuple((x.shape, jnp.result_type(x)) for x in jax.tree.leaves(b)),
-            )
-            for b in (batch if isinstance(batch, tuple) else (batch,) for batch in self.batches)
-        )
-        for (structure, leaves), times in kinds.items():
-            inputs = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+        for (structure, leaves), times in times_of.items():
+            inputs = jax.tree.unflatten(structure, leaves)
             total = jax.eval_shape(step, None, shapes, inputs)[0]
             yield Task("reading", 0, step, (total, shapes, inputs), times)
 

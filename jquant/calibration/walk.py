@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jquant.arguments import inputs_of, shape_of, value_of
 from jquant.calibration import segments
 from jquant.calibration.canonical import const_key, equation_key, literal_key, text
 from jquant.calibration.capture import Tally, in_words, kinds, not_taken
@@ -101,7 +102,7 @@ class Walk:
             leaves: its parameters, `(path, leaf)`; a leaf needs a shape and a dtype only.
             structure: the tree they are the leaves of.
             planned: the weights to be quantized: path → axes along which layers are stacked.
-            batches: each one array, or a tuple of inputs.
+            batches: see `inputs_of`.
             granularity: what a stage is.
             budget: bytes of values kept on the device between stages; None: no limit.
             drift, spread: what evidence says besides; see the attributes.
@@ -111,12 +112,12 @@ class Walk:
         Raises:
             EvidenceError: no batches, or batches that differ in more than their length.
         """
-        shapes = [(path, jax.ShapeDtypeStruct(x.shape, x.dtype)) for path, x in leaves]
+        shapes = [(path, shape_of(x)) for path, x in leaves]
         flats: dict[Any, Cut] = {}
         cuts: list[Cut] = []
         inputs: list[list[Any]] = []
         for number, batch in enumerate(batches):
-            given = batch if isinstance(batch, tuple) else (batch,)
+            given = inputs_of(batch, number)
             kind = jax.tree.structure(given), kinds(given)
             if kind not in flats:
                 try:
@@ -134,7 +135,7 @@ class Walk:
                         "another order; pass batches that differ in their length only"
                     )
             cuts.append(flats[kind])
-            inputs.append(jax.tree.leaves(given))
+            inputs.append([value_of(leaf) for leaf in jax.tree.leaves(given)])
         if not cuts:
             raise EvidenceError("got no batches; pass at least one array or tuple of inputs")
 
@@ -362,10 +363,9 @@ def _cut(
     reconstruct: bool,
 ) -> Cut:
     """Flatten and cut; a stack is taken as a whole unless every layer is used, and by itself."""
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.result_type(x)), inputs)
     shapes, stacks = dict(leaves), dict(planned)
     while True:
-        flat = flatten(fn, leaves, structure, abstract, stacks)
+        flat = flatten(fn, leaves, structure, jax.tree.map(shape_of, inputs), stacks)
         found = cut_at_weights(flat, planned.__contains__, granularity, level, reconstruct)
         layers: dict[str, list[tuple[tuple[int, int], ...]]] = {}
         for stage in found.stages:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from jquant.arguments import path_of, shapes_of
 from jquant.blocks import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.observe import Observer
@@ -22,11 +23,6 @@ from jquant.calibration.origin import Part
 from jquant.calibration.reading import Kind, Reading, Sighting, decisive
 from jquant.calibration.tagged import Tagged, constant, is_key
 from jquant.interpreter import Walker, trace
-
-
-def path_of(keys: Any) -> str:
-    """A key path as `/`-joined keys, `"layers/0/kernel"`."""
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 @dataclass(frozen=True)
@@ -187,6 +183,7 @@ def find_weights(
         ignore: regular expression; leaves whose whole path matches are treated as plain arrays.
 
     Raises:
+        TreeError: params or inputs hold what is no array or number, or two leaves have one path.
         UnsupportedPrimitiveError: a weight enters an operation that its inputs cannot be read from;
             the message names path and primitive.
 
@@ -199,7 +196,7 @@ def find_weights(
         >>> weights.others
         {'b': 'it has 1 axis'}
     """
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (params, inputs))
+    shapes = shapes_of(params, inputs)
 
     def wanted(path: str) -> bool:
         return ignore is None or re.fullmatch(ignore, path) is None
