@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -43,7 +42,7 @@ def by_path(tree: PyTree, what: str = "params") -> dict[str, Any]:
         TreeError: a leaf is no JAX value, or two have one path; names the paths and the way out.
 
     Example:
-        >>> by_path({"a": [jnp.zeros(2), 1e-5]})
+        >>> by_path({"a": [jax.numpy.zeros(2), 1e-5]})
         {'a/0': Array([0., 0.], dtype=float32), 'a/1': Array(1.e-05, dtype=float32, weak_type=True)}
     """
     found: dict[str, Any] = {}
@@ -56,9 +55,9 @@ def by_path(tree: PyTree, what: str = "params") -> dict[str, Any]:
                 f"{what}{one} and {what}{two} have one path, {path!r}, by which leaves are known; "
                 "rename a key of either"
             )
-        said = _no_value(leaf)
+        said = refusal_of(leaf, tree)
         if said is not None:
-            raise TreeError(f"{_at(what, path)} is {said}. {_advice(leaf, tree)}")
+            raise TreeError(f"{named_leaf(what, path)} is {said}")
         found[path], keys_of[path] = value_of(leaf), keys
     return found
 
@@ -86,7 +85,7 @@ def inputs_of(batch: Any, number: int | None = None) -> Inputs:
             many arrays. Names batch, input and the way out.
 
     Example:
-        >>> x = jnp.zeros(2)
+        >>> x = jax.numpy.zeros(2)
         >>> len(inputs_of((x, x))), len(inputs_of([x, x]))
         (2, 1)
     """
@@ -97,13 +96,13 @@ def inputs_of(batch: Any, number: int | None = None) -> Inputs:
         for keys, leaf in jax.tree_util.tree_flatten_with_path(value, is_leaf=_is_list)[0]:
             if _is_list(leaf):
                 raise TreeError(
-                    f"{_at(name, path_of(keys))} is a list of numbers, which JAX takes for "
+                    f"{named_leaf(name, path_of(keys))} is a list of numbers, which JAX takes for "
                     f"{len(jax.tree.leaves(leaf))} arrays. Pass one array: numpy.asarray(…), or "
                     "several inputs as a tuple"
                 )
-            said = _no_value(leaf)
+            said = refusal_of(leaf, value)
             if said is not None:
-                raise TreeError(f"{_at(name, path_of(keys))} is {said}. {_advice(leaf, value)}")
+                raise TreeError(f"{named_leaf(name, path_of(keys))} is {said}")
     return inputs
 
 
@@ -115,8 +114,10 @@ def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
         ShapeDtypeStruct(shape=(), dtype=float32, weak_type=True)
     """
     leaf = value_of(leaf)
-    weak = bool(getattr(leaf, "weak_type", False))
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.result_type(leaf.dtype), weak_type=weak)
+    weak, dtype = bool(getattr(leaf, "weak_type", False)), leaf.dtype
+    if not jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, weak_type=weak)
 
 
 def shapes_of(params: PyTree, inputs: Inputs) -> tuple[PyTree, Inputs]:
@@ -147,6 +148,12 @@ def _is_list(node: Any) -> bool:
     return all(_is_number(x) or isinstance(x, np.generic) or _is_list(x) for x in node)
 
 
+def refusal_of(leaf: Any, tree: PyTree) -> str | None:
+    """What a leaf of a tree is that is no JAX value, and the way out; None if it is one."""
+    said = _no_value(leaf)
+    return None if said is None else f"{said}. {_advice(leaf, tree)}"
+
+
 def _no_value(leaf: Any) -> str | None:
     """What a leaf is that is no JAX value; None if it is one."""
     if _is_number(leaf):
@@ -163,7 +170,8 @@ def _no_value(leaf: Any) -> str | None:
     return f"an array of {dtype}, which holds no numbers"
 
 
-def _at(name: str, path: str) -> str:
+def named_leaf(name: str, path: str) -> str:
+    """How messages call the leaf at a path of the tree with this name."""
     return f"{name}, at {path!r}," if path else name
 
 

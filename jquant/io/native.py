@@ -8,6 +8,7 @@ lists, tuples), and for each quantized weight its grid, blocks, layout and dtype
     {"version": 1, "tree": node, "static": [scheme, ...]}
     node = null | {"dict": [[key, node], ...]} | {"list": [node, ...]} | {"tuple": [node, ...]}
          | {"class": "QTensor", "static": index, "fields": {name: node}}
+         | {"number": number} | {"key": kind of random key, "data": node}
          | {"array": name, "crc32": hex}                                        stored as it is
          | {"array": name, "crc32": hex, "dtype": d, "shape": s, "bits": b, "low": l}  bit stream
          | {"array": name, "crc32": hex, "dtype": d, "shape": s}       a dtype safetensors has not
@@ -20,18 +21,21 @@ where SHA-256 takes 1.7: it guards against damage, not against forgery).
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from typing import Any, BinaryIO
 
 import jax
+import numpy as np
 
-from jquant.errors import CheckpointError
+from jquant.arguments import by_path, replaced, value_of
+from jquant.errors import CheckpointError, TreeError, near
 from jquant.io.container import parse_json, read_container, render_header, replace_file
 from jquant.io.files import FileState, naming
 from jquant.io.leaves import Reader
@@ -78,12 +82,17 @@ def save(
 
     Args:
         path: the file; a file that is there is replaced, its folder must exist.
-        qparams: dicts (str or int keys), lists, tuples and None, holding `QTensor`s and arrays of
-            any JAX dtype, `Lazy` or not.
+        qparams: any pytree of `QTensor`s, arrays of any JAX dtype (`Lazy` or not), numbers and
+            random keys. Dicts with str or int keys, lists, tuples and None come back as they are.
+            Any other node (a FrozenDict, an NNX State, an Equinox module, a dataclass, a
+            NamedTuple) is stored as the dict of its children by the last keys of their paths, and
+            comes back as that, or as what it was by `load(path, like=tree)`.
         metadata: strings to keep beside it; `read_header` returns them.
 
     Raises:
-        ValueError: a node or leaf of another kind, naming its path; codes outside their grid.
+        TreeError: a leaf of another kind, naming its path and the way out.
+        ValueError: codes outside their grid; a class of grid that is not jquant's; an array spread
+            over processes.
 
     Example:
         >>> import jax.numpy as jnp, tempfile
@@ -92,9 +101,8 @@ def save(
         >>> load(path)["w"].tolist()
         [0.0, 1.0, 2.0]
     """
-    encoder = Encoder()
-    root = encoder.node(qparams, ())
-    tree = {"version": VERSION, "tree": root, "static": encoder.statics}
+    encoder = Encoder(qparams)
+    tree = {"version": VERSION, "tree": encoder.root, "static": encoder.statics}
     user = {f"user.{key}": value for key, value in (metadata or {}).items()}
     sizes = {name: (t.stored_dtype, t.stored_shape, t.size) for name, t in encoder.tensors.items()}
     with replace_file(path) as file:
@@ -106,7 +114,7 @@ def save(
         file.write(_header(tree, user, sizes))
 
 
-def load(path: str | os.PathLike[str], *, lazy: bool = False) -> Any:
+def load(path: str | os.PathLike[str], *, lazy: bool = False, like: Any = None) -> Any:
     """Read back what `save` wrote: the same tree, codes, parameters, layouts and dtypes.
 
     Arrays come as JAX arrays; 64-bit ones as NumPy arrays where JAX is not in its 64-bit mode,
@@ -117,19 +125,41 @@ def load(path: str | os.PathLike[str], *, lazy: bool = False) -> Any:
         lazy: return a `Lazy` for every array, also inside each `QTensor`. The header is verified
             now, an array's bytes when it is read: `CheckpointError` if they are corrupt, or if the
             file has changed since.
+        like: a tree whose structure the result is to have, such as the parameters before they were
+            quantized, or `jax.eval_shape` of what makes them: the leaves of the file take the
+            places of its leaves, path by path. Dtypes are those of the file. None: as stored.
 
     Raises:
         CheckpointError: the file is truncated, corrupt, hostile or of a newer version. Nothing of
             it is returned.
+        TreeError: `like` has not the paths of the file, or a leaf of another shape.
         FileNotFoundError: there is no such file.
+
+    Example:
+        >>> import jax.numpy as jnp, tempfile
+        >>> from typing import NamedTuple
+        >>> class Pair(NamedTuple):
+        ...     a: object
+        ...     b: object
+        >>> path = tempfile.mkdtemp() + "/w.safetensors"
+        >>> save(path, Pair(jnp.zeros(2), 1e-5))
+        >>> load(path)
+        {'a': Array([0., 0.], dtype=float32), 'b': 1e-05}
+        >>> load(path, like=Pair(jnp.ones(2), 0.0))
+        Pair(a=Array([0., 0.], dtype=float32), b=1e-05)
     """
     with open(path, "rb") as file, naming(path):
         decoder, root, _ = _open(file)
-        if not lazy:
-            return decoder.read(root, _reader(file, decoder))
-        state = FileState.of(path, file)
-        reader = Reader(state.open, decoder.entries, decoder.top)
-        return decoder.read(root, lambda node: reader.lazy(node, state.identity))
+        if like is not None:
+            nodes = _fitting(decoder, root, like)
+        read: Callable[[Any], Any] = _reader(file, decoder)
+        if lazy:
+            state = FileState.of(path, file)
+            reader = Reader(state.open, decoder.entries, decoder.top)
+            read = functools.partial(reader.lazy, identity=state.identity)
+        if like is None:
+            return decoder.read(root, read)
+        return replaced(like, {at: decoder.read(node, read) for at, node in nodes.items()})
 
 
 def load_matching(path: str | os.PathLike[str], pattern: str) -> dict[str, Any]:
@@ -162,6 +192,22 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         leaves = {p: _stored(decoder, node) for p, node in decoder.leaves(root).items()}
         user = {k[5:]: v for k, v in metadata.items() if k.startswith("user.")}
         return Header(VERSION, leaves, user, os.fstat(file.fileno()).st_size)
+
+
+def _fitting(decoder: Decoder, root: Any, like: Any) -> dict[str, Any]:
+    """The nodes of a file's leaves by path, if they fit the places of another tree."""
+    nodes, wanted = decoder.leaves(root), by_path(like, "like")
+    for one, other, whose in ((wanted, nodes, "the file"), (nodes, wanted, "like")):
+        for path in one:
+            if path not in other:
+                raise TreeError(f"{whose} has no leaf at {path!r}; near: {near(path, other)}")
+    for path, leaf in wanted.items():
+        shape = np.shape(decoder.abstract(nodes[path]))
+        if tuple(leaf.shape) != shape:
+            raise TreeError(
+                f"like, at {path!r}, has the shape {tuple(leaf.shape)}, the file has {shape}"
+            )
+    return nodes
 
 
 def _header(tree: Any, user: Mapping[str, str], sizes: Mapping[str, Any]) -> bytes:
@@ -214,4 +260,5 @@ def _stored(decoder: Decoder, node: Any) -> Stored:
         rank = 0 if leaf.compensation is None else leaf.compensation.rank
         dtype = jax.numpy.dtype(leaf.dtype).name
         return Stored(leaf.shape, dtype, size, leaf.grid, leaf.blocks, rank)
-    return Stored(leaf.shape, leaf.dtype.name, size)
+    leaf = value_of(leaf)
+    return Stored(leaf.shape, str(leaf.dtype), size)

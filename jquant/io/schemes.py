@@ -49,6 +49,8 @@ def to_json(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, complex):
+        return {"complex": [to_json(value.real), to_json(value.imag)]}
     if isinstance(value, (np.dtype, type(jnp.float32))) or (
         isinstance(value, type) and issubclass(value, np.generic)
     ):
@@ -83,6 +85,10 @@ def from_json(data: Any) -> Any:
     ((name, value),) = data.items()
     if name == "float" and value in ("inf", "-inf", "nan"):
         return float(value)
+    if name == "complex" and isinstance(value, list) and len(value) == 2:
+        parts = from_json(value)
+        if all(isinstance(part, (int, float)) for part in parts):
+            return complex(*parts)
     if name in ("dtype", "scalar"):
         if value not in FLOATS:
             raise CheckpointError(f"a scheme names the dtype {value!r}; a weight has a float dtype")

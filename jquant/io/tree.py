@@ -1,16 +1,18 @@
 """The tree of a checkpoint: from a pytree to JSON nodes and tensors, and back with every check.
 
-Trees are made of dicts, lists, tuples, None, arrays, and the dataclasses of `qtensor.py`; nothing
-else is written, so nothing else can be read. Reading runs twice over the same nodes with another
-function at the leaves: first with abstract arrays, which verifies the whole file without reading
-or allocating, then with the arrays themselves, or with what will read them.
+Trees are made of dicts, lists, tuples, None, arrays, numbers, random keys, and the dataclasses of
+`qtensor.py`; nothing else is written, so nothing else can be read. Any other pytree node (a
+FrozenDict, an NNX State, a module, a NamedTuple) is written as the dict of its children by their
+keys. Reading runs twice over the same nodes with another function at the leaves: first with
+abstract arrays, which verifies the whole file without reading or allocating, then with the arrays
+themselves, or with what will read them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant import qtensor
-from jquant.activations import Activations
-from jquant.errors import CheckpointError
+from jquant.arguments import named_leaf, path_of, refusal_of
+from jquant.errors import CheckpointError, TreeError
 from jquant.io.container import Entry
 from jquant.io.leaves import Tensor, claim, describe
 from jquant.io.schemes import from_json, to_json
+from jquant.io.soundness import REFUSALS, check_weight
 from jquant.lazy import Lazy
 
 _MAX_DEPTH = 64
@@ -54,25 +57,25 @@ def _optional(kind: type) -> set[str]:
 class Encoder:
     """Builds the JSON of a pytree, and gathers its tensors and its distinct static choices."""
 
-    def __init__(self) -> None:
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
         self.tensors: dict[str, Tensor] = {}
         self.statics: list[Any] = []
         self._index: dict[Any, int] = {}
         self._names = {"__metadata__"}  # which a safetensors header keeps for itself
+        self.root = self.node(tree, ())
 
     def node(self, value: Any, path: tuple[str, ...], grid: Any = None) -> Any:
         """The node of a value at `path`; `grid` is that of the `QTensor` it is a field of.
 
         Raises:
-            ValueError: the value is of a kind that is not stored.
+            TreeError: it is of a kind that is not stored, or its keys are not distinct as words.
         """
         if value is None:
             return None
-        if type(value) is dict:
-            if not all(type(key) in (str, int) for key in value):
-                raise ValueError(
-                    f"{_at(path)}: dict keys must be str or int, got {list(value)[:4]}"
-                )
+        if len(path) > _MAX_DEPTH:
+            raise TreeError(f"{_at(path)}: trees of more than {_MAX_DEPTH} levels are not stored")
+        if type(value) is dict and all(type(key) in (str, int) for key in value):
             items = value.items()
             return {"dict": [[k, self.node(v, (*path, str(k)), grid)] for k, v in items]}
         if type(value) in (list, tuple):
@@ -80,9 +83,25 @@ class Encoder:
             return {type(value).__name__: [self.node(v, (*path, str(i)), grid) for i, v in items]}
         if NODES.get(type(value).__name__) is type(value):
             return self._dataclass(value, path)
-        if isinstance(value, _ARRAYS):
+        if isinstance(value, (*_ARRAYS, np.generic)):
             return self._array(value, path, getattr(grid, "codes", None))
-        raise ValueError(f"{_at(path)}: {type(value).__name__} cannot be stored. {_advice(value)}")
+        children = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda x: x is not value)[0]
+        if [keys for keys, _ in children] != [()]:  # a node: what is none is its own only leaf
+            return {"dict": self._children(children, path)}
+        said = refusal_of(value, self.tree)
+        if said is not None or isinstance(value, jax.ShapeDtypeStruct):
+            said = said or "only described by a ShapeDtypeStruct. Pass arrays"
+            raise TreeError(f"{named_leaf('the tree', '/'.join(path))} is {said}")
+        return {"number": to_json(value)}
+
+    def _children(self, children: Sequence[Any], path: tuple[str, ...]) -> list[Any]:
+        names = [path_of(keys) for keys, _ in children]
+        if len(set(names)) < len(names):
+            raise TreeError(f"{_at(path)}: two keys are the same as words, among {names[:8]}")
+        return [
+            [name, self.node(child, (*path, name))]
+            for name, (_, child) in zip(names, children, strict=True)
+        ]
 
     def _dataclass(self, value: Any, path: tuple[str, ...]) -> Any:
         arrays, static = _fields(type(value))
@@ -112,13 +131,20 @@ class Encoder:
         self, value: Any, path: tuple[str, ...], codes: tuple[int, int] | None, refusal: str = ""
     ) -> Any:
         if isinstance(value, jax.Array) and not value.is_fully_addressable:
-            raise ValueError(f"{_at(path)}: an array spread over processes; gather it first")
+            raise ValueError(
+                f"{_at(path)}: an array spread over processes. Gather it on all of them, "
+                "jax.experimental.multihost_utils.process_allgather(array, tiled=True), and save "
+                "on one; or let Orbax store jq.io.plain(qparams)"
+            )
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            data = self._array(jax.random.key_data(value), path, None)
+            return {"key": str(jax.random.key_impl(value)), "data": data}
         name = unique("/".join(path) or "array", self._names)
         self._names.add(name)
         try:
             self.tensors[name] = describe(value, name, codes, refusal)
         except ValueError as error:
-            raise ValueError(f"{_at(path)}: {error}. {_advice(value)}") from None
+            raise TreeError(f"{_at(path)}: {error}") from None
         return self.tensors[name].node
 
 
@@ -133,7 +159,8 @@ class Decoder:
             raise CheckpointError("the list of schemes is malformed")
         for scheme in statics:
             self.statics.append({name: from_json(value) for name, value in scheme.items()})
-        self._sound = functools.lru_cache(maxsize=None)(_sound)  # equal weights are traced once
+        # Equal weights are traced once.
+        self._sound = functools.lru_cache(maxsize=None)(check_weight)
 
     def check(self, root: Any) -> None:
         """Verify every node, and that every tensor is used exactly once.
@@ -172,7 +199,7 @@ class Decoder:
         """The node of every array and weight, by the path of its keys."""
         if root is None:
             return {}
-        if "array" in root or "class" in root:
+        if not root.keys() & {"dict", "list", "tuple"}:
             return {"/".join(path): root}
         found: dict[str, Any] = {}
         for key, child in _children(root):
@@ -193,6 +220,10 @@ class Decoder:
 
         if "array" in node:
             return leaf(node)
+        if "number" in node:
+            return _number(node)
+        if "key" in node:
+            return _random_key(node, build)
         if "class" in node:
             built = self._dataclass(node, build)
             if check:
@@ -234,7 +265,7 @@ class Decoder:
             if not isinstance(weight, qtensor.QTensor):
                 return
             low, high = weight.grid.codes
-        except _REFUSALS as error:
+        except REFUSALS as error:
             raise CheckpointError(f"a weight of the file makes no sense: {error!s:.200}") from error
         codes = node["fields"]["codes"]
         if codes.get("low") != low or codes.get("bits") != max(1, (high - low).bit_length()):
@@ -242,79 +273,6 @@ class Decoder:
                 f"tensor {codes['array']!r} is not a stream of codes {low}..{high}"
             )
         self.top[codes["array"]] = high - low
-
-
-# What the code of grids and layouts may raise when it is traced with a hostile file's values.
-_REFUSALS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
-    ValueError,
-)  # fmt: skip
-
-
-def _sound(tree: Any, leaves: tuple[tuple[tuple[int, ...], Any], ...]) -> None:
-    """Raise if a weight of this structure cannot be what it says; nothing is computed."""
-    weight = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(s, d) for s, d in leaves])
-    if isinstance(weight, qtensor.LowRank):
-        _sound_factors(weight)
-        return
-    if isinstance(weight, qtensor.Inputs):
-        _sound_inputs(weight)
-        return
-    layout, codes = weight.layout, weight.codes
-    factors = [factor for axis in layout.axes for factor in axis]
-    if not all(f.role in ("batch", "out", "in") and f.size >= 0 <= f.place for f in factors):
-        raise ValueError("malformed layout")
-    if codes.shape[-2:] != (layout.size("out"), layout.size("in")):
-        raise ValueError(f"codes {codes.shape} do not fit the layout")
-    if len(codes.shape) - 2 > layout.batch_rank:
-        raise ValueError(f"codes {codes.shape} have more batch axes than the layout")
-    if not jnp.issubdtype(codes.dtype, jnp.integer) or not isinstance(weight.grid.codes[0], int):
-        raise TypeError("codes must be integers")
-    low = weight.compensation
-    if low is not None and (
-        not isinstance(low, qtensor.LowRank) or tuple(low.shape) != tuple(codes.shape)
-    ):
-        raise ValueError(f"its compensation does not fit codes {codes.shape}")
-    inputs = weight.activations
-    if inputs is not None:
-        if not isinstance(inputs, qtensor.Inputs):
-            raise TypeError("its inputs' quantization is none")
-        inputs.choice.way(weight.grid, weight.blocks)
-        if any(leaf.shape != codes.shape[:-2] for leaf in jax.tree.leaves(inputs.params)):
-            raise ValueError(f"its inputs' ranges do not fit codes {codes.shape}")
-    whole = jax.eval_shape(qtensor.dequantize_weight, weight)
-    if whole.shape != weight.shape or whole.dtype != weight.dtype:
-        raise ValueError(f"it dequantizes to {whole.shape}, not to {weight.shape}")
-
-
-def _sound_factors(low: qtensor.LowRank) -> None:
-    for factor in (low.left, low.right):
-        if not isinstance(factor, jax.ShapeDtypeStruct | qtensor.QTensor):
-            raise TypeError("a factor must be an array or a weight")
-        if isinstance(factor, qtensor.QTensor) and (
-            factor.compensation is not None or factor.shape != factor.codes.shape
-        ):
-            raise ValueError("a quantized factor must lie as it is used")
-        if not jnp.issubdtype(factor.dtype, jnp.floating):
-            raise TypeError("factors must be floats")
-    left, right = low.left.shape, low.right.shape
-    if len(left) < 2 or left[:-2] != right[:-2] or left[-1] != right[-2]:
-        raise ValueError(f"factors {left} and {right} have no product")
-
-
-def _sound_inputs(inputs: qtensor.Inputs) -> None:
-    choice, params = inputs.choice, inputs.params
-    if not isinstance(choice, Activations):
-        raise TypeError("inputs are quantized by no Activations")
-    wanted: Any = None
-    if choice.granularity == "static":
-        shape = jax.tree.leaves(params)[0].shape
-        end = jax.ShapeDtypeStruct(shape, jnp.float32)
-        wanted = dict(jax.eval_shape(choice.fit, end, end))
-    if jax.tree.map(lambda x: (x.shape, x.dtype), params) != jax.tree.map(
-        lambda x: (x.shape, x.dtype), wanted
-    ):
-        raise ValueError("ranges of inputs do not fit their grid")
 
 
 def _check_container(node: dict[str, Any]) -> None:
@@ -339,12 +297,36 @@ def _children(node: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(str(i), child) for i, child in enumerate(children)]
 
 
+def _number(node: dict[str, Any]) -> bool | int | float | complex:
+    number = from_json(node["number"])
+    if len(node) != 1 or not isinstance(number, (bool, int, float, complex)):
+        raise CheckpointError("the tree has a malformed number")
+    return number
+
+
+def _random_key(node: dict[str, Any], build: Callable[[Any], Any]) -> Any:
+    """The random keys that a node holds the data of, of such as are only described likewise."""
+    kind, inner = node.get("key"), node.get("data")
+    if len(node) != 2 or type(kind) is not str or type(inner) is not dict or "array" not in inner:
+        raise CheckpointError("the tree has a malformed random key")
+    data = build(inner)
+    wrap = functools.partial(jax.random.wrap_key_data, impl=kind)
+    try:
+        if isinstance(data, jax.ShapeDtypeStruct):
+            return jax.eval_shape(wrap, data)
+        return wrap(jnp.asarray(data[...] if isinstance(data, Lazy) else data))
+    except REFUSALS as error:
+        raise CheckpointError(f"the tree has a random key of no kind: {error!s:.200}") from error
+
+
 def _arrays(node: Any) -> list[str]:
     """The names of the tensors below a checked node."""
-    if node is None:
+    if node is None or "number" in node:
         return []
     if "array" in node:
         return [node["array"]]
+    if "key" in node:
+        return _arrays(node["data"])
     children = node["fields"].values() if "class" in node else [c for _, c in _children(node)]
     return [name for child in children for name in _arrays(child)]
 
@@ -360,15 +342,3 @@ def unique(name: str, taken: Any) -> str:
 
 def _at(path: tuple[str, ...]) -> str:
     return f"at {'/'.join(path)!r}" if path else "at the root of the tree"
-
-
-def _advice(value: Any) -> str:
-    """What to pass instead of a value that is not stored."""
-    module = type(value).__module__.split(".")[0]
-    if isinstance(value, jax.Array):
-        return "Store random keys as jax.random.key_data(key)"
-    if module == "flax":
-        return "Pass flax.nnx.to_pure_dict(state), or flax.core.unfreeze(params) for a FrozenDict"
-    if isinstance(value, (bool, int, float, complex, np.generic)):
-        return "Pass jnp.asarray(value)"
-    return "Pass dicts, lists and tuples of jquant.QTensor, jax.Array and numpy.ndarray"
