@@ -112,11 +112,17 @@ def describe(
     written; without, they are looked at now.
 
     Raises:
-        ValueError: JAX has no such dtype.
+        ValueError: JAX has no such dtype, or the array is spread over processes.
     """
     dtype = array.dtype  # of a random key, this is no NumPy dtype
     if not isinstance(dtype, np.dtype) or JAX_DTYPES.get(dtype.name) != dtype:
         raise ValueError(f"dtype {dtype} is none of JAX's; nothing but arrays of numbers is stored")
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        raise ValueError(
+            "an array spread over processes; gather it on each, by jax.experimental."
+            "multihost_utils.process_allgather(array, tiled=True), and save it on one; or have "
+            "Orbax save jq.io.plain(qparams)"
+        )
     node: dict[str, Any] = {"array": name, "crc32": "00000000"}
     stream = None
     if dtype.name.startswith(("int", "uint")):

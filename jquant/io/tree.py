@@ -22,8 +22,7 @@ import numpy as np
 from jquant import qtensor
 from jquant.arguments import named_leaf, path_of, refusal_of
 from jquant.errors import CheckpointError, TreeError
-from jquant.io.container import Entry
-from jquant.io.leaves import Tensor, claim, describe
+from jquant.io.leaves import claim, describe
 from jquant.io.schemes import from_json, to_json
 from jquant.io.soundness import REFUSALS, check_weight
 from jquant.lazy import Lazy
@@ -55,14 +54,19 @@ def _optional(kind: type) -> set[str]:
 
 
 class Encoder:
-    """Builds the JSON of a pytree, and gathers its tensors and its distinct static choices."""
+    """Builds the JSON of a pytree, and gathers its tensors and its distinct static choices.
 
-    def __init__(self, tree: Any) -> None:
-        self.tree = tree
-        self.tensors: dict[str, Tensor] = {}
+    `describe` makes a tensor of an array: anything with a `node`, the JSON that stands for it.
+    """
+
+    def __init__(
+        self, tree: Any, describe: Callable[..., Any] = describe, reserved: str = "__metadata__"
+    ) -> None:
+        self.tree, self.describe = tree, describe
+        self.tensors: dict[str, Any] = {}
         self.statics: list[Any] = []
         self._index: dict[Any, int] = {}
-        self._names = {"__metadata__"}  # which a safetensors header keeps for itself
+        self._names = {reserved}  # "__metadata__" is what a safetensors header keeps for itself
         self.root = self.node(tree, ())
 
     def node(self, value: Any, path: tuple[str, ...], grid: Any = None) -> Any:
@@ -130,29 +134,34 @@ class Encoder:
     def _array(
         self, value: Any, path: tuple[str, ...], codes: tuple[int, int] | None, refusal: str = ""
     ) -> Any:
-        if isinstance(value, jax.Array) and not value.is_fully_addressable:
-            raise ValueError(
-                f"{_at(path)}: an array spread over processes. Gather it on all of them, "
-                "jax.experimental.multihost_utils.process_allgather(array, tiled=True), and save "
-                "on one; or let Orbax store jq.io.plain(qparams)"
-            )
         if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
             data = self._array(jax.random.key_data(value), path, None)
             return {"key": str(jax.random.key_impl(value)), "data": data}
         name = unique("/".join(path) or "array", self._names)
         self._names.add(name)
         try:
-            self.tensors[name] = describe(value, name, codes, refusal)
+            self.tensors[name] = self.describe(value, name, codes, refusal)
         except ValueError as error:
             raise TreeError(f"{_at(path)}: {error}") from None
         return self.tensors[name].node
 
 
 class Decoder:
-    """Builds the pytree of a file's nodes, from tensors that `entries` place in it."""
+    """Builds the pytree of a file's nodes, from tensors that `entries` place in it.
 
-    def __init__(self, entries: Mapping[str, Entry], statics: Any):
-        self.entries = entries
+    `claim` says which shape and dtype a node and its entry promise, and refuses what does not fit;
+    with `streams`, codes must be bit streams of their grid's width.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, Any],
+        statics: Any,
+        claim: Callable[[Mapping[str, Any], Any], jax.ShapeDtypeStruct] = claim,
+        *,
+        streams: bool = True,
+    ):
+        self.entries, self.claim, self.streams = entries, claim, streams
         self.top: dict[str, int] = {}  # tensor of codes: its largest code less its smallest
         self.statics: list[dict[str, Any]] = []
         if not isinstance(statics, list) or not all(isinstance(s, dict) for s in statics):
@@ -175,7 +184,7 @@ class Decoder:
             if not isinstance(name, str) or name not in self.entries or name in used:
                 raise CheckpointError(f"tensor {name!r:.80} is missing, or used twice")
             used.add(name)
-            return claim(node, self.entries[name])
+            return self.claim(node, self.entries[name])
 
         self._build(root, leaf, check=True)
         if len(used) != len(self.entries):
@@ -184,7 +193,7 @@ class Decoder:
 
     def abstract(self, node: Any) -> Any:
         """The tree below a node that `check` accepted, with `ShapeDtypeStruct` leaves."""
-        return self._build(node, lambda n: claim(n, self.entries[n["array"]]))
+        return self._build(node, lambda n: self.claim(n, self.entries[n["array"]]))
 
     def read(self, node: Any, reader: Callable[[Any], Any]) -> Any:
         """The tree below a node that `check` accepted, with what `reader` makes of each array."""
@@ -268,6 +277,8 @@ class Decoder:
         except REFUSALS as error:
             raise CheckpointError(f"a weight of the file makes no sense: {error!s:.200}") from error
         codes = node["fields"]["codes"]
+        if not self.streams:
+            return
         if codes.get("low") != low or codes.get("bits") != max(1, (high - low).bit_length()):
             raise CheckpointError(
                 f"tensor {codes['array']!r} is not a stream of codes {low}..{high}"
