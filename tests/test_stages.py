@@ -24,7 +24,7 @@ import jquant as jq
 from jquant.calibration import segments
 from jquant.calibration.canonical import const_key, equation_key, jaxpr_key, text
 from jquant.calibration.flat import Flat, Piece, flatten
-from jquant.calibration.stages import evaluate
+from jquant.calibration.running import evaluate
 from jquant.calibration.walk import Store, Walk
 from jquant.calibration.weights import path_of
 from jquant.errors import EvidenceError, PlanError

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from jquant.calibration.spread import Spread
 from jquant.extremes import largest
@@ -92,6 +92,44 @@ class Evidence:
         drift = None if full is None else _drift(x, full)
         histogram = Spread.of(x) if spread else None
         return Evidence(_gram(x), count, total, magnitude, drift, histogram)
+
+    @staticmethod
+    def grouped(
+        x: Float[Array, "tokens in"],
+        sizes: Int32[Array, " groups"],
+        *,
+        full: Float[Array, "tokens in"] | None = None,
+        spread: bool = False,
+    ) -> Evidence:
+        """The evidence of each group of rows, `[groups]`; groups are runs of the given sizes.
+
+        Rows past the last group are left out. The other arguments are those of `of`.
+
+        Example:
+            >>> x = jnp.array([[1.0], [2.0], [3.0], [9.0]])
+            >>> found = Evidence.grouped(x, jnp.array([1, 2]), full=x + 1.0)
+            >>> found.second_moment[:, 0, 0].tolist(), found.drift[:, 0, 0].tolist()
+            ([1.0, 13.0], [1.0, 5.0])
+        """
+        groups = sizes.shape[0]
+        group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right")
+
+        def products(left: Array, right: Array) -> Array:
+            return lax.ragged_dot_general(
+                left, right, sizes,
+                lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ()),
+                precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
+            )  # fmt: skip
+
+        wide = x.astype(jnp.float32)
+        return Evidence(
+            products(x, x),
+            sizes.astype(jnp.float32),
+            jax.ops.segment_sum(wide, group, groups),
+            jnp.maximum(jax.ops.segment_max(jnp.abs(wide), group, groups), 0),
+            drift=None if full is None else products(full.astype(jnp.float32) - wide, wide),
+            spread=Spread.grouped(wide, group, groups) if spread else None,
+        )
 
 
 def _both(join: Callable[[Any, Any], Any], one: Any, two: Any) -> Any:

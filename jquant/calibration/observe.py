@@ -371,14 +371,24 @@ class Observer:
         return self._count
 
     def _evidence(
-        self, walker: Walker, what: Any, rows: jax.Array, count: jax.Array | None = None
+        self,
+        walker: Walker,
+        what: Any,
+        rows: jax.Array,
+        count: jax.Array | None = None,
+        sizes: jax.Array | None = None,
     ) -> Evidence:
-        """The evidence of these rows, and of their drift where the other network's are known."""
-        if len(walker.site) > 1:  # inside a loop, whose values stay in it
-            return Evidence.of(rows, count, spread=self.spread)
-        if self.keep:
-            self.rows[walker.site, what] = rows
-        full = None if self.full is None else self.full[walker.site, what]
+        """The evidence of these rows, and of their drift where the other network's are known.
+
+        `sizes`: of groups that each have evidence of their own.
+        """
+        full = None
+        if len(walker.site) == 1:  # what is inside a loop stays in it
+            if self.keep:
+                self.rows[walker.site, what] = rows
+            full = None if self.full is None else self.full[walker.site, what]
+        if sizes is not None:
+            return Evidence.grouped(rows, sizes, full=full, spread=self.spread)
         return Evidence.of(rows, count, full=full, spread=self.spread)
 
 

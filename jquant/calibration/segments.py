@@ -20,8 +20,9 @@ from jquant.calibration.canonical import equation_key, literal_key
 from jquant.calibration.capture import accumulate
 from jquant.calibration.flat import Atom
 from jquant.calibration.observe import Observer
-from jquant.calibration.stages import Segment, evaluate, read
-from jquant.calibration.tagged import Tagged, constant
+from jquant.calibration.running import evaluate, read
+from jquant.calibration.stages import Segment
+from jquant.calibration.tagged import Tagged, array_of, constant
 from jquant.calibration.weights import Sightings, sightings
 from jquant.interpreter import Walker, bind
 
@@ -54,7 +55,8 @@ def segment_key(segment: Segment, shapes: Mapping[int, jax.ShapeDtypeStruct]) ->
 
     head = tuple((shapes[n].shape, str(shapes[n].dtype)) for n in segment.sources)
     body = tuple((equation_key(s.eqn), name(s.ins), name(s.outs)) for s in segment.steps)
-    return head, body, name(segment.outputs), name(segment.watched), name(segment.fixed)
+    ends = name(segment.outputs), name(segment.watched), name(segment.fixed)
+    return head, body, ends, segment.shared
 
 
 def advance(segment: Segment, key: Hashable) -> Callable[[list[Array]], list[Array]]:
@@ -69,6 +71,20 @@ def advance(segment: Segment, key: Hashable) -> Callable[[list[Array]], list[Arr
         return [values[n] for n in outputs]
 
     return _program(("advance", key), lambda: jax.jit(run))
+
+
+def advance_both(
+    segment: Segment, key: Hashable
+) -> Callable[[list[Array], list[Array]], tuple[list[Array], list[Array]]]:
+    """The same for the values of the quantized and of the full network, which choose alike."""
+
+    def run(operands: list[Array], full: list[Array]) -> tuple[list[Array], list[Array]]:
+        _, seen = _watch(Observer(), segment, full)
+        _, values = _watch(Observer(), segment, operands, seen)
+        outputs = segment.outputs
+        return [array_of(values[n]) for n in outputs], [array_of(seen[n]) for n in outputs]
+
+    return _program(("advance both", key), lambda: jax.jit(run))
 
 
 @dataclass(frozen=True)
@@ -106,29 +122,35 @@ def gather(segment: Segment, key: Hashable, spread: bool = False) -> Gather:
     """
 
     def run(total: Sightings | None, operands: list[Array], full: list[Array] | None) -> Any:
-        rows = None
+        rows = seen = None
         if full is not None:
             observer = Observer(keep=True)
-            _watch(observer, segment, full)
+            _, seen = _watch(observer, segment, full)
             rows = observer.rows
         observer = Observer(full=rows, spread=spread)
-        walker = _watch(observer, segment, operands)
+        walker, _ = _watch(observer, segment, operands, seen)
         shapes = [(str(k), tuple(x.shape)) for k, x in enumerate(operands)]
         return accumulate(total, sightings(walker, observer, shapes))
 
     return _program(("gather", key, spread), lambda: jax.jit(run, donate_argnums=0))
 
 
-def _watch(observer: Observer, segment: Segment, operands: list[Array]) -> Walker:
+def _watch(
+    observer: Observer,
+    segment: Segment,
+    operands: list[Array],
+    seen: Mapping[int, Any] | None = None,
+) -> tuple[Walker, dict[int, Any]]:
+    """Run a segment, beside the values `seen` in the full network; all values it has."""
     watched, fixed = set(segment.watched), set(segment.fixed)
     values: dict[int, Any] = {
         n: Tagged.of(str(k), x) if n in watched else Tagged(x) if n in fixed else x
         for k, (n, x) in enumerate(zip(segment.sources, operands, strict=True))
     }
     walker = Walker(observer, constant=constant)
-    evaluate(walker, segment.steps, values)
+    evaluate(walker, segment.steps, values, seen, segment.shared)
     observer.leave([values[n] for n in segment.outputs], walker)
-    return walker
+    return walker, values
 
 
 def _program(key: Hashable, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:

@@ -22,15 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jax
-
-from jquant.calibration.flat import Atom, Flat, Piece, Step
-from jquant.calibration.observe import Observer
+from jquant.calibration.flat import Flat, Piece, Step
+from jquant.calibration.routing import Routing, routing
+from jquant.calibration.running import Found, Uses, find_uses
 from jquant.calibration.subnets import Level, compared
-from jquant.calibration.tagged import Tagged, constant, is_key
-from jquant.interpreter import Walker
 
 Granularity = Literal["weight", "block", "all"]
 
@@ -64,6 +61,7 @@ class Segment:
     outputs: tuple[int, ...]
     watched: tuple[int, ...] = ()  # weights whose inputs are evidence
     fixed: tuple[int, ...] = ()  # sources that depend on no input
+    shared: tuple[int, ...] = ()  # positions of steps in which two networks choose alike
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,7 @@ class Cut:
     advances: tuple[Segment, ...]
     alive: tuple[frozenset[int], ...]
     nested: Mapping[Piece, str] = field(default_factory=dict)  # piece → the loop its use is in
+    unpaired: Mapping[Piece, str] = field(default_factory=dict)  # piece → where its rows are chosen
     comparisons: Mapping[Piece, Comparison] = field(default_factory=dict)
     reconstructions: tuple[Segment, ...] = ()  # per stage, to what its weights are compared on
 
@@ -103,13 +102,16 @@ def cut_at_weights(
     granularity: Granularity,
     level: Level | None = None,
     reconstruct: bool = False,
+    drift: bool = False,
 ) -> Cut:
     """Cut a flat function at the uses of the planned weights.
 
-    `level`: to compare the weights there; `reconstruct`: to run each stage to where it joins.
+    `level`: to compare the weights there; `reconstruct`: to run each stage to where it joins;
+    `drift`: to see it beside the one with the weights it came with.
     """
-    found = _find(flat, planned)
+    found = find_uses(flat, planned)
     uses = found.uses
+    choices = routing(flat, uses) if drift else Routing(frozenset(), {})
     levels = _levels(flat.steps, uses)
     spans = _spans(flat.steps, uses, levels)
     stages = tuple(
@@ -118,80 +120,7 @@ def cut_at_weights(
         )
         for low, high in _ranges([*spans.values(), *_blocks(flat, spans, granularity)])
     )
-    return _Cutter(flat, stages, found, levels, level, reconstruct).cut()
-
-
-Uses = dict[int, tuple[int, ...]]  # step → the weights it uses
-
-
-class _Found(NamedTuple):
-    """What running all steps abstractly shows.
-
-    Attributes:
-        uses: which steps use which weights. An embedding lookup has no evidence: it counts for
-            weights that are looked up only.
-        nested: weights that are used inside a step's own loop or branch, and its name.
-        fixed: values that depend on no input.
-        effective: those of them that stand for weights: they change when the weights do.
-    """
-
-    uses: Uses
-    nested: dict[Piece, str]
-    fixed: frozenset[int]
-    effective: frozenset[int]
-
-
-def _find(flat: Flat, planned: Callable[[str], bool]) -> _Found:
-    wanted = {n: piece for n, piece in flat.pieces.items() if planned(piece.path)}
-    observer = Observer()
-    numbers = {str(piece): number for number, piece in wanted.items()}
-    known = {*flat.pieces, *flat.consts, *(n for n in flat.inputs if is_key(flat.shapes[n]))}
-    fixed: set[int] = set()
-    effective: set[int] = set()
-
-    def probe(values: dict[int, Any]) -> int:
-        tagged = {
-            n: Tagged.of(str(wanted[n]), v) if n in wanted else Tagged(v) if n in known else v
-            for n, v in values.items()
-        }
-        walker = Walker(observer, constant=constant)
-        evaluate(walker, flat.steps, tagged)
-        observer.leave([tagged[n] for n in flat.outputs if isinstance(n, int)], walker)
-        fixed.update(n for n, v in tagged.items() if isinstance(v, Tagged) and not v.dependent)
-        effective.update(n for n in fixed if tagged[n].good)
-        return 0
-
-    sources = [*flat.pieces, *flat.inputs, *flat.consts]
-    jax.eval_shape(probe, {number: flat.shapes[number] for number in sources})
-    kinds: dict[int, set[str]] = {}
-    found: dict[int, dict[int, set[str]]] = {}
-    nested: dict[Piece, str] = {}
-    for ((at, *inside), _), (path, reading, *_) in observer.uses.items():
-        number = numbers[path]
-        kinds.setdefault(number, set()).add(reading.kind)
-        found.setdefault(at, {}).setdefault(number, set()).add(reading.kind)
-        if inside:
-            nested[flat.pieces[number]] = flat.steps[at].eqn.primitive.name
-    uses = {
-        at: tuple(n for n, how in by.items() if how != {"lookup"} or kinds[n] == {"lookup"})
-        for at, by in found.items()
-    }
-    uses = {at: numbers for at, numbers in sorted(uses.items()) if numbers}
-    return _Found(uses, nested, frozenset(fixed), frozenset(effective))
-
-
-def evaluate(walker: Walker, steps: Sequence[Step], values: dict[int, Any]) -> dict[int, Any]:
-    """Run steps; `values` holds their sources, and then their results too."""
-    for at, step in enumerate(steps):
-        walker.site, walker.within = (at,), (step.eqn,)
-        operands = [read(values, atom) for atom in step.ins]
-        values.update(zip(step.outs, walker.evaluate(step.eqn, operands), strict=True))
-    walker.site, walker.within = (), ()
-    return values
-
-
-def read(values: Mapping[int, Any], atom: Atom) -> Any:
-    return values[atom] if isinstance(atom, int) else atom.val
+    return _Cutter(flat, stages, found, levels, level, reconstruct, choices).cut()
 
 
 def _needed(steps: Sequence[Step], uses: Uses, values: Iterable[int]) -> set[int]:
@@ -205,7 +134,7 @@ def _needed(steps: Sequence[Step], uses: Uses, values: Iterable[int]) -> set[int
     return kept
 
 
-def _light(flat: Flat, found: _Found) -> set[int]:
+def _light(flat: Flat, found: Found) -> set[int]:
     """Values to be made again from parameters and inputs: cheap ones, and effective weights."""
     light = {*flat.pieces, *flat.inputs, *flat.consts}
     for at, step in enumerate(flat.steps):
@@ -287,12 +216,13 @@ class _Cutter:
         self,
         flat: Flat,
         stages: tuple[Stage, ...],
-        found: _Found,
+        found: Found,
         levels: Mapping[int, int],
         level: Level | None,
         reconstruct: bool,
+        choices: Routing,
     ):
-        self.flat, self.stages, self.found = flat, stages, found
+        self.flat, self.stages, self.found, self.choices = flat, stages, found, choices
         self.uses = uses = found.uses
         self.light = _light(flat, found)
         stage_of = {0: 0}  # the prologue is number 0
@@ -336,9 +266,15 @@ class _Cutter:
             roots = {at for at in self.uses if self.home[at] == k}
             watched = {n for at in roots for n in self.uses[at]}
             gathers.append(self._segment(k, roots=roots, watched=sorted(watched)))
+        lost = self.choices.unpaired
+        unpaired = {
+            self.flat.pieces[n]: lost[read]
+            for at, numbers in self.uses.items() for n in numbers
+            for read in self.flat.steps[at].reads if read in lost
+        }  # fmt: skip
         return Cut(
             self.flat, self.stages, advances[0], tuple(gathers), tuple(advances[1:]), alive,
-            self.found.nested, self.comparisons, tuple(self.reconstructions),
+            self.found.nested, unpaired, self.comparisons, tuple(self.reconstructions),
         )  # fmt: skip
 
     def _segment(
@@ -362,10 +298,12 @@ class _Cutter:
             if at in roots or (asked and here):
                 kept.append(at)
                 wanted.update(steps[at].reads)
-        chosen = tuple(steps[at] for at in kept[::-1])
+        kept.reverse()
+        chosen = tuple(steps[at] for at in kept)
         sources = _sources(chosen)
         fixed = tuple(n for n in sources if n in self.found.fixed) if watched else ()
-        return Segment(chosen, sources, tuple(outputs), tuple(watched), fixed)
+        shared = tuple(k for k, at in enumerate(kept) if at in self.choices.shared)
+        return Segment(chosen, sources, tuple(outputs), tuple(watched), fixed, shared)
 
 
 def _sources(steps: Sequence[Step]) -> tuple[int, ...]:

@@ -21,7 +21,6 @@ from jquant.calibration.evidence import Evidence
 from jquant.calibration.origin import Origin, Part
 from jquant.calibration.reading import Kind, Reading, order
 from jquant.calibration.rows import Arrangement, Role, Share
-from jquant.calibration.spread import Spread
 from jquant.calibration.tagged import Tagged, array_of, changed, is_independent
 from jquant.errors import UnsupportedPrimitiveError
 from jquant.interpreter import Walker, bind
@@ -173,32 +172,13 @@ def ragged_dot(observer: Any, eqn: core.JaxprEqn, values: list[Any], walker: Wal
         )
         reading = observer.see(walker, (1, k), "ragged_dot", origin, roles, way.tokens)
 
-        def compute(way: Arrangement = way) -> Evidence:
-            return grouped(way.rows(floats(turned)), sizes, observer.spread)
-
         what = "ragged", contract[0], ragged, way
+
+        def compute(way: Arrangement = way, what: Any = what) -> Evidence:
+            return observer._evidence(walker, what, way.rows(floats(turned)), sizes=sizes)
+
         walker.emit((origin.path, reading), walker.share(what, (x, sizes), compute))
     return results
-
-
-def grouped(rows: jax.Array, sizes: jax.Array, spread: bool) -> Evidence:
-    """Evidence per group of `rows[tokens, in]`, whose groups are runs of the given sizes."""
-    groups = sizes.shape[0]
-    ends = jnp.cumsum(sizes)
-    group = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right")  # past the end: dropped
-    moment = lax.ragged_dot_general(
-        rows, rows, sizes,
-        lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ()),
-        precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    wide = rows.astype(jnp.float32)
-    return Evidence(
-        moment,
-        sizes.astype(jnp.float32),
-        jax.ops.segment_sum(wide, group, groups),
-        jnp.maximum(jax.ops.segment_max(jnp.abs(wide), group, groups), 0),
-        spread=Spread.grouped(wide, group, groups) if spread else None,
-    )
 
 
 def gather(observer: Any, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> list[Any]:

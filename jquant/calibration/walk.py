@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -28,34 +28,12 @@ from jquant.calibration.evidence import Evidence
 from jquant.calibration.flat import Piece, flatten
 from jquant.calibration.segments import Reconstruction, Task, segment_key
 from jquant.calibration.stages import Cut, Granularity, Segment, Stage, cut_at_weights
+from jquant.calibration.store import Store
 from jquant.calibration.subnets import Level
 from jquant.errors import EvidenceError
 
 Current = Callable[[Piece], Array]  # the array that a piece of the parameters is at the moment
 Told = Callable[[int], None]  # called with the number of batches done
-
-
-@dataclass
-class Store:
-    """Values alive, per batch: on the device while they fit `budget` bytes, then on the host."""
-
-    budget: int | None
-    values: list[dict[int, Any]]
-    held: int = 0
-
-    def put(self, batch: int, number: int, value: Array) -> None:
-        if self.budget is not None and self.held + value.nbytes > self.budget:
-            self.values[batch][number] = np.asarray(value)
-        else:
-            self.values[batch][number] = value
-            self.held += value.nbytes
-
-    def keep(self, batch: int, alive: Iterable[int]) -> None:
-        """Forget all but these."""
-        for number in set(self.values[batch]) - set(alive):
-            value = self.values[batch].pop(number)
-            if isinstance(value, jax.Array):
-                self.held -= value.nbytes
 
 
 @dataclass
@@ -122,8 +100,9 @@ class Walk:
             if kind not in flats:
                 try:
                     flats[kind] = _cut(
-                        fn, shapes, structure, given, planned, granularity, level, reconstruct
-                    )
+                        fn, shapes, structure, given, planned, granularity, level, reconstruct,
+                        drift,
+                    )  # fmt: skip
                 except Exception as error:  # whatever the function says: Flax has its own errors
                     if not cuts or isinstance(error, EvidenceError):
                         raise
@@ -161,6 +140,11 @@ class Walk:
         """Weights that are used inside a loop or branch, and which it is."""
         return self.cuts[0].nested
 
+    @property
+    def unpaired(self) -> Mapping[Piece, str]:
+        """Weights whose inputs cannot be paired with the full network's, and where that began."""
+        return {piece: name for cut in self.cuts for piece, name in cut.unpaired.items()}
+
     def describe(self) -> Iterator[str]:
         """What the function computes, for a fingerprint."""
         for cut in {id(cut): cut for cut in self.cuts}.values():
@@ -192,12 +176,15 @@ class Walk:
                 yield Task("reading", stage, run, (total, operands, full), times[kind])
             for stage, segment in enumerate((one.prologue, *one.advances)):
                 if segment.outputs:
-                    run = segments.advance(segment, self._key(one, segment))
                     operands = [one.flat.shapes[n] for n in segment.sources]
+                    key, at = self._key(one, segment), max(stage - 1, 0)
                     # What comes before all stages is told as part of the first.
-                    yield Task(
-                        "advancing", max(stage - 1, 0), run, (operands,), times[kind] * beside
-                    )
+                    if segment.shared:
+                        run = segments.advance_both(segment, key)
+                        yield Task("advancing", at, run, (operands, operands), times[kind])
+                    else:
+                        run = segments.advance(segment, key)
+                        yield Task("advancing", at, run, (operands,), times[kind] * beside)
 
     def alive_bytes(self, stage: int) -> int:
         """Bytes that are kept of all batches while a stage is read and rounded."""
@@ -232,7 +219,9 @@ class Walk:
             lambda name: str(names[name]),
             f", at stage {stage + 1} of {len(self.stages)}, the first that saw it",
         )
-        return {names[name]: evidence for name, evidence in found.items()}
+        unpaired = self.unpaired
+        known = {names[name]: evidence for name, evidence in found.items()}
+        return {p: replace(e, drift=None) if p in unpaired else e for p, e in known.items()}
 
     def compare(
         self, piece: Piece, candidates: Sequence[Array], current: Current
@@ -293,19 +282,26 @@ class Walk:
         self, stage: int | None, current: Current, original: Current, told: Told | None = None
     ) -> None:
         """Run a stage (None: what comes before all stages) with the weights as they are now."""
-        for store, value in ((self.quantized, current), (self.full, original)):
-            if store is None:
-                continue
-            arrays: dict[Piece, Array] = {}
-            for batch, cut in enumerate(self.cuts):
-                segment = cut.prologue if stage is None else cut.advances[stage]
-                results = self._run(batch, segment, store, arrays, value)
+        sides = [(self.quantized, current)]
+        sides += [] if self.full is None else [(self.full, original)]
+        arrays: list[dict[Piece, Array]] = [{} for _ in sides]
+        for batch, cut in enumerate(self.cuts):
+            segment = cut.prologue if stage is None else cut.advances[stage]
+            results: Sequence[list[Array]] = [[] for _ in sides]
+            if segment.outputs:
+                key, both = self._key(cut, segment), zip(sides, arrays, strict=True)
+                operands = [self._operands(batch, segment, s, a, v) for (s, v), a in both]
+                if segment.shared:
+                    results = segments.advance_both(segment, key)(*operands)
+                else:
+                    results = [segments.advance(segment, key)(each) for each in operands]
+            for (store, _), found in zip(sides, results, strict=True):
                 store.keep(batch, cut.alive[0 if stage is None else stage + 1])
-                for number, result in zip(segment.outputs, results, strict=True):
+                for number, result in zip(segment.outputs, found, strict=True):
                     store.put(batch, number, result)
-                if told is not None and store is self.quantized:
-                    jax.block_until_ready(results)
-                    told(batch + 1)
+            if told is not None:
+                jax.block_until_ready(results)
+                told(batch + 1)
 
     def _run(
         self,
@@ -361,12 +357,13 @@ def _cut(
     granularity: Granularity,
     level: Level | None,
     reconstruct: bool,
+    drift: bool,
 ) -> Cut:
     """Flatten and cut; a stack is taken as a whole unless every layer is used, and by itself."""
     shapes, stacks = dict(leaves), dict(planned)
     while True:
         flat = flatten(fn, leaves, structure, jax.tree.map(shape_of, inputs), stacks)
-        found = cut_at_weights(flat, planned.__contains__, granularity, level, reconstruct)
+        found = cut_at_weights(flat, planned.__contains__, granularity, level, reconstruct, drift)
         layers: dict[str, list[tuple[tuple[int, int], ...]]] = {}
         for stage in found.stages:
             for piece in stage.pieces:

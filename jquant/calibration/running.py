@@ -1,0 +1,103 @@
+"""Running the steps of a flat function under a walker, and what that shows of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jquant.calibration.flat import Atom, Flat, Piece, Step
+from jquant.calibration.observe import Observer
+from jquant.calibration.routing import alike
+from jquant.calibration.tagged import Tagged, array_of, constant, is_key
+from jquant.interpreter import Walker
+
+Uses = dict[int, tuple[int, ...]]  # step → the weights it uses
+
+
+class Found(NamedTuple):
+    """What a flat function does with its weights.
+
+    Attributes:
+        uses: which steps use which weights. An embedding lookup has no evidence: it counts for
+            weights that are looked up only.
+        nested: weights that are used inside a step's own loop or branch, and its name.
+        fixed: values that depend on no input.
+        effective: those of them that stand for weights: they change when the weights do.
+    """
+
+    uses: Uses
+    nested: dict[Piece, str]
+    fixed: frozenset[int]
+    effective: frozenset[int]
+
+
+def find_uses(flat: Flat, planned: Callable[[str], bool]) -> Found:
+    """Run all steps abstractly, watching the planned weights."""
+    wanted = {n: piece for n, piece in flat.pieces.items() if planned(piece.path)}
+    observer = Observer()
+    numbers = {str(piece): number for number, piece in wanted.items()}
+    known = {*flat.pieces, *flat.consts, *(n for n in flat.inputs if is_key(flat.shapes[n]))}
+    fixed: set[int] = set()
+    effective: set[int] = set()
+
+    def probe(values: dict[int, Any]) -> int:
+        tagged = {
+            n: Tagged.of(str(wanted[n]), v) if n in wanted else Tagged(v) if n in known else v
+            for n, v in values.items()
+        }
+        walker = Walker(observer, constant=constant)
+        evaluate(walker, flat.steps, tagged)
+        observer.leave([tagged[n] for n in flat.outputs if isinstance(n, int)], walker)
+        fixed.update(n for n, v in tagged.items() if isinstance(v, Tagged) and not v.dependent)
+        effective.update(n for n in fixed if tagged[n].good)
+        return 0
+
+    sources = [*flat.pieces, *flat.inputs, *flat.consts]
+    jax.eval_shape(probe, {number: flat.shapes[number] for number in sources})
+    kinds: dict[int, set[str]] = {}
+    found: dict[int, dict[int, set[str]]] = {}
+    nested: dict[Piece, str] = {}
+    for ((at, *inside), _), (path, reading, *_) in observer.uses.items():
+        number = numbers[path]
+        kinds.setdefault(number, set()).add(reading.kind)
+        found.setdefault(at, {}).setdefault(number, set()).add(reading.kind)
+        if inside:
+            nested[flat.pieces[number]] = flat.steps[at].eqn.primitive.name
+    uses = {
+        at: tuple(n for n, how in by.items() if how != {"lookup"} or kinds[n] == {"lookup"})
+        for at, by in found.items()
+    }
+    uses = {at: numbers for at, numbers in sorted(uses.items()) if numbers}
+    return Found(uses, nested, frozenset(fixed), frozenset(effective))
+
+
+def evaluate(
+    walker: Walker,
+    steps: Sequence[Step],
+    values: dict[int, Any],
+    seen: Mapping[int, Any] | None = None,
+    shared: Collection[int] = (),
+) -> dict[int, Any]:
+    """Run steps; `values` holds their sources, and then their results too.
+
+    With all values `seen` in the full-precision network, `shared` steps choose as they do there.
+    """
+    for at, step in enumerate(steps):
+        walker.site, walker.within = (at,), (step.eqn,)
+        operands = [read(values, atom) for atom in step.ins]
+        results = walker.evaluate(step.eqn, operands)
+        if seen is not None and at in shared:
+            own, there = (
+                [array_of(read(values, atom)) for atom in step.ins] for values in (values, seen)
+            )
+            full = [array_of(seen[n]) for n in step.outs]
+            results = alike(step.eqn, own, list(map(array_of, results)), there, full)
+        values.update(zip(step.outs, results, strict=True))
+    walker.site, walker.within = (), ()
+    return values
+
+
+def read(values: Mapping[int, Any], atom: Atom) -> Any:
+    return values[atom] if isinstance(atom, int) else atom.val
