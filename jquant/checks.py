@@ -6,7 +6,6 @@ Every message names the path, what was got, and what to pass instead.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from jquant.objectives import Stagewise
 from jquant.qtensor import QTensor
 from jquant.rounding.relaxed import Relaxation
 from jquant.scheme import Plan, Scheme, check_inputs
+from jquant.standin import check_tokens
 
 
 def check_weights(plan: Mapping[str, Scheme], arrays: Mapping[str, Any]) -> None:
@@ -228,21 +228,6 @@ def check_evidence(plan: Plan, evidence: Mapping[str, Evidence]) -> None:
                 "largest entry); pass the sum of x xᵀ over tokens"
             )
         check_tokens(path, scheme, found)
-
-
-def check_tokens(name: str, scheme: Scheme, evidence: Evidence) -> None:
-    """Refuse a second moment of no tokens, warn of one of too few."""
-    if "moment" not in scheme.needs:
-        return
-    tokens, width = np.asarray(evidence.count), evidence.second_moment.shape[-1]
-    if tokens.max() <= 0:
-        raise EvidenceError(f"weight {name!r} has seen no tokens; pass batches that reach it")
-    if tokens.min() < width:
-        warnings.warn(
-            f"weight {name!r}: {int(tokens.min())} tokens for {width} input channels; "
-            "its second moment is rank deficient, more tokens would help",
-            stacklevel=4,
-        )
 
 
 def not_used(name: str) -> str:

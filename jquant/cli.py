@@ -203,6 +203,8 @@ def quantize_model(
         narrator.show(shares.table())
     if report:
         narrator.show(found.table())
+    for line in found.warnings:
+        _warn(line)
     narrator.show(f"{source} → {output}")  # a title would be folded to the table's width
     size = checkpoint.stat().st_size
     narrator.show(summary(found, before, size, choices if adadim else None))

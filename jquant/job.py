@@ -7,6 +7,7 @@ and goes on after them.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import resource
 import sys
@@ -24,16 +25,17 @@ from jquant.calibration.evidence import Evidence
 from jquant.calibration.flat import Piece
 from jquant.calibration.onepass import OnePass
 from jquant.calibration.walk import Walk
-from jquant.checks import check_finite, check_tokens, not_used
+from jquant.checks import check_finite, not_used
 from jquant.errors import EvidenceError, WeightError
 from jquant.lazy import Lazy, read, realize
 from jquant.learning import Learned, is_learned, learn, relaxation_of
 from jquant.objectives import Objective
 from jquant.progress import Doing, Progress, Told
 from jquant.qtensor import QTensor, dequantize_weight, weight_bits
-from jquant.report import Report, Trace, WeightReport
+from jquant.report import WORSE, Report, Trace, WeightReport
 from jquant.scheme import Plan, Scheme
 from jquant.solve import Outcome, key_of, quantize_weight
+from jquant.standin import check_tokens, stand_in
 from jquant.work import Record, WorkDir
 
 
@@ -95,6 +97,9 @@ class Job:
         learned = self.objective is not None
         together = [p for p in pieces if learned and is_learned(self.plan[p.path])]
         alone = [p for p in pieces if p not in together]
+        for piece in alone:  # before any of them is rounded
+            if piece in evidence and piece.path not in self.given:
+                check_tokens(str(piece), self.plan[piece.path], evidence[piece])
         told, found = self.tell("rounding", len(alone)), {}
         for number, piece in enumerate(alone, start=1):
             q, outcome = self.round(piece, evidence.pop(piece, None))
@@ -110,9 +115,10 @@ class Job:
     def round(self, piece: Piece, evidence: Evidence | None) -> tuple[QTensor, Outcome]:
         start = time.perf_counter()
         scheme, layout = self.plan[piece.path], self.plan.weights[piece.path].layout
-        evidence = self.known(piece, evidence)
+        evidence, nearest, told = self.known(piece, evidence), False, ()
         if evidence is not None:
-            check_tokens(str(piece), scheme, evidence)
+            why = self.walk.unpaired.get(piece, "")
+            scheme, evidence, nearest, told = stand_in(str(piece), scheme, evidence, why)
         elif {"moment", "inputs"} & scheme.needs:
             raise EvidenceError(not_used(str(piece)))
         own = None
@@ -133,7 +139,10 @@ class Job:
                 f"weight {str(piece)!r}: its error or its compensation is beyond float32; the "
                 "weight or its inputs are too large to square, so leave the compensation out"
             )
-        return q, outcome
+        if outcome.failed:
+            told = (*told, f"nearest rounding stands in: no factorisation of {piece}'s moment")
+        failed = outcome.failed or nearest
+        return q, dataclasses.replace(outcome, failed=failed, told=told)
 
     def learn(
         self, stage: int, pieces: Sequence[Piece], evidence: Mapping[Piece, Evidence]
@@ -249,12 +258,13 @@ class Job:
 
 def row_of(path: str, scheme: Scheme, q: QTensor, outcome: Outcome, note: str) -> WeightReport:
     """The line of a report."""
-    power = outcome.power or 1.0
+    power, warned = outcome.power or 1.0, list(outcome.told)
+    if outcome.ratio > WORSE:
+        warned.append(f"its error is {outcome.ratio:.2f} times that of nearest rounding")
+    said = [note] if note else []
     if outcome.kept_at is not None:
-        said = f"of step {outcome.kept_at}"
-        if outcome.rounded is not None:
-            said += f", {outcome.rounded:.0%} rounded before"
-        note = f"{note}; {said}" if note else said
+        share = "" if outcome.rounded is None else f", {outcome.rounded:.0%} rounded before"
+        said.append(f"of step {outcome.kept_at}{share}")
     return WeightReport(
         path=path,
         shape=q.shape,
@@ -267,7 +277,8 @@ def row_of(path: str, scheme: Scheme, q: QTensor, outcome: Outcome, note: str) -
         dead=outcome.dead,
         fallback=outcome.failed,
         seconds=outcome.seconds,
-        note=note,
+        note="; ".join(said + warned),
+        warnings=tuple(warned),
     )
 
 

@@ -11,6 +11,8 @@ from rich.table import Table
 
 from jquant.scheme import Scheme
 
+WORSE = 1.05  # times the error of nearest rounding: more is a warning (heuristic)
+
 
 @dataclass(frozen=True)
 class WeightReport:
@@ -26,9 +28,15 @@ class WeightReport:
         tokens: inputs seen, the fewest over batch axes (experts, layers); None without evidence.
         damping: relative damping used, the largest over batch axes; None where there is none.
         dead: inputs that were always zero, summed over batch axes.
-        fallback: whether nearest rounding stands in for a failed factorisation (anywhere).
+        fallback: whether nearest rounding stands in (anywhere): a factorisation failed, or no token
+            reached the weight, or one of its experts or layers. Where no token reached any of it,
+            errors are those of the weights.
         seconds: wall-clock time of the rounding, compilation included.
-        note: what is to be known about its calibration, or nothing.
+        note: what is to be known about its calibration, warnings included, or nothing.
+        warnings: what is less than asked: nearest rounding stands in, a correction (QEP, GPTAQ) was
+            not made as the drift of its inputs is not known, or the error is more than 1.05 times
+            that of nearest rounding. A correction aims at another weight than the one the error is
+            measured from, so there the last is a hint; anywhere else it is a loss.
     """
 
     path: str
@@ -43,6 +51,7 @@ class WeightReport:
     fallback: bool
     seconds: float
     note: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -128,6 +137,13 @@ class Report(Mapping[str, WeightReport]):
         """Weights where nearest rounding stands in."""
         return tuple(path for path, row in self.items() if row.fallback)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A line for each thing that is less than asked, with the weight's path."""
+        return tuple(
+            f"weight {path!r}: {line}" for path, row in self.items() for line in row.warnings
+        )
+
     def table(self) -> Table:
         """A table for `rich.print`: a row per weight and a line of totals."""
         table = Table(title="quantized weights", caption=self._caption())
@@ -144,8 +160,7 @@ class Report(Mapping[str, WeightReport]):
         ):
             table.add_column(name, justify="left" if name in ("scheme", "notes") else "right")
         for path, row in self.items():
-            notes = ["nearest stands in"] if row.fallback else []
-            notes += [f"{row.dead} dead inputs"] if row.dead else []
+            notes = [f"{row.dead} dead inputs"] if row.dead else []
             notes += [row.note] if row.note else []
             table.add_row(
                 path,

@@ -38,7 +38,8 @@ class Scheme:
         activations: how the inputs of the weight's products are quantized, `Activations(grid)`, or
             None: not at all.
         fallback: whether nearest rounding may stand in where the rounding's factorisation fails at
-            every damping; the report says where it did. Otherwise that is an error.
+            every damping, and where no token reaches the weight, or one of its experts or layers;
+            the report says where it did. Otherwise that is an error.
 
     Raises:
         ValueError: `compensation` or `activations` is something else.

@@ -284,6 +284,7 @@ class Outcome:
     seconds: float
     kept_at: int | None = None  # of a learned one, the step its codes are of
     rounded: float | None = None  # the share of weights that needed no rounding at the end
+    told: tuple[str, ...] = ()  # what was less than asked
 
     @staticmethod
     def of(info: Mapping[str, Array], evidence: Evidence | None, seconds: float) -> Outcome:
@@ -320,6 +321,7 @@ class Outcome:
             seconds=sum(part.seconds for part in parts),
             kept_at=min(kept_at) if kept_at else None,
             rounded=sum(rounded) / len(rounded) if rounded else None,
+            told=tuple(dict.fromkeys(line for part in parts for line in part.told)),
         )
 
     @property

@@ -64,7 +64,10 @@ class WorkDir:
         with _saying_what_to_do():
             said = read_header(file).metadata.get("outcomes", "{}")
             weights = load(file, lazy=True)
-            outcomes = {name: Outcome(**values) for name, values in json.loads(said).items()}
+            outcomes = {
+                name: Outcome(**values | {"told": tuple(values.get("told", ()))})
+                for name, values in json.loads(said).items()
+            }
             if not outcomes.keys() == set(weights) == set(names):
                 raise CheckpointError(f"{file}: not the record of stage {stage + 1}")
         weights = jax.tree.map(_guarded, weights)

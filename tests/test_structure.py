@@ -33,6 +33,7 @@ RANKS = (
     ("calibration",),
     ("rounding", "compensation"),
     ("scheme",),
+    ("standin",),
     ("report", "progress", "solve", "checks", "citations"),
     ("allocation", "presets", "emulation", "inference", "io"),
     ("work", "learning"),

@@ -60,6 +60,11 @@ class OnePass:
         """Nothing to tell of single weights: all of them are calibrated in one pass."""
         return {}
 
+    @property
+    def unpaired(self) -> dict[Piece, str]:
+        """Nothing to tell either: no drift is read."""
+        return {}
+
     def describe(self) -> Iterator[str]:
         """What the function computes, for a fingerprint."""
         if self.wanted:

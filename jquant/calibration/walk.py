@@ -142,8 +142,11 @@ class Walk:
 
     @property
     def unpaired(self) -> Mapping[Piece, str]:
-        """Weights whose inputs cannot be paired with the full network's, and where that began."""
-        return {piece: name for cut in self.cuts for piece, name in cut.unpaired.items()}
+        """Weights whose inputs cannot be paired with the full network's, and why."""
+        found = {piece: f"inside a {name}" for piece, name in self.nested.items()}
+        for cut in self.cuts:
+            found |= {p: f"behind a {n} that moves tokens" for p, n in cut.unpaired.items()}
+        return found
 
     def describe(self) -> Iterator[str]:
         """What the function computes, for a fingerprint."""
@@ -219,9 +222,9 @@ class Walk:
             lambda name: str(names[name]),
             f", at stage {stage + 1} of {len(self.stages)}, the first that saw it",
         )
-        unpaired = self.unpaired
         known = {names[name]: evidence for name, evidence in found.items()}
-        return {p: replace(e, drift=None) if p in unpaired else e for p, e in known.items()}
+        lost = {piece: replace(known[piece], drift=None) for piece in self.unpaired.keys() & known}
+        return known | lost
 
     def compare(
         self, piece: Piece, candidates: Sequence[Array], current: Current

@@ -1,0 +1,246 @@
+"""Weights that no token reaches, and corrections that have no drift: one behaviour, and told."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jquant as jq
+from jquant.activations import Activations
+from jquant.calibration.evidence import Evidence
+from jquant.errors import EvidenceError
+from jquant.grids import Uniform
+from jquant.report import WORSE
+from jquant.rounding import GPTQ, AdaRound, Stochastic
+from jquant.scheme import Scheme
+
+WIDTH = 8
+X = jax.random.normal(jax.random.key(0), (64, WIDTH))
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+PARAMS = {"w": normal(1, 3, WIDTH, WIDTH), "v": normal(2, WIDTH, WIDTH)}
+FLAGS = jnp.array([True, False, True])
+
+# Functions in which no token reaches the second matrix of `w`.
+
+
+def branch(params: Any, x: jax.Array) -> jax.Array:
+    h = x @ params["w"][0] + x @ params["w"][2]
+    return lax.cond(x.max() > 1e6, lambda h: h @ params["w"][1], lambda h: h, h @ params["v"])
+
+
+def einsum_experts(params: Any, x: jax.Array) -> jax.Array:
+    slots = jnp.stack([x, jnp.zeros_like(x), 2.0 * x])
+    return jnp.einsum("etd,edf->etf", slots, params["w"]).sum(0) @ params["v"]
+
+
+def ragged_experts(params: Any, x: jax.Array) -> jax.Array:
+    sizes = jnp.array([30, 0, x.shape[0] - 30], jnp.int32)
+    return lax.ragged_dot(x, params["w"], sizes) @ params["v"]
+
+
+def scanned_layers(params: Any, x: jax.Array) -> jax.Array:
+    def turn(h: jax.Array, layer: Any) -> Any:
+        w, flag = layer
+        return lax.cond(flag, lambda h: jnp.tanh(h @ w), lambda h: h, h), None
+
+    return lax.scan(turn, x, (params["w"], FLAGS))[0] @ params["v"]
+
+
+def switched(params: Any, x: jax.Array) -> jax.Array:
+    turns = [lambda h, k=k: h @ params["w"][k] for k in range(3)]
+    at = (x[:, 0] > 0).astype(jnp.int32) * 2
+
+    def choose(h: jax.Array, which: jax.Array) -> Any:
+        return lax.switch(which, turns, h)
+
+    h = lax.map(lambda pair: choose(*pair), (x, at))
+    return h @ params["v"]
+
+
+FUNCTIONS = [branch, einsum_experts, ragged_experts, scanned_layers, switched]
+each = pytest.mark.parametrize("fn", FUNCTIONS)
+
+
+def quantized(
+    fn: Any, rounding: Any, *, params: Any = PARAMS, fallback: bool = True, **how: Any
+) -> Any:
+    weights = jq.find_weights(fn, params, X)
+    scheme = Scheme(Uniform(3), None, rounding, fallback=fallback)
+    return jq.quantize(fn, params, jq.plan(weights, {".*": scheme}), [X], **how)
+
+
+def codes(tree: Any, path: str) -> np.ndarray:
+    return np.asarray(tree[path].codes.astype(jnp.int32))
+
+
+@each
+@pytest.mark.parametrize("granularity", ["weight", "all"])
+def test_what_no_token_reaches_is_refused_or_rounded_to_nearest(fn: Any, granularity: Any) -> None:
+    with pytest.raises(EvidenceError, match=r"weight 'w.* has seen no tokens.*fallback=True"):
+        quantized(fn, GPTQ(), fallback=False, granularity=granularity)
+    found, report = quantized(fn, GPTQ(), granularity=granularity)
+    row = report["w"]
+    assert (row.fallback, row.tokens, report["v"].fallback) == (True, 0, False)
+    assert "no token reached w" in row.note and np.isfinite(row.error)
+    assert report.fallbacks == ("w",)
+    assert any(
+        line.startswith("weight 'w': nearest rounding stands in") for line in report.warnings
+    )
+    nearest, _ = quantized(fn, jq.rounding.Nearest())
+    unseen, plain = codes(found, "w"), codes(nearest, "w")
+    np.testing.assert_array_equal(unseen[1], plain[1])
+    assert (unseen[0] != plain[0]).any() and (unseen[2] != plain[2]).any()
+
+
+def whole_branch(params: Any, x: jax.Array) -> jax.Array:
+    """The report's own input."""
+    return lax.cond(x.max() > 1e6, lambda h: h @ params["b"], lambda h: h, x @ params["a"])
+
+
+def test_a_branch_that_no_batch_takes() -> None:
+    params = {"a": normal(3, WIDTH, WIDTH), "b": normal(4, WIDTH, WIDTH)}
+    with pytest.raises(EvidenceError, match="weight 'b' has seen no tokens; pass batches that"):
+        quantized(whole_branch, GPTQ(), params=params, fallback=False)
+    for rounding in (GPTQ(), GPTQ(correction="qep"), AdaRound()):
+        found, report = quantized(whole_branch, rounding, params=params)
+        nearest, plain = quantized(whole_branch, jq.rounding.Nearest(), params=params)
+        np.testing.assert_array_equal(codes(found, "b"), codes(nearest, "b"))
+        assert report["b"].fallback and not report["a"].fallback
+        # As without evidence: of the weights.
+        w, q = params["b"], jq.dequantize(nearest)["b"]
+        wanted = float(jnp.sum((w - q) ** 2) / jnp.sum(w**2))
+        np.testing.assert_allclose(report["b"].error, wanted, rtol=1e-5)
+        del plain
+
+
+def test_every_unseen_weight_of_a_stage_is_refused_before_any_is_rounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from jquant import job
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a weight was rounded")
+
+    monkeypatch.setattr(job, "quantize_weight", never)
+    with pytest.raises(
+        EvidenceError, match="'w' has seen no tokens in 1 of 3 experts .* layers.*1"
+    ):
+        quantized(ragged_experts, GPTQ(), fallback=False, granularity="all")
+
+
+def test_given_evidence_of_no_tokens_is_the_same() -> None:
+    fn = einsum_experts
+    evidence = jq.capture(fn, PARAMS, [X])
+    weights = jq.find_weights(fn, PARAMS, X)
+    plans = [jq.plan(weights, {".*": Scheme(Uniform(3), None, GPTQ(), fallback=f)}) for f in (0, 1)]
+    with pytest.raises(EvidenceError, match="'w' has seen no tokens in 1 of 3"):
+        jq.quantize(fn, PARAMS, plans[0], evidence=evidence)
+    found, report = jq.quantize(fn, PARAMS, plans[1], evidence=evidence)
+    assert report["w"].fallback and "in 1 of 3 experts or layers (1)" in report["w"].note
+    same, _ = quantized(fn, GPTQ(), granularity="all")
+    np.testing.assert_array_equal(codes(found, "w"), codes(same, "w"))
+
+
+@each
+def test_nothing_stands_in_for_static_ranges(fn: Any) -> None:
+    choice = Activations(Uniform(8, symmetric=True), granularity="static")
+    weights = jq.find_weights(fn, PARAMS, X)
+    scheme = Scheme(Uniform(4), None, activations=choice, fallback=True)
+    with pytest.raises(EvidenceError, match="'w.* no tokens.*nothing stands in for static ranges"):
+        jq.quantize(fn, PARAMS, jq.plan(weights, {".*": scheme}), [X])
+
+
+# Corrections without drift.
+
+
+def recurrent(params: Any, x: jax.Array) -> jax.Array:
+    def turn(h: jax.Array, row: jax.Array) -> Any:
+        h = jnp.tanh(row + h @ params["u"])
+        return h, h
+
+    return lax.scan(turn, jnp.zeros((8, WIDTH)), (x @ params["a"]).reshape(8, 8, WIDTH))[1]
+
+
+def repeated(params: Any, x: jax.Array) -> jax.Array:
+    return lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ params["u"]), x @ params["a"])
+
+
+def chosen(params: Any, x: jax.Array) -> jax.Array:
+    h = x @ params["a"]
+    return lax.cond(x.sum() > 1e6, jnp.tanh, lambda h: h @ params["u"], h)
+
+
+def until(params: Any, x: jax.Array) -> jax.Array:
+    h = x @ params["a"]
+    return lax.while_loop(
+        lambda s: s[0] < 3, lambda s: (s[0] + 1, jnp.tanh(s[1] @ params["u"])), (0, h)
+    )[1]
+
+
+def rearranged(params: Any, x: jax.Array) -> jax.Array:
+    """The use stands outside, behind a loop whose rows may be other tokens in each network."""
+    h = x @ params["a"]
+    return lax.map(lambda some: some[jnp.argsort(some[:, 0])], h.reshape(8, 8, -1)) @ params["u"]
+
+
+@pytest.mark.parametrize(
+    "fn, where",
+    [
+        (recurrent, "inside a scan"), (repeated, "inside a scan"), (chosen, "inside a cond"),
+        (until, "inside a while"), (rearranged, "behind a scan that moves tokens"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("correction", ["qep", "gptaq"])
+def test_without_drift_a_correction_is_plain_gptq_and_says_so(
+    fn: Any, where: str, correction: Any
+) -> None:
+    params = {"a": normal(5, WIDTH, WIDTH), "u": normal(6, WIDTH, WIDTH)}
+    found, report = quantized(fn, GPTQ(correction=correction), params=params, fallback=False)
+    plain, silent = quantized(fn, GPTQ(), params=params, fallback=False)
+    np.testing.assert_array_equal(codes(found, "u"), codes(plain, "u"))
+    said = f"not corrected: the drift of its inputs is not known {where}"
+    assert said in report["u"].note and f"weight 'u': {said}" in report.warnings
+    assert not report["a"].warnings and not silent.warnings
+
+
+def test_groups_of_a_ragged_product_are_corrected() -> None:
+    def fn(params: Any, x: jax.Array) -> jax.Array:
+        h = jnp.tanh(x @ params["v"])
+        sizes = jnp.bincount(jnp.argmax(h[:, :3], -1), length=3).astype(jnp.int32)
+        return lax.ragged_dot(h[jnp.argsort(jnp.argmax(h[:, :3], -1))], params["w"], sizes)
+
+    found, report = quantized(fn, GPTQ(correction="qep"), fallback=False)
+    plain, _ = quantized(fn, GPTQ(), fallback=False)
+    assert report["w"].warnings == () and (codes(found, "w") != codes(plain, "w")).any()
+
+
+# What is told.
+
+
+def test_an_error_above_that_of_nearest_rounding_is_a_warning() -> None:
+    params = {"a": normal(7, WIDTH, WIDTH)}
+
+    def fn(params: Any, x: jax.Array) -> jax.Array:
+        return x @ params["a"]
+
+    plan = jq.plan(jq.find_weights(fn, params, X), {".*": Scheme(Uniform(3), None, Stochastic())})
+    _, report = jq.quantize(fn, params, plan, evidence={"a": Evidence.of(X)}, key=jax.random.key(0))
+    row = report["a"]
+    assert row.ratio > WORSE
+    said = f"its error is {row.ratio:.2f} times that of nearest rounding"
+    assert row.warnings == (said,) and said in row.note
+    assert report.warnings == (f"weight 'a': {said}",)
+    notes = " ".join(report.table().columns[-1].cells)  # type: ignore[arg-type]
+    assert said in notes and re.search(r"\d", notes)
+    assert report.to_json()["weights"]["a"]["warnings"] == (said,)  # type: ignore[index]
+    _, fine = quantized(fn, GPTQ(), params=params)
+    assert fine.warnings == ()
