@@ -90,8 +90,8 @@ def quantize(
     Raises:
         TreeError: params or a batch hold what is no array or number, or two leaves have one path.
         PlanError, WeightError, EvidenceError: see the messages; raised before any work, except for
-            inputs that turn out not finite, and for a factorisation that fails where the scheme
-            allows no fallback.
+            inputs that turn out not finite, and, where the scheme allows no fallback, for a weight
+            (or one of its experts or layers) that no token reaches and a factorisation that fails.
         ObjectiveError: an objective is not finite, or a weight that is to be learned does not move
             it.
         WorkDirError: the work directory cannot be written to, or is another job's.

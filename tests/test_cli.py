@@ -93,6 +93,19 @@ def test_quantize_says_what_it_did(model: Path, tmp_path: Path, capsys, monkeypa
     assert len(report["weights"]) == 13
 
 
+def test_what_is_worse_than_nearest_is_a_warning(
+    model: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("jquant.job.WORSE", 0.5)  # so that nearest rounding itself is
+    assert run("quantize", model, "-o", tmp_path / "out", "-r", "int8-nearest", "-q") == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert said == [
+        f"jquant: warning: weight {path!r}: its error is 1.00 times that of nearest rounding"
+        for path in report["weights"]
+    ]
+
+
 def test_the_embedding_can_be_quantized_too(model: Path, tmp_path: Path) -> None:
     arguments = ["-o", tmp_path / "out", "--rule", "embed.*=int8-nearest", "-r", "int4-nearest"]
     assert run("quantize", model, *arguments, "-q", *options(model)) == 0

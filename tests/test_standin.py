@@ -244,3 +244,34 @@ def test_an_error_above_that_of_nearest_rounding_is_a_warning() -> None:
     assert report.to_json()["weights"]["a"]["warnings"] == (said,)  # type: ignore[index]
     _, fine = quantized(fn, GPTQ(), params=params)
     assert fine.warnings == ()
+
+
+def test_what_is_told_outlives_the_process(tmp_path: Any) -> None:
+    """A job that goes on after its last stage reports what the first one did."""
+    reports = [
+        quantized(scanned_layers, GPTQ(correction="qep"), work_dir=tmp_path)[1] for _ in range(2)
+    ]
+    assert reports[0].warnings == reports[1].warnings and len(reports[0].warnings) > 1
+    assert reports[1]["w"].fallback
+
+
+@pytest.mark.parametrize("rounding", [AdaRound(), GPTQ(groups="dynamic", order="natural")])
+def test_only_the_expert_that_saw_nothing_is_rounded_to_nearest(rounding: Any) -> None:
+    found, _ = quantized(ragged_experts, rounding)
+    nearest, _ = quantized(ragged_experts, jq.rounding.Nearest())
+    one, two = codes(found, "w"), codes(nearest, "w")
+    np.testing.assert_array_equal(one[1], two[1])
+    assert (one[0] != two[0]).any()
+
+
+def test_a_compensation_of_what_no_token_reaches() -> None:
+    params = {"a": normal(3, WIDTH, WIDTH), "b": normal(4, WIDTH, WIDTH)}
+    weights = jq.find_weights(whole_branch, params, X)
+    choice = jq.LoRC(2, metric="evidence")
+    scheme = Scheme(Uniform(3), None, GPTQ(), choice, fallback=True)
+    found, report = jq.quantize(whole_branch, params, jq.plan(weights, {".*": scheme}), [X])
+    plain = Scheme(Uniform(3), None, jq.rounding.Nearest(), jq.LoRC(2), fallback=True)
+    wanted, _ = jq.quantize(whole_branch, params, jq.plan(weights, {".*": plain}), [X])
+    one, two = (jq.dequantize(tree)["b"] for tree in (found, wanted))
+    np.testing.assert_allclose(one, two, atol=1e-2)
+    assert report["b"].fallback and report["b"].error < report["b"].nearest_error

@@ -61,6 +61,9 @@ class GPTQ:
             needs `Evidence.drift`. `None`: nothing, the given weight is the target. `"qep"`: the
             target is `W + strength · W Δ (H + λI)⁻¹`, and static grids are fitted to it. `"gptaq"`:
             each column's residual moves later columns only, and static grids stay fitted to W.
+            Where drift is read stage by stage, the quantized network sends tokens where the full
+            one does (experts, top-k, sorting). In loops and branches, and behind loops that move
+            tokens, no drift is known and no correction is made; the report says so.
         strength: the part of the correction to make, 0 to 1; default ½ for QEP, ¼ for GPTAQ, as
             in the codes of qwix and GPTAQ. Δ is an estimate: 1 is best given tens of tokens per
             input, and can be worse than no correction with four.
