@@ -3,7 +3,8 @@
 Two things come out only while a function runs. No token may reach a weight, or some of its experts
 or layers: a branch that no batch takes, an expert that is never chosen. Where the scheme allows it
 (`fallback=True`) nearest rounding stands in there, in whatever form the weight is used; otherwise
-it is an error as soon as it is known, before any weight of the stage is rounded. And the drift of
+it is an error as soon as it is known, before any weight of the stage is rounded. Static ranges of
+inputs are then those of the other experts or layers together, if there are any. And the drift of
 inputs may be unknown, inside a loop or behind one that rearranges tokens: then no correction is
 made, as a drift of zero is none.
 """
@@ -13,12 +14,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from jquant.calibration.evidence import Evidence
+from jquant.calibration.spread import Spread
 from jquant.errors import EvidenceError
 from jquant.rounding.elementwise import Nearest
 from jquant.scheme import Scheme
@@ -46,17 +50,40 @@ def stand_in(name: str, scheme: Scheme, evidence: Evidence, unpaired: str) -> St
         still = jnp.zeros_like(evidence.second_moment)
         evidence = dataclasses.replace(evidence, drift=still)
         told.append(f"not corrected: the drift of its inputs is not known {unpaired}".rstrip())
-    unseen = _unseen(evidence) if "moment" in scheme.needs else np.zeros(0, bool)
+    unseen, where = _unseen(evidence), ""
     if unseen.any():
-        told.append(f"nearest rounding stands in: no token reached {name}{_which(unseen)}")
-    if unseen.size and unseen.all():
+        where = f"no token reached {name}{_which(unseen)}"
+    if where and "inputs" in scheme.needs:
+        told.append(f"static ranges of all others stand in: {where}")
+        evidence = _ranges_of_others(evidence, unseen)
+    nearest = bool(where) and "moment" in scheme.needs
+    if nearest:
+        told.append(f"nearest rounding stands in: {where}")
+    if nearest and unseen.all():
         # Of inputs that nobody has seen, any is as likely: the error is that of the weights.
         width = evidence.second_moment.shape[-1]
         moment = evidence.second_moment
         alike = jnp.broadcast_to(jnp.eye(width, dtype=moment.dtype), moment.shape)
         evidence = dataclasses.replace(evidence, second_moment=alike)
         scheme = dataclasses.replace(scheme, rounding=Nearest())
-    return StandIn(scheme, evidence, bool(unseen.any()), tuple(told))
+    return StandIn(scheme, evidence, nearest, tuple(told))
+
+
+def _ranges_of_others(evidence: Evidence, unseen: np.ndarray) -> Evidence:
+    """With the extremes and the spread of all inputs where no token was seen."""
+    axes, seen = tuple(range(unseen.ndim)), jnp.asarray(~unseen)
+
+    def filled(join: Callable[..., Array], values: Array) -> Array:
+        own = seen.reshape(seen.shape + (1,) * (values.ndim - seen.ndim))
+        return jnp.where(own, values, join(values, axis=axes, keepdims=True))
+
+    most, spread = evidence.abs_max, evidence.spread
+    if most is not None:
+        most = filled(jnp.max, most)
+    if spread is not None:
+        low, high = filled(jnp.min, spread.low), filled(jnp.max, spread.high)
+        spread = Spread(low, high, filled(jnp.sum, spread.counts))
+    return dataclasses.replace(evidence, abs_max=most, spread=spread)
 
 
 def check_tokens(name: str, scheme: Scheme, evidence: Evidence) -> None:
@@ -69,10 +96,11 @@ def check_tokens(name: str, scheme: Scheme, evidence: Evidence) -> None:
         return
     unseen = _unseen(evidence)
     if unseen.any():
+        lost = "inputs" in scheme.needs and unseen.all()
         leave = "or Scheme(..., fallback=True) to let nearest rounding stand in"
-        if "inputs" in scheme.needs:
+        if lost:
             leave = "or Activations(granularity='token'), as nothing stands in for static ranges"
-        if "inputs" in scheme.needs or not scheme.fallback:
+        if lost or not scheme.fallback:
             raise EvidenceError(
                 f"weight {name!r} has seen no tokens{_which(unseen)}; pass batches that reach it, "
                 f"{leave}"

@@ -317,7 +317,7 @@ def test_any_function(name) -> None:
     case = next(c for c in CASES if c.name == name)
     weights = jq.find_weights(case.fn, case.params, case.batches[0])
     full = case.fn(case.params, case.batches[0])
-    scheme = jq.Scheme(Uniform(8), activations=Activations(AFFINE, "static"))
+    scheme = jq.Scheme(Uniform(8), activations=Activations(AFFINE, "static"), fallback=True)
     q, _ = jq.quantize(case.fn, case.params, jq.plan(weights, {".*": scheme}), case.batches)
     found = jq.apply(case.fn)(q, case.batches[0])
     without = jq.apply(case.fn)(jax.tree.map(lambda x: x, bare(q)), case.batches[0])
@@ -362,7 +362,7 @@ def test_rows_of_a_ragged_product_have_their_group_s_range() -> None:
     fn = lambda p, x: jax.lax.ragged_dot(x, p["w"], jnp.array([2, 0, 5]))  # noqa: E731
     x = X[:7] * jnp.where(jnp.arange(7) < 2, 1.0, 100.0)[:, None]
     params = {"w": W["w"]}
-    scheme = jq.Scheme(BYTES, activations=Activations(BYTES, "static"))
+    scheme = jq.Scheme(BYTES, activations=Activations(BYTES, "static"), fallback=True)
     q, _ = jq.quantize(fn, params, jq.plan(jq.find_weights(fn, params, x), {".*": scheme}), [x])
     steps = q["w"].activations.params["scale"][jnp.array([0, 0, 2, 2, 2, 2, 2])][:, None]
     assert steps[0] < steps[2] / 10

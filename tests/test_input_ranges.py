@@ -114,8 +114,8 @@ def test_capture_tells_what_flows_in(name) -> None:
         rows = evidence.count if name != "ragged-dot" else jnp.array([4.0, 0.0, 8.0])
         np.testing.assert_array_equal(spread.counts.sum(-1), rows * width)
     weights = jq.find_weights(case.fn, case.params, case.batches[0])
-    scheme = jq.Scheme(BYTES, activations=Activations(AFFINE, "static", Percentile(99.9)))
-    plan = jq.plan(weights, {".*": scheme})
+    choice = Activations(AFFINE, "static", Percentile(99.9))
+    plan = jq.plan(weights, {".*": jq.Scheme(BYTES, activations=choice, fallback=True)})
     one, _ = jq.quantize(case.fn, case.params, plan, evidence=found)
     by = "weight" if name == "linen-scan-remat-tied" else "all"
     staged, _ = jq.quantize(case.fn, case.params, plan, case.batches, granularity=by)

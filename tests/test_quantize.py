@@ -39,7 +39,7 @@ NEAREST4 = jq.Scheme(Uniform(4), 4)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gptq_runs_on_every_style_of_function(case: Case) -> None:
     weights = jq.find_weights(case.fn, case.params, case.batches[0])
-    plan = jq.plan(weights, {".*": jq.Scheme(Uniform(3), 4, GPTQ())})
+    plan = jq.plan(weights, {".*": jq.Scheme(Uniform(3), 4, GPTQ(), fallback=True)})
     q, report = jq.quantize(case.fn, case.params, plan, case.batches)
     assert set(report) == set(weights)
     assert all(math.isfinite(row.error) and row.error < 0.5 for row in report.values())

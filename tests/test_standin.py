@@ -150,13 +150,27 @@ def test_given_evidence_of_no_tokens_is_the_same() -> None:
     np.testing.assert_array_equal(codes(found, "w"), codes(same, "w"))
 
 
-@each
-def test_nothing_stands_in_for_static_ranges(fn: Any) -> None:
-    choice = Activations(Uniform(8, symmetric=True), granularity="static")
+@pytest.mark.parametrize("fn", [einsum_experts, ragged_experts, branch, switched])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_ranges_of_all_others_stand_in(fn: Any, symmetric: bool) -> None:
+    choice = Activations(Uniform(8, symmetric=symmetric), granularity="static")
     weights = jq.find_weights(fn, PARAMS, X)
+    schemes = [Scheme(Uniform(4), None, activations=choice, fallback=f) for f in (False, True)]
+    plans = [jq.plan(weights, {".*": scheme}) for scheme in schemes]
+    with pytest.raises(EvidenceError, match="'w' has seen no tokens in 1 of 3.*fallback=True"):
+        jq.quantize(fn, PARAMS, plans[0], [X])
+    found, report = jq.quantize(fn, PARAMS, plans[1], [X])
+    scales = np.asarray(found["w"].activations.params["scale"]).reshape(3)
+    assert max(scales[0], scales[2]) <= scales[1] * 1.0001 and scales[1] < 2 * scales.max()
+    assert "static ranges of all others stand in: no token reached w" in report["w"].note
+
+
+def test_nothing_stands_in_for_the_ranges_of_what_nobody_saw() -> None:
+    choice = Activations(Uniform(8, symmetric=True), granularity="static")
     scheme = Scheme(Uniform(4), None, activations=choice, fallback=True)
-    with pytest.raises(EvidenceError, match="'w.* no tokens.*nothing stands in for static ranges"):
-        jq.quantize(fn, PARAMS, jq.plan(weights, {".*": scheme}), [X])
+    plan = jq.plan(jq.find_weights(scanned_layers, PARAMS, X), {".*": scheme})
+    with pytest.raises(EvidenceError, match=r"'w\[1\]' has seen no tokens; .*nothing stands in"):
+        jq.quantize(scanned_layers, PARAMS, plan, [X])
 
 
 # Corrections without drift.
