@@ -383,8 +383,7 @@ def test_orbax_checkpoints(options: dict[str, bool], tmp_path: Path) -> None:
     assert kept["layers"][0]["w"][1, 0:2].tolist() == [[12, 13, 14, 15], [16, 17, 18, 19]]
     jq.save(tmp_path / "x", kept["layers"])
     same(jq.load(tmp_path / "x"), ORBAX["layers"])
-    with pytest.raises(CheckpointError, match="run: no Orbax checkpoint.*its items: item"):
-        io.lazy_orbax(tmp_path / "run")
+    assert jax.tree.map(repr, io.lazy_orbax(tmp_path / "run")) == jax.tree.map(repr, kept)
     with pytest.raises(CheckpointError, match="nowhere: no Orbax checkpoint of a tree$"):
         io.lazy_orbax(tmp_path / "nowhere")
     (path / "_METADATA").touch()
@@ -397,6 +396,50 @@ def test_orbax_standard_checkpointer(tmp_path: Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "x", ORBAX)
     same(realize(io.lazy_orbax(tmp_path / "x"))["layers"], ORBAX["layers"])
+
+
+def test_orbax_checkpoint_managers(tmp_path: Path) -> None:
+    """A manager's folder is its latest step, a step's its only or its default item."""
+    ocp = pytest.importorskip("orbax.checkpoint")
+
+    def saved(name: str, steps: dict[int, Any], **options: Any) -> Path:
+        with ocp.CheckpointManager(
+            tmp_path / name, options=ocp.CheckpointManagerOptions(**options)
+        ) as manager:
+            for step, args in steps.items():
+                manager.save(step, args=args)
+        return tmp_path / name
+
+    def tree(value: float) -> Any:
+        return ocp.args.StandardSave({"w": jnp.full(2, value)})
+
+    def found(path: Path) -> float:
+        return float(io.lazy_orbax(path)["w"][0].item())
+
+    root = saved("plain", {step: tree(step) for step in (3, 20, 100)})
+    assert found(root) == found(root / "100") == found(root / "100" / "default") == 100
+    assert found(root / "3") == 3
+    (root / "200.orbax-checkpoint-tmp-7" / "default").mkdir(parents=True)
+    (root / "200.orbax-checkpoint-tmp-7" / "default" / "_METADATA").write_text("{}")
+    assert found(root) == 100  # a step that is being written is none yet
+    prefixed = {"step_prefix": "ckpt", "step_format_fixed_length": 6}
+    assert found(saved("prefix", {step: tree(step) for step in (3, 20)}, **prefixed)) == 20
+    both = ocp.args.Composite(params=tree(1), other=ocp.args.JsonSave({"a": 1}))
+    assert found(saved("one tree", {5: both})) == 1
+    for one, two in (("params", "optimizer"), ("layer_1", "layer_2"), ("1", "2")):
+        root = saved(f"{one} {two}", {5: ocp.args.Composite(**{one: tree(1), two: tree(2)})})
+        for path in (root, root / "5"):
+            with pytest.raises(CheckpointError, match=f"5: no Orbax.*{min(one, two)}, "):
+                io.lazy_orbax(path)
+        assert found(root / "5" / two) == 2
+    for name in ("a_1", "b_2"):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "mixed" / name, {"w": jnp.ones(2)})
+    with pytest.raises(CheckpointError, match="mixed: no Orbax.*a_1, b_2"):
+        io.lazy_orbax(tmp_path / "mixed")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty: no Orbax checkpoint of a tree$"):
+        io.lazy_orbax(tmp_path / "empty")
 
 
 def test_orbax_windows_touch_only_their_chunks(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,24 @@ def lazy_orbax(path: str | os.PathLike[str]) -> Any:
     """The tree of a checkpoint written by Orbax, with a `Lazy` in place of every array and number.
 
     Args:
-        path: the folder that `StandardCheckpointer.save` or `PyTreeCheckpointer.save` was given; of
-            a `CheckpointManager`, the item's folder (`<step>/default`).
+        path: the folder that `StandardCheckpointer.save` or `PyTreeCheckpointer.save` was given; or
+            a `CheckpointManager`'s, of which the latest step is taken, or that of a step, of which
+            the only item is taken, or the one called "default"; or that of an item.
 
     Returns:
         the tree as Orbax describes it: dicts with string keys, and lists, for tuples as well.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it holds something else than arrays and
-            numbers. Reading a leaf raises it if data are missing or damaged, or the checkpoint has
-            been replaced.
+        CheckpointError: there is no such checkpoint, or several that may be meant, or it holds
+            something else than arrays and numbers. Reading a leaf raises it if data are missing or
+            damaged, or the checkpoint has been replaced.
 
-    Example: `params = jq.io.lazy_orbax("run/300/default")`
+    Example: `params = jq.io.lazy_orbax("run")`, which is that of `"run/300/default"` where 300 is
+    the latest step. `jq.io.restore(jq.io.lazy_orbax("run"))` is what `jq.io.plain` was given.
     """
     import orbax.checkpoint as ocp
 
-    folder = Path(path).absolute()
-    if not (folder / "_METADATA").is_file():
-        inner = [f.parent.name for f in folder.glob("*/_METADATA")]
-        advice = f"; pass one of its items: {', '.join(sorted(inner))}" if inner else ""
-        raise CheckpointError(f"{folder}: no Orbax checkpoint of a tree{advice}")
+    folder = _tree_in(Path(path).absolute())
     state = FileState.of(folder / "_METADATA")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -67,6 +66,27 @@ def lazy_orbax(path: str | os.PathLike[str]) -> Any:
         return _leaf(state, said.name, tuple(said.shape), np.dtype(said.dtype), spec)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _tree_in(folder: Path) -> Path:
+    """The folder of a tree: this one, or the one that is meant by a step's or a manager's folder.
+
+    What Orbax has not finished writing has another name until it has.
+    """
+    if (folder / "_METADATA").is_file():
+        return folder
+    trees = {tree.parent.name for tree in folder.glob("*/_METADATA")}
+    items = {tree.parent.parent.name for tree in folder.glob("*/*/_METADATA")}
+    inside = sorted(name for name in trees | items if ".orbax-checkpoint-tmp" not in name)
+    steps = {name: found for name in inside if (found := re.fullmatch(r"(.*_)?(\d+)", name))}
+    is_step = (folder / "_CHECKPOINT_METADATA").is_file()  # then what is in it are items
+    if inside and not is_step and len(steps) == len(inside):
+        if len({found[1] for found in steps.values()}) == 1:
+            return _tree_in(folder / max(steps, key=lambda name: int(steps[name][2])))
+    if len(inside) == 1 or "default" in inside:
+        return _tree_in(folder / ("default" if "default" in inside else inside[0]))
+    advice = f"; pass one of what is in it: {', '.join(inside)}" if inside else ""
+    raise CheckpointError(f"{folder}: no Orbax checkpoint of a tree{advice}")
 
 
 def _store(folder: Path, name: str) -> dict[str, Any]:
