@@ -40,7 +40,12 @@ def check_weights(plan: Mapping[str, Scheme], arrays: Mapping[str, Any]) -> None
                 f"plan was made for {path!r} of shape {plan.weights[path].shape}, got "
                 f"{tuple(leaf.shape)}; make the plan from find_weights on these params"
             )
-        if isinstance(leaf, QTensor) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if isinstance(leaf, QTensor):
+            raise WeightError(
+                f"weight {path!r} is quantized already; quantize the parameters it was made from, "
+                "or dequantize(qparams), or keep it"
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise WeightError(f"weight {path!r} must be a float array, got {leaf.dtype}; keep it")
         if leaf.ndim < 2:
             raise WeightError(f"weight {path!r} has {leaf.ndim} axes, needs at least 2; keep it")

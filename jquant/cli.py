@@ -38,7 +38,7 @@ from jquant.presets import named, presets
 from jquant.quantize import quantize
 from jquant.recipes import Aim, in_batches, objective_of, plan_of, read_rules
 from jquant.solve import stored_bits
-from jquant.texts import need_tokenizer, some, windows_of
+from jquant.texts import asked, need_known, need_tokenizer, need_unquantized, some, windows_of
 
 
 def _version() -> str:
@@ -72,7 +72,13 @@ Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], negative="", help="Onl
 RECIPES = f"One of {', '.join(presets())}: see `jquant recipes`."
 Recipe = Annotated[str, Parameter(name=["--recipe", "-r"], help=RECIPES)]
 Samples = Annotated[int, Parameter(help="How many windows of text.")]
-Length = Annotated[int, Parameter(help="Tokens per window.")]
+Length = Annotated[
+    int | None,
+    Parameter(help="Tokens per window; default: 512, or the model's context if it is shorter."),
+]
+Tokenizer = Annotated[
+    str | None, Parameter(help="A folder, GGUF file or hub id to take the tokenizer from instead.")
+]
 Text = Annotated[
     Path | None,
     Parameter(
@@ -109,8 +115,9 @@ def quantize_model(
     lorc: int | None = None,
     objective: Aim = "own",
     samples: Samples = 16,
-    length: Length = 512,
+    length: Length = None,
     text: Text = None,
+    tokenizer: Tokenizer = None,
     force: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     granularity: Granularity = "weight",
@@ -165,11 +172,12 @@ def quantize_model(
     rules = read_rules(rule)
     if not force and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there already; give another name, or --force to replace it")
+    need_unquantized(source)
     narrator.say(f"loading {source}")
-    fn, params, tokenizer = models.load(source, lazy=True)
-    windows, _ = windows_of(tokenizer, length, text)
+    fn, params, words = models.load(source, lazy=True, tokenizer=tokenizer)
+    windows, _ = windows_of(fn, words, length, text)
     windows = some(windows, samples)
-    weights = find_weights(fn, params, jax.ShapeDtypeStruct((1, length), np.int32))
+    weights = find_weights(fn, params, jax.ShapeDtypeStruct(windows[:1].shape, np.int32))
     chosen = plan_of(weights, default, rules, lorc)
     batches = in_batches(windows)
     if adadim:
@@ -193,7 +201,7 @@ def quantize_model(
             fn, params, chosen, batches, granularity=granularity, work_dir=work_dir, progress=move,
             objective=objective_of(objective), key=jax.random.key(0),
         )  # fmt: skip
-    checkpoint = models.save_quantized(output, fn, qparams, tokenizer)
+    checkpoint = models.save_quantized(output, fn, qparams, words)
     told = found.to_json() | ({} if shares is None else {"allocation": shares.to_json()})
     (output / "report.json").write_text(json.dumps(told, indent=1, default=str), "utf-8")
     before = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -232,8 +240,9 @@ def evaluate(
     *,
     against: str | None = None,
     samples: Samples = 8,
-    length: Length = 512,
+    length: Length = None,
     text: Text = None,
+    tokenizer: Tokenizer = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure a model on held-out text: its perplexity, or its distance to the model it was.
@@ -249,8 +258,8 @@ def evaluate(
     """
     narrator = Narrator(quiet)
     narrator.say(f"loading {source}")
-    fn, params, tokenizer = models.load(source)
-    _, windows = windows_of(tokenizer, length, text)
+    fn, params, words = models.load(source, tokenizer=tokenizer)
+    _, windows = windows_of(fn, words, length, text)
     windows = some(windows, samples)
     batches = [window[None] for window in windows]
     table = Table(show_header=False)
@@ -260,7 +269,7 @@ def evaluate(
         table.add_row("perplexity", f"{found:.4f}")
     else:
         narrator.say(f"loading {against}")
-        full_fn, full, _ = models.load(against)
+        full_fn, full, _ = models.load(against, tokenizer=tokenizer)
         if full_fn.config != fn.config:
             raise ValueError(f"{against} is another network than {source}: their sizes differ")
         with narrator.stage("evaluating", windows.size) as update:
@@ -304,6 +313,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = True,
+    tokenizer: Tokenizer = None,
 ) -> None:
     """Let a model write.
 
@@ -323,24 +333,20 @@ def generate(
     chat
         Ask in the model's chat format, where its tokenizer has one.
     """
-    fn, params, tokenizer = models.load(source)
-    need_tokenizer(tokenizer, source)
-    if chat and tokenizer.chat_template is not None:
-        turn = [{"role": "user", "content": prompt}]
-        asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        start = tokenizer(asked, add_special_tokens=False)["input_ids"]
-    else:
-        start = tokenizer(prompt)["input_ids"]
-    eos = () if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    fn, params, words = models.load(source, tokenizer=tokenizer)
+    need_tokenizer(words, source)
+    start = np.asarray(asked(words, prompt, chat), np.int32)
+    need_known(fn, start)
+    eos = () if words.eos_token_id is None else words.eos_token_id
     key = jax.random.key(seed)
     found: list[int] = []
     said = ""
     for token in models.stream(
-        fn, params, np.asarray(start, np.int32), tokens, temperature=temperature, key=key, eos=eos
+        fn, params, start, tokens, temperature=temperature, key=key, eos=eos
     ):
         found.append(int(token[0]))
         # A character may take several tokens, so the text is decoded anew and its new end printed.
-        text = tokenizer.decode(found, skip_special_tokens=True)
+        text = words.decode(found, skip_special_tokens=True)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             print(text[len(said) :], end="", flush=True)
             said = text

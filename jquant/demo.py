@@ -26,6 +26,7 @@ from jquant.presets import int4_nearest, int4_qep
 from jquant.quantize import quantize
 from jquant.recipes import in_batches, plan_of
 from jquant.scheme import Plan
+from jquant.texts import asked, windows_of
 
 BEST = "GPTQ + QEP"
 PROMPT = "Explain in two sentences why the sky is blue."
@@ -58,7 +59,7 @@ def run_demo(
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     narrator.say(f"   {fn.config.layers} layers, {count / 1e6:.1f} million parameters in float32")
 
-    calibration, evaluation = smollm2.text_windows(tokenizer, length)
+    calibration, evaluation = windows_of(fn, tokenizer, length, None)
     calibration, evaluation = calibration[:samples], evaluation[:held_out]
     narrator.say(
         f"2. The text: Python's own help; {len(calibration)} windows of {length} tokens to "
@@ -151,12 +152,7 @@ def _table(params: Any, found: dict[str, Comparison], chosen: Plan, checkpoint: 
 
 def _answer(fn: Any, qparams: Any, tokenizer: Any, tokens: int) -> str:
     """What the model says to `PROMPT`; as a chat where the tokenizer knows how to."""
-    if tokenizer.chat_template is None:
-        prompt = tokenizer(PROMPT)["input_ids"]
-    else:
-        turn = [{"role": "user", "content": PROMPT}]
-        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompt = asked(tokenizer, PROMPT, chat=True)
     eos = () if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     found = generate(fn, qparams, np.asarray(prompt), tokens, eos=eos)
     return tokenizer.decode(found[0], skip_special_tokens=True).strip()

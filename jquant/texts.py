@@ -1,4 +1,4 @@
-"""The text that a command calibrates and measures with: a file's, or Python's own help.
+"""The text that a command works with: a file's or Python's own help, a prompt; what it needs.
 
 The first 80 % of its tokens calibrate, the rest is held out, both cut into windows of one length.
 """
@@ -10,18 +10,47 @@ from typing import Any
 
 import numpy as np
 
+from jquant import models
+from jquant.errors import CheckpointError
 from jquant.models import smollm2
+from jquant.models.quantized import CHECKPOINT
+
+LENGTH = 512  # tokens per window, where the model's context has so many
 
 
-def windows_of(tokenizer: Any, length: int, text: Path | None) -> tuple[np.ndarray, np.ndarray]:
+def windows_of(
+    fn: models.Decoder, tokenizer: Any, length: int | None, text: Path | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Windows `[N, length]` to calibrate and to measure with, of a file or of Python's help.
 
+    Args:
+        fn: the model.
+        tokenizer: its tokenizer, or None if it has none.
+        length: tokens per window; None is 512, or the model's context where that is shorter.
+        text: the file, or None.
+
     Raises:
-        ValueError: no tokenizer, a file that is not UTF-8, or too short for `length`.
+        ValueError: no tokenizer or another model's, a file that is not UTF-8, or a `length` that
+            the text or the model's context has not.
     """
     need_tokenizer(tokenizer, "the model")
+    context = fn.config.context
+    length = min(LENGTH, context) if length is None else length
+    if length > context:
+        raise ValueError(
+            f"--length {length}: the model's context has {context} tokens, and was not trained on "
+            f"more; pass --length {context} or less"
+        )
     if text is None:
-        return smollm2.text_windows(tokenizer, length)
+        windows = smollm2.text_windows(tokenizer, length)
+    else:
+        windows = _of_file(tokenizer, length, text)
+    for part in windows:
+        need_known(fn, part)
+    return windows
+
+
+def _of_file(tokenizer: Any, length: int, text: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         content = text.read_text("utf-8")
     except UnicodeDecodeError as error:
@@ -50,4 +79,34 @@ def some(windows: np.ndarray, count: int) -> np.ndarray:
 def need_tokenizer(tokenizer: Any, source: str) -> None:
     """ValueError: a model came without a tokenizer."""
     if tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer beside it")
+        raise ValueError(
+            f"{source} has no tokenizer beside it; name one with --tokenizer: a folder, a GGUF "
+            "file or a hub id"
+        )
+
+
+def need_known(fn: models.Decoder, tokens: np.ndarray) -> None:
+    """ValueError: there are tokens that a model does not have."""
+    if tokens.size and (most := int(tokens.max())) >= fn.config.vocab:
+        raise ValueError(
+            f"the tokenizer makes token {most}, the model has {fn.config.vocab}: it is another "
+            "model's; name the right one with --tokenizer"
+        )
+
+
+def need_unquantized(source: str) -> None:
+    """CheckpointError: a model that is to be quantized is quantized."""
+    if models.is_quantized(source) or Path(source).name == CHECKPOINT:
+        raise CheckpointError(
+            f"{source} is quantized already, and quantizing twice would add one error to another; "
+            "give the model it was made from (jquant inspect and evaluate take this one)"
+        )
+
+
+def asked(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    """The tokens of a prompt, as a turn of a chat where that is wanted and the tokenizer can."""
+    if not chat or tokenizer.chat_template is None:
+        return tokenizer(prompt)["input_ids"]
+    turn = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

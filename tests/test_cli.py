@@ -161,6 +161,75 @@ def test_the_demo_runs_from_end_to_end(model: Path, tmp_path: Path, capsys) -> N
     assert "every bit came back" in err and "KL to full precision" in out and "Done in" in err
 
 
+def test_what_is_quantized_is_not_quantized_again(quantized: Path, tmp_path: Path, capsys) -> None:
+    for source in (quantized, quantized / "jquant.safetensors", f"{quantized}/"):
+        assert run("quantize", source, "-o", tmp_path / "w3") == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "is quantized already" in line and "the model it was made from" in line
+        assert run("generate", source, "-p", "The quick", "--tokens", 2) == 0
+        capsys.readouterr()
+    assert not (tmp_path / "w3").exists()
+
+
+def test_windows_are_no_longer_than_the_context(model: Path, capsys) -> None:
+    assert run("evaluate", model, "--text", model / "text.txt", "--samples", 2, "-q") == 0
+    assert "on 256 held-out tokens" in capsys.readouterr().out  # two of 128: its context
+
+
+def test_a_tokenizer_beside_or_from_elsewhere(model: Path, tmp_path: Path, capsys) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((model / name).read_bytes())
+    more = ["-r", "int4-nearest", *options(model)]
+    for command in (
+        ["quantize", bare, "-o", tmp_path / "out", *more],
+        ["evaluate", bare, *options(model)],
+        ["generate", bare, "-p", "The quick"],
+    ):
+        assert run(*command) == 1
+        assert "no tokenizer beside it; name one with --tokenizer" in capsys.readouterr().err
+    named = ["--tokenizer", model]
+    assert run("quantize", bare, "-o", tmp_path / "out", *more, *named, "-q") == 0
+    assert run("evaluate", tmp_path / "out", "--against", bare, *options(model), *named, "-q") == 0
+    capsys.readouterr()
+    written = []
+    for source, tokenizer in ((bare, model), (bare, model / "tokenizer.json"), (model, model)):
+        assert run("generate", source, "-p", "The", "--tokens", 4, "--tokenizer", tokenizer) == 0
+        written.append(capsys.readouterr().out)
+    assert len(set(written)) == 1
+    small = json.loads((bare / "config.json").read_text()) | {"vocab_size": 20}
+    (bare / "config.json").write_text(json.dumps(small))
+    tensors = safetensors.numpy.load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:20].copy()
+    safetensors.numpy.save_file(tensors, bare / "model.safetensors")
+    for command in (["evaluate", *options(model)], ["generate", "-p", "The quick"]):
+        assert run(command[0], bare, *command[1:], *named) == 1
+        assert "the model has 20: it is another model's" in capsys.readouterr().err
+
+
+def test_a_gguf_file_of_sentencepiece_goes_all_the_way(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("torch")
+    from checkpoints import piece_tokenizer, torch_model, write_gguf
+
+    words = piece_tokenizer("The quick brown fox jumps over the lazy dog")
+    network = torch_model(
+        vocab_size=len(words["token_list"]), hidden_size=32, intermediate_size=32,
+        num_hidden_layers=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    path = write_gguf(tmp_path / "pieces.gguf", network, tokenizer=words)
+    (tmp_path / "text.txt").write_text(TEXT)
+    text = ["--text", tmp_path / "text.txt", "--length", 32, "--samples", 2, "-q"]
+    assert run("quantize", path, "-o", tmp_path / "w4", "-r", "int4-nearest", *text) == 0
+    assert run("evaluate", tmp_path / "w4", "--against", path, *text) == 0
+    said = []
+    for tokenizer in ([], ["--tokenizer", path]):
+        capsys.readouterr()
+        assert run("generate", tmp_path / "w4", "-p", "The fox", "--tokens", 4, *tokenizer) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
 # Help
 
 
@@ -317,6 +386,21 @@ WRONG = {
     "too many samples": (("evaluate", "MODEL", "--samples", "9999999"), 1, "--samples 9999999"),
     "no checkpoint": (("inspect", "MODEL"), 1, "jquant.safetensors: No such file"),
     "another checkpoint": (("inspect", "MODEL/model.safetensors"), 1, "jquant did not write"),
+    "windows longer than the context": (
+        ("evaluate", "MODEL", "--length", "129"), 1, "--length 129: the model's context has 128",
+    ),
+    "calibration longer than the context": (
+        ("quantize", "MODEL", "-o", "OUT", "--length", "512"), 1, "context has 128",
+    ),
+    "no such tokenizer": (
+        ("generate", "MODEL", "-p", "x", "--tokenizer", "MODEL/nope"), 1, "cannot be read",
+    ),
+    "a tokenizer that is none": (
+        ("evaluate", "MODEL", "--tokenizer", "MODEL/text.txt"), 1, "a GGUF file starts with",
+    ),
+    "a file of a folder": (("generate", "MODEL/config.json", "-p", "x"), 1, "pass its folder"),
+    "an empty folder": (("evaluate", "EMPTY"), 1, "config.json is missing"),
+    "a folder of something else": (("quantize", "EMPTY", "-o", "OUT"), 1, "config.json is missing"),
     "prompt too long": (("generate", "MODEL", "-p", "x", "--tokens", "9999"), 1, "9999"),
 }  # fmt: skip
 
@@ -324,7 +408,8 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_mistakes_are_one_line(name: str, model: Path, tmp_path: Path, capsys) -> None:
     arguments, status, message = WRONG[name]
-    places = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
+    (tmp_path / "empty").mkdir()
+    places = {"MODEL": str(model), "OUT": str(tmp_path / "out"), "EMPTY": str(tmp_path / "empty")}
     for word, place in places.items():
         arguments = tuple(argument.replace(word, place) for argument in arguments)
     assert run(*arguments) == status

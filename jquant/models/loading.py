@@ -25,7 +25,7 @@ from jquant.models.assembly import assemble
 from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf, from_hf
 from jquant.models.decoder import Decoder
 from jquant.models.gguf_file import GGUFFile, read_gguf
-from jquant.models.quantized import is_quantized, load_quantized
+from jquant.models.quantized import CHECKPOINT, is_quantized, load_quantized
 from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_from_hf, tokenizer_named
 
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -68,8 +68,12 @@ def load(
     Example: `fn, params, tokenizer = load("model.gguf", dtype="bfloat16")`
     """
     path = Path(source)
+    if path.name == CHECKPOINT and path.is_file():
+        path = path.parent
     if is_quantized(path):
         return load_quantized(path, tokenizer, lazy=lazy)
+    if path.is_file() and path.suffix in (".safetensors", ".json", ".bin", ".pth", ".pt"):
+        raise CheckpointError(f"{source}: a file of a Hugging Face model; pass its folder")
     if path.is_file():
         found = _load_gguf(path, scan_layers, dtype, param_dtype, tokenizer)
     else:
