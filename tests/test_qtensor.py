@@ -95,3 +95,10 @@ def test_one_that_holds_no_arrays_asks_itself_nothing() -> None:
     for name in ("shape", "ndim", "size", "T"):
         assert not hasattr(hollow, name)
     assert not hasattr(object.__new__(jq.QTensor), "dtype")
+
+
+def test_what_is_quantized_is_not_quantized_again() -> None:
+    with pytest.raises(jq.errors.WeightError, match=r"'w' is quantized already.*dequantize"):
+        jq.quantize(fn, QPARAMS, PLAN)
+    again, _ = jq.quantize(fn, jq.dequantize(QPARAMS), PLAN)  # what it advises
+    assert again["w"].shape == (8, 4)
