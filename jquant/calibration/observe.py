@@ -232,6 +232,8 @@ class Observer:
         name = eqn.primitive.name
         tagged = [v for v in values if isinstance(v, Tagged)]
         weights = [v for v in tagged if v.origins and not v.dependent]
+        if not eqn.outvars:  # a print, a callback: nothing that a weight could go on in
+            return bind(eqn, list(map(array_of, values)))
         if weights and any(True for _ in core.jaxprs_in_params(eqn.params)) and name not in LOOPS:
             raise unsupported(weights[0].origins[0], eqn, "jquant has no rule to look inside it")
         if weights and not free and name not in _MIXERS:

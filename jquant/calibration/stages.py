@@ -11,7 +11,8 @@ them. Two things run per stage and batch, each every equation at most once:
 
 With one level per stage nothing is run twice: a whole network costs one forward and its moments.
 Values that take no more than arithmetic on the inputs (masks, positions) are not kept alive, but
-made again where they are needed.
+made again where they are needed. What makes no value (prints, callbacks for their effect) is needed
+by none: a walk leaves it out, unless a weight is used in it.
 
 Where weights are to be compared (`subnets.py`), what that takes is kept alive too, and cut out: a
 `Comparison` starts where the weight's stage starts, and so does the reconstruction of a stage,
@@ -113,7 +114,7 @@ def cut_at_weights(
     uses = found.uses
     choices = routing(flat, uses) if drift else Routing(frozenset(), {})
     levels = _levels(flat.steps, uses)
-    spans = _spans(flat.steps, uses, levels)
+    spans = _spans(uses, levels)
     stages = tuple(
         Stage(
             tuple(flat.pieces[n] for n, span in spans.items() if low <= span[0] <= high), low, high
@@ -145,26 +146,26 @@ def _light(flat: Flat, found: Found) -> set[int]:
     return light
 
 
-def _levels(steps: Sequence[Step], uses: Uses) -> dict[int, int]:
-    """The level of every value a step makes; parameters and inputs have level 0."""
-    levels: dict[int, int] = {}
+def _levels(steps: Sequence[Step], uses: Uses) -> list[int]:
+    """The level of every step and of what it makes; parameters and inputs have level 0."""
+    levels: list[int] = []
+    made: dict[int, int] = {}
     for at, step in enumerate(steps):
-        level = max((levels.get(n, 0) for n in step.reads), default=0) + (at in uses)
-        levels.update(dict.fromkeys(step.outs, level))
+        levels.append(max((made.get(n, 0) for n in step.reads), default=0) + (at in uses))
+        made.update(dict.fromkeys(step.outs, levels[at]))
     return levels
 
 
 Span = tuple[int, int]
 
 
-def _spans(steps: Sequence[Step], uses: Uses, levels: Mapping[int, int]) -> dict[int, Span]:
+def _spans(uses: Uses, levels: Sequence[int]) -> dict[int, Span]:
     """For each weight the levels of its first and last use, in the order of the first."""
     spans: dict[int, Span] = {}
     for at, numbers in uses.items():
-        level = levels[steps[at].outs[0]]
         for n in numbers:
-            low, high = spans.get(n, (level, level))
-            spans[n] = min(low, level), max(high, level)
+            low, high = spans.get(n, (levels[at], levels[at]))
+            spans[n] = min(low, levels[at]), max(high, levels[at])
     return dict(sorted(spans.items(), key=lambda item: item[1][0]))
 
 
@@ -217,7 +218,7 @@ class _Cutter:
         flat: Flat,
         stages: tuple[Stage, ...],
         found: Found,
-        levels: Mapping[int, int],
+        levels: Sequence[int],
         level: Level | None,
         reconstruct: bool,
         choices: Routing,
@@ -228,7 +229,7 @@ class _Cutter:
         stage_of = {0: 0}  # the prologue is number 0
         for k, stage in enumerate(stages, start=1):
             stage_of.update(dict.fromkeys(range(stage.first, stage.last + 1), k))
-        self.home = [stage_of.get(levels[step.outs[0]], len(stages)) for step in flat.steps]
+        self.home = [stage_of.get(level, len(stages)) for level in levels]
         self.made = {n: k for k, step in zip(self.home, flat.steps, strict=True) for n in step.outs}
         self.until: dict[int, int] = {}  # the last stage that reads a value
         self.comparisons: dict[Piece, Comparison] = {}
