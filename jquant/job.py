@@ -30,6 +30,7 @@ from jquant.errors import EvidenceError, WeightError
 from jquant.lazy import Lazy, read, realize
 from jquant.learning import Learned, is_learned, learn, relaxation_of
 from jquant.objectives import Objective
+from jquant.packed import joined
 from jquant.progress import Doing, Progress, Told
 from jquant.qtensor import QTensor, dequantize_weight, weight_bits
 from jquant.report import WORSE, Report, Trace, WeightReport
@@ -300,7 +301,7 @@ def _joined(*leaves: Any, axis: int) -> Any:
     """Arrays that are one layer each along `axis`, as one array; lazy if they are."""
     first = leaves[0]
     if not isinstance(first, Lazy):
-        return jnp.concatenate(leaves, axis)
+        return joined(leaves, axis)
     shape = (*first.shape[:axis], len(leaves), *first.shape[axis + 1 :])
     said = f"concatenated along {axis}: {'; '.join(leaf.identity for leaf in leaves)}"
 

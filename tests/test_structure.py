@@ -23,6 +23,7 @@ RANKS = (
         "noise",
         "objectives",
         "opaque",
+        "packed",
         "significand",
     ),  # fmt: skip
     ("interpreter",),

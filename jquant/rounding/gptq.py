@@ -35,6 +35,7 @@ from jquant.blocks import Blocks, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError
 from jquant.grids.base import Grid, Params, code_dtype, nearest, shares
+from jquant.packed import unpacked
 from jquant.rounding.base import Rounded
 from jquant.rounding.correction import STRENGTH, Correction, corrected
 from jquant.rounding.elementwise import fit_grid, second_moment
@@ -288,7 +289,13 @@ def _round_one(
 
     columns = by_input(target)  # as the grid sees them; whoever pads rows must not count them
     counted = np.arange(columns[0].size).reshape(columns[0].shape) < rows
-    by_column = partial(jax.tree.map, lambda leaf: leaf.swapaxes(0, 1) if inward else leaf)
+
+    def by_column(params: Params) -> Params:
+        wide = jax.tree.map(
+            unpacked, params
+        )  # parameters of a group are looked up, column by column
+        return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1) if inward else leaf, wide)
+
     loss, solved = substitute(
         columns,
         place.source,
@@ -332,4 +339,5 @@ def _round_one(
     }
     info = {name: value.astype(jnp.float32) for name, value in info.items()}
     moved = None if target is w else target
+    static = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), static, params)
     return Rounded(codes.astype(code_dtype(grid)), static, info, moved)

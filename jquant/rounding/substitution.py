@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Integer
 
 from jquant.grids.base import Grid, Params, code_dtype, nearest
+from jquant.packed import unpacked, whole_bytes
 from jquant.rounding.factor import Factor
 
 EXACT = lax.Precision.HIGHEST
@@ -88,8 +89,7 @@ def substitute(
     """
     m, b = columns.shape[1:]
     everyone = jnp.zeros(len(columns), jnp.int32)
-    stored = jnp.iinfo(code_dtype(grid))
-    narrow = stored.dtype if stored.bits >= 8 else jnp.int8 if stored.min < 0 else jnp.uint8
+    byte = whole_bytes(code_dtype(grid))
 
     def fit(w: Array, pull: Array, inner: Array, edges: Array) -> Params:
         """Parameters of one unit, from its weights as moved by earlier columns: `w + G⁻¹ pull`."""
@@ -102,7 +102,7 @@ def substitute(
             unit_diagonal=True,
         )
         group = jnp.take(w + moved.reshape(n, m, b), edges, axis=0)
-        return grid.fit(group.transpose(1, 0, 2).reshape(m, n * b))
+        return jax.tree.map(unpacked, grid.fit(group.transpose(1, 0, 2).reshape(m, n * b)))
 
     def solve(
         run: Run, pull: Array, inner: Array, known: Known | None, sizes: tuple[int, ...]
@@ -124,7 +124,7 @@ def substitute(
             loss = (run.pivots * (moved - value) ** 2 - run.penalty * error**2)[0]
             params = static.at(run.source)
             plain = w - grid.decode(nearest(grid, w, params), params)
-            return error, loss, Solved(codes.astype(narrow), plain, None)
+            return error, loss, Solved(codes.astype(byte), plain, None)
 
         def step(state: tuple[Array, Array], at: Array) -> tuple[tuple[Array, Array], Solved]:
             def cut(x: Array, axis: int = 0) -> Array:
