@@ -232,7 +232,8 @@ def test_activation_order_is_a_permutation_of_columns(method):
     got = GPTQ(correction=method)(w, GRID, blocks, evidence=evidence)
     moved = GPTQ(order="natural", correction=method)(w[:, order], GRID, blocks, evidence=turned)
     same(got._replace(codes=got.codes[:, order], params=moved.params), moved)
-    np.testing.assert_array_equal(got.params["scale"][order], moved.params["scale"])
+    # The target is solved for: its last bits depend on the order of the sums.
+    np.testing.assert_allclose(got.params["scale"][order], moved.params["scale"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
