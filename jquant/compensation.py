@@ -42,6 +42,7 @@ from jquant.blocks import Blocks, Layout, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError, PlanError
 from jquant.grids.base import Grid, code_dtype, nearest
+from jquant.narrow import as_dtype
 from jquant.qtensor import LowRank, QTensor
 
 CUTOFF = 1e-6  # eight units of float32's relative precision: eigenvalues below are rounding errors
@@ -303,8 +304,7 @@ def _stored(
     """A factor as it is stored; groups run along `axis`."""
     grid = choice.factor_grid
     if grid is None:
-        most = float(jnp.finfo(choice.dtype).max)
-        return jnp.clip(factor, -most, most).astype(choice.dtype)
+        return as_dtype(factor, choice.dtype)
     blocks, rank = Blocks(axis, getattr(grid, "group", None)), factor.ndim
     grouped = to_blocks(factor, blocks)
     params = grid.fit(grouped)

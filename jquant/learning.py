@@ -28,6 +28,7 @@ from jquant.blocks import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.errors import ObjectiveError
 from jquant.grids.base import Params, code_dtype
+from jquant.narrow import as_dtype
 from jquant.objectives import Objective
 from jquant.qtensor import QTensor
 from jquant.report import Trace
@@ -288,7 +289,7 @@ def _programs(task: Task) -> _Programs:
 
     def original(values: Sequence[Array]) -> list[Array]:
         return [
-            layout.original(value).astype(dtype)
+            as_dtype(layout.original(value), dtype)
             for value, layout, dtype in zip(values, task.layouts, task.dtypes, strict=True)
         ]
 

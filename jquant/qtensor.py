@@ -26,6 +26,7 @@ from jquant.blocks import Blocks, Layout, from_blocks, to_blocks
 from jquant.distortion import bits_per_weight
 from jquant.errors import QuantizedWeightError
 from jquant.grids.base import Grid, Params
+from jquant.narrow import as_dtype
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -172,8 +173,8 @@ def canonical_weight(q: QTensor) -> Float[Array, "*batch out in"]:
 
 
 def dequantize_weight(q: QTensor) -> Float[Array, ...]:
-    """The array a `QTensor` stands for, in its original shape and dtype."""
-    return q.layout.original(canonical_weight(q)).astype(q.dtype)
+    """The array a `QTensor` stands for, in its original shape and dtype, and finite in that."""
+    return as_dtype(q.layout.original(canonical_weight(q)), q.dtype)
 
 
 def dequantize(qparams: Any) -> Any:

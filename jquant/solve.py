@@ -17,18 +17,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jquant.blocks import Layout, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.spread import Spread
 from jquant.distortion import output_error
+from jquant.errors import WeightError
 from jquant.extremes import largest
 from jquant.grids.base import nearest
-from jquant.qtensor import Inputs, LowRank, QTensor, weight_bits, weight_bytes
+from jquant.narrow import as_dtype, ends, is_coarse
+from jquant.qtensor import Inputs, LowRank, QTensor, canonical_weight, weight_bits, weight_bytes
 from jquant.rounding.base import Rounded
-from jquant.rounding.elementwise import Nearest
+from jquant.rounding.elementwise import Nearest, fit_grid
 from jquant.scheme import Scheme, check_inputs
+
+# Values of weights do not get there: a dtype that goes on so far holds them all.
+FAR = 2.0**100
 
 
 def quantize_weight(
@@ -56,10 +62,15 @@ def quantize_weight(
         of codes and compensation together, nearest rounding has none.
 
     Raises:
+        WeightError: the weight has no elements.
         PlanError, EvidenceError: what rounding and compensation raise; static ranges of inputs that
             `evidence` does not tell.
     """
+    if w.size == 0:
+        raise WeightError(f"a weight of shape {w.shape} has no elements to quantize; keep it")
     canonical = layout.canonical(w)
+    if is_coarse(w.dtype):  # exact, and a dtype that all arithmetic and all checks of types know
+        canonical = canonical.astype(jnp.float32)
     rounded = scheme.rounding(canonical, scheme.grid, scheme.groups, evidence=evidence, key=key)
     return stored(canonical, rounded, scheme, layout, w.dtype, evidence, key)
 
@@ -84,6 +95,9 @@ def stored(
         rounded.codes, dict(rounded.params), scheme.grid, scheme.groups, layout,
         jnp.dtype(dtype), low, _inputs(scheme, evidence),
     )  # fmt: skip
+    if is_coarse(dtype) or ends(dtype)[1] < FAR:
+        known = {name: info[name] for name in ("error", "nearest_error")}
+        info |= _errors_as_kept(canonical, q, moment, known)
     return q, info
 
 
@@ -268,6 +282,38 @@ def _errors(
         values = from_blocks(grid.decode(codes, rounded.params), blocks, length)
         found["nearest_error"] = _size(w - values, moment)
     return found
+
+
+@jax.jit
+def _errors_as_kept(
+    w: Float[Array, "*batch out in"],
+    q: QTensor,
+    moment: Float[Array, "*batch in in"] | None,
+    known: dict[str, Array],
+) -> dict[str, Array]:
+    """Squared errors of values in the weight's own dtype, which is coarse or does not reach far.
+
+    NaN where those `known` are. In sixteen bits they stand unless a value is beyond the dtype.
+    """
+    w, blocks, values = w.astype(jnp.float32), q.blocks, canonical_weight(q)
+
+    def of(values: Array, known: Array) -> Array:
+        found = _size(w - as_dtype(values, q.dtype).astype(jnp.float32), moment)
+        return jnp.where(jnp.isnan(known), known, found)
+
+    def measured() -> dict[str, Array]:
+        params = fit_grid(w, q.grid, blocks, moment)
+        codes = nearest(q.grid, to_blocks(w, blocks), params)
+        length = w.shape[-1 if blocks.axis == "in" else -2]
+        plain = from_blocks(q.grid.decode(codes, params), blocks, length)
+        return {
+            "error": of(values, known["error"]),
+            "nearest_error": of(plain, known["nearest_error"]),
+        }
+
+    if is_coarse(q.dtype):
+        return measured()
+    return lax.cond(jnp.any(jnp.abs(values) > ends(q.dtype)[1]), measured, lambda: known)
 
 
 @dataclass(frozen=True)

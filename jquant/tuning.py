@@ -25,6 +25,7 @@ from jquant.blocks import Blocks, from_blocks, to_blocks
 from jquant.errors import EvidenceError, PlanError
 from jquant.grids.base import Grid, Params
 from jquant.learning import Task, descend
+from jquant.narrow import as_dtype
 from jquant.objectives import KL, Objective
 from jquant.qtensor import LowRank, QTensor, is_qtensor
 from jquant.report import Trace
@@ -92,7 +93,7 @@ class _Scales:
     def harden(self, variables: Variables, target: _Coded) -> tuple[Array, Params]:
         moved = _moved(variables, target.params)
         return target.codes, {
-            name: moved[name].astype(leaf.dtype) for name, leaf in target.params.items()
+            name: as_dtype(moved[name], leaf.dtype) for name, leaf in target.params.items()
         }
 
 

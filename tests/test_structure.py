@@ -20,6 +20,7 @@ RANKS = (
         "distances",
         "extremes",
         "lazy",
+        "narrow",
         "noise",
         "objectives",
         "opaque",

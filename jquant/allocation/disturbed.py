@@ -29,6 +29,7 @@ from jquant.allocation.sensitivity import Sensitivity
 from jquant.allocation.trials import Told, Trials, divergence, mean
 from jquant.blocks import Layout
 from jquant.errors import PlanError
+from jquant.narrow import as_dtype
 
 Unit = Literal["block", "weight"]
 
@@ -158,7 +159,7 @@ def tdmpq(
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
         w = trials.leaves[paths[0]]
         drawn = noise * jax.random.normal(own, w.shape, jnp.float32)
-        noisy[name] = {paths[0]: (w.astype(jnp.float32) + drawn).astype(w.dtype)}
+        noisy[name] = {paths[0]: as_dtype(w.astype(jnp.float32) + drawn, w.dtype)}
     found: dict[str, list[float]] = {name: [] for name in units}
     counts: list[int] = []
     total, done = len(units) * len(trials.batches), 0

@@ -19,6 +19,7 @@ from jquant.blocks import Layout
 from jquant.errors import UnsupportedPrimitiveError
 from jquant.inference.axes import Axes, Places, in_order
 from jquant.inference.codes import no_integers
+from jquant.narrow import as_dtype
 from jquant.qtensor import Inputs, QTensor
 
 
@@ -29,7 +30,7 @@ def round_canonical(
     assert q.activations is not None
     places = in_order(eqn, at, layout, axes)
     rows = rounded(places.canonical(x), q.activations.choice, q.activations.params)
-    return places.original(rows, x.shape).astype(x.dtype)
+    return as_dtype(places.original(rows, x.shape), x.dtype)
 
 
 def rounded_inputs(
@@ -70,7 +71,7 @@ def rounded_inputs(
         )
     static = jax.tree.map(lambda a: a if a.ndim else a.reshape((1,) * rank), static)
     rows = rounded(places.canonical(seen), ask.choice, static)
-    found[other] = places.original(rows, seen.shape).reshape(x.shape).astype(x.dtype)
+    found[other] = as_dtype(places.original(rows, seen.shape).reshape(x.shape), x.dtype)
     return found
 
 

@@ -30,6 +30,7 @@ from jquant.inference.codes import on_codes
 from jquant.inference.inputs import round_canonical
 from jquant.inference.views import own_layout
 from jquant.interpreter import bind
+from jquant.narrow import is_coarse
 from jquant.qtensor import QTensor
 
 
@@ -60,7 +61,7 @@ def beside(
     if not isinstance(x, jax.Array) or not jnp.issubdtype(x.dtype, jnp.floating):
         return None
     layout, axes = own_layout(q), axes_of(eqn, at, own_layout(q))
-    if axes is None:
+    if axes is None or (q.compensation and is_coarse(q.dtype)):  # as one such factors are too few
         return None
     main = _main(eqn, at, replace(q, compensation=None), x, layout, axes, decode)
     if q.compensation is None:

@@ -18,6 +18,7 @@ from jax import lax
 from jax.extend import core
 
 from jquant.blocks import Factor, Layout, from_blocks, to_blocks
+from jquant.narrow import as_dtype
 from jquant.qtensor import QTensor
 
 
@@ -129,7 +130,7 @@ def _gather(q: QTensor, rest: Sequence[Any], eqn: core.JaxprEqn) -> jax.Array | 
     if q.compensation is not None:
         left, right = q.compensation.factors()
         values = values + jnp.matmul(pick(left), right, precision=lax.Precision.HIGHEST)
-    return values.astype(q.dtype)
+    return as_dtype(values, q.dtype)
 
 
 _VIEWS = {
