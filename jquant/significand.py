@@ -16,7 +16,7 @@ References: IEEE 754-2019 §4.3.1; Croci et al., Stochastic rounding, 2022 (§7.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,9 +104,14 @@ def onto_steps(
     else:
         share = x / unit
         count = jnp.floor(share)  # and the rest is exact: what lies on a step stays
-        luck = (word >> np.uint32(8)).astype(x.dtype) * np.array(2.0**-24, x.dtype)
-        count = count + (luck < share - count).astype(x.dtype)
+        count = count + (share_of(word, x.dtype) < share - count).astype(x.dtype)
     return count * unit
+
+
+def share_of(word: UInt32[Array, "*s"], dtype: Any) -> Float[Array, "*s"]:
+    """Random words as numbers in `[0, 1)`: multiples of 2^-24 in float32, of 2^-32 in float64."""
+    spare = np.uint32(max(31 - LAYOUTS[jnp.dtype(dtype).name].mantissa, 0))
+    return (word >> spare).astype(dtype) * np.array(2.0 ** (int(spare) - 32), dtype)
 
 
 def with_sign(size: Float[Array, "*s"], x: Float[Array, "*s"]) -> Float[Array, "*s"]:

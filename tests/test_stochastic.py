@@ -9,7 +9,7 @@ from cases import BLOCKS, GRIDS, layer
 
 import jquant as jq
 from jquant.blocks import from_blocks, to_blocks
-from jquant.grids import Uniform
+from jquant.grids import Float, Uniform
 from jquant.rounding import Stochastic
 
 KEY = jax.random.key(0)
@@ -217,3 +217,62 @@ def test_bad_arguments(x, to, says):
         rounded(KEY, x, to)
     with pytest.raises(ValueError, match="one of"):
         Stochastic(source="dice")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("source", ["hash", "threefry"])
+@pytest.mark.parametrize(
+    "to", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.int8]
+)
+def test_float64_goes_to_neighbours_by_chance_too(to, source):
+    """A quarter of the way between two numbers, where float32 would see only the lower one."""
+    count = 1 << 14
+    with jax.enable_x64(True):
+        step = 1.0 if to == jnp.int8 else float(ml_dtypes.finfo(to).eps)
+        x = jnp.full(count, 1 + step / 4, jnp.float64)
+        y = np.asarray(rounded(KEY, x, to, source=source))
+        assert y.dtype == to and set(y.astype(np.float64)) == {1, 1 + step}
+        share = (y.astype(np.float64) > 1).mean()
+        assert abs(share - 0.25) < 5 * np.sqrt(0.25 * 0.75 / count)
+
+
+def test_float64_that_is_held_is_kept_and_what_is_beyond_is_the_end():
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=500).astype(np.float32), jnp.float64)
+        np.testing.assert_array_equal(rounded(KEY, x, jnp.float32), x)
+        fine = x + 2.0**-40
+        np.testing.assert_array_equal(rounded(KEY, fine, jnp.float64), fine)
+        np.testing.assert_array_equal(
+            rounded(KEY, x.astype(jnp.float32), jnp.float64), x.astype(jnp.float32)
+        )
+        y = np.asarray(rounded(KEY, jnp.array([1e300, -1e300, jnp.inf, jnp.nan]), jnp.float32))
+        top = np.finfo(np.float32).max
+        np.testing.assert_array_equal(y, [top, -top, np.inf, np.nan])
+        ends = np.asarray(rounded(KEY, jnp.array([1e30, -1e30]), jnp.int64))
+        assert ends[0] > 2**63 - 2048 and ends[1] == -(2**63)
+        exact = rounded(KEY, jnp.array([2.0**31 - 1, -(2.0**31)]), jnp.int32)
+        np.testing.assert_array_equal(exact, [2**31 - 1, -(2**31)])
+
+
+def test_float64_on_a_grid_is_unbiased_below_float32():
+    count, grid = 1 << 14, Float(8, 22)  # steps of 2^-22 from 1 on
+    with jax.enable_x64(True):
+        y = np.asarray(rounded(KEY, jnp.full((1, count), 1 + 2.0**-24, jnp.float64), grid))
+    assert y.dtype == np.float32 and set(y.reshape(-1).tolist()) == {1.0, 1 + 2.0**-22}
+    assert abs((y > 1).mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / count)
+
+
+def test_pairs_of_narrow_dtypes():
+    """Wider than the target or not: what it holds is kept, finite stays finite, NaN is NaN."""
+    kinds = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2]
+    for one in kinds:
+        for two in kinds:
+            x = jnp.array([0.0, 1.0, -1.5, 448.0, float(ml_dtypes.finfo(one).max)]).astype(one)
+            y = np.asarray(rounded(KEY, x, two)).astype(np.float64)
+            assert np.isfinite(y).all()
+            np.testing.assert_array_equal(y[:4], [0.0, 1.0, -1.5, 448.0])
+            assert np.isnan(np.asarray(rounded(KEY, x * jnp.array(jnp.nan, one), two), float)).all()
+
+
+def test_powers_of_two_have_neither_zero_nor_sign():
+    y = np.asarray(rounded(KEY, jnp.array([0.0, -3.0, 1e-40, 1.0, 3e38]), jnp.float8_e8m0fnu))
+    assert np.isfinite(y.astype(np.float64)).all() and (y.astype(np.float64) > 0).all()

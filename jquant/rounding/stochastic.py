@@ -26,9 +26,10 @@ from jquant import noise
 from jquant.blocks import Blocks, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
 from jquant.grids.base import Grid, Params, code_dtype
+from jquant.narrow import ends
 from jquant.rounding.base import Rounded
 from jquant.rounding.elementwise import fit_grid, second_moment
-from jquant.significand import cut, onto_steps, with_sign
+from jquant.significand import cut, onto_steps, share_of, with_sign
 
 
 @jax.tree_util.register_static
@@ -120,14 +121,16 @@ def stochastic_round(
 
     Args:
         key: randomness; use a new one for every call (`jax.random.fold_in(key, step)`).
-        x: floating, any shape; computed in float32.
+        x: floating, any shape; computed in float32, or float64 if it is that.
         to: a floating or integer dtype, or a grid. A grid is fitted to the last axis, as one group.
         source: where random words come from: `"hash"` (about as fast as a cast) or `"threefry"`.
 
     Returns:
         `x` in that dtype, or float32 values on the grid. A number that the dtype or the grid holds
         exactly is kept; one beyond the largest becomes the largest (so that finite stays finite);
-        NaN and infinities stay what they are in floating dtypes, as far as these have them.
+        NaN and infinities stay what they are in floating dtypes, as far as these have them, and a
+        group that holds NaN is NaN on a grid with a scale or a table. Chances are multiples of
+        2^-24, of float64 numbers 2^-32.
 
     Raises:
         ValueError: `x` is not floating, or `to` is neither a dtype of numbers nor a grid.
@@ -140,8 +143,11 @@ def stochastic_round(
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"stochastic_round takes floating arrays, got {x.dtype}")
-    x = x.astype(jnp.float32)
+    x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
     if isinstance(to, Grid):
+        if x.dtype == jnp.float64:  # grids are of float32: neither step may be to nearest
+            key, own = jax.random.split(key)
+            x = _to_floating(x, noise.words(own, x.shape, source), jnp.dtype(jnp.float32))
         params = to.fit(x)
         return to.decode(_either(x, noise.uniform(key, x.shape, source), to, params), params)
     try:
@@ -149,30 +155,33 @@ def stochastic_round(
     except TypeError:
         raise ValueError(f"stochastic_round rounds to a dtype or a grid, got {to!r}") from None
     if jnp.issubdtype(dtype, jnp.integer):
-        return _to_integer(x, noise.uniform(key, x.shape, source), dtype)
+        return _to_integer(x, noise.words(key, x.shape, source), dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"stochastic_round rounds to numbers, got the dtype {dtype}")
-    if jnp.finfo(dtype).nmant >= 23:
+    if jnp.finfo(dtype).nmant >= jnp.finfo(x.dtype).nmant:
         return x.astype(dtype)
     return _to_floating(x, noise.words(key, x.shape, source), dtype)
 
 
-def _to_integer(x: Float[Array, ...], luck: Float[Array, ...], dtype: Any) -> Shaped[Array, ...]:
+def _to_integer(x: Float[Array, ...], word: Shaped[Array, ...], dtype: Any) -> Shaped[Array, ...]:
     whole = jnp.floor(x)
-    return jnp.clip(jnp.where(luck < x - whole, whole + 1, whole), *_limits(dtype)).astype(dtype)
+    up = share_of(word, x.dtype) < x - whole
+    low, high = _limits(dtype, x.dtype)
+    return jnp.clip(jnp.where(up, whole + 1, whole), low, high).astype(dtype)
 
 
-def _limits(dtype: Any) -> tuple[float, float]:
-    """The integer dtype's limits, or what float32 has next to the largest inside."""
-    info, top = jnp.iinfo(dtype), np.float32(jnp.iinfo(dtype).max)
+def _limits(dtype: Any, kind: Any) -> tuple[float, float]:
+    """The integer dtype's limits, or what the float `kind` has next to the largest inside."""
+    info, top = jnp.iinfo(dtype), np.asarray(jnp.iinfo(dtype).max).astype(kind)
     return float(info.min), float(top if int(top) <= info.max else np.nextafter(top, 0))
 
 
 def _to_floating(x: Float[Array, ...], word: Shaped[Array, ...], dtype: Any) -> Shaped[Array, ...]:
     info = jnp.finfo(dtype)
     y = cut(x, info.nmant, word)
-    if info.minexp > -126:  # below its least normal number the dtype's steps no longer shrink
+    # Below its least normal number a dtype's steps no longer shrink.
+    if info.minexp > jnp.finfo(x.dtype).minexp:
         low = onto_steps(jnp.abs(x), 2.0 ** (info.minexp - info.nmant), word)
         y = jnp.where(jnp.abs(x) < 2.0**info.minexp, with_sign(low, x), y)
-    y = jnp.clip(y, float(info.min), float(info.max))
+    y = jnp.clip(y, *ends(dtype))
     return jnp.where(jnp.isfinite(x), y, x).astype(dtype)
