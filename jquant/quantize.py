@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from jquant.arguments import by_path, replaced
@@ -30,6 +29,7 @@ from jquant.checks import (
     not_used,
 )
 from jquant.errors import EvidenceError, PlanError
+from jquant.fingerprint import fingerprint
 from jquant.job import Job, peak_bytes, row_of
 from jquant.lazy import Lazy, realize
 from jquant.learning import is_learned
@@ -38,7 +38,7 @@ from jquant.progress import Progress, Told
 from jquant.report import Report
 from jquant.scheme import Plan
 from jquant.whole import learn_whole
-from jquant.work import digest, leaf_digest, open_work_dir, version_of
+from jquant.work import open_work_dir
 
 
 def quantize(
@@ -125,7 +125,7 @@ def quantize(
     given = dict(evidence or {})
     work = None
     if work_dir is not None:
-        said = _fingerprint(walk, plan, arrays, given, key, granularity, objective)
+        said = fingerprint(walk, plan, arrays, given, key, granularity, objective)
         work = open_work_dir(work_dir, said)
     job = Job(plan, arrays, given, key, walk, work, progress, objective)
     job.run()
@@ -164,7 +164,7 @@ def _whole(
     if work_dir is not None:
         before = Path(work_dir, "others")
         walk = OnePass(fn, params, list(plan), list(plan), batches)
-        said = _fingerprint(walk, plan, arrays, evidence, key, granularity, objective)
+        said = fingerprint(walk, plan, arrays, evidence, key, granularity, objective)
         record = open_work_dir(Path(work_dir, "learned"), said)
     qparams, report = params, Report({})
     if others:
@@ -245,38 +245,3 @@ def _check_reached(plan: Plan, walk: Walk) -> None:
     for path in plan:
         if path not in reached:
             raise EvidenceError(not_used(path))
-
-
-def _fingerprint(
-    walk: Walk | OnePass,
-    plan: Plan,
-    arrays: Mapping[str, Any],
-    given: Mapping[str, Evidence],
-    key: PRNGKeyArray | None,
-    granularity: str,
-    objective: Objective | None,
-) -> dict[str, str]:
-    """All that the result depends on, item by item."""
-    known = [leaf for path in given for leaf in jax.tree.leaves((path, given[path]))]
-    device = jax.local_devices()[0]
-    return {
-        "granularity": granularity,
-        "JAX": jax.__version__,
-        "jaxlib": version_of("jaxlib"),
-        "jquant": version_of("jquant-jax"),
-        "device": f"{device.platform} {device.device_kind}",
-        "the function": digest(walk.describe()),
-        "the plan": digest(
-            f"{path} {scheme!r} {plan.weights[path].layout!r}" for path, scheme in plan.items()
-        ),
-        "the parameters": digest(
-            item for path, leaf in arrays.items() for item in (path, *leaf_digest(leaf))
-        ),
-        "the data": digest(
-            item
-            for leaf in [*walk.data(), *known]
-            for item in leaf_digest(leaf if isinstance(leaf, jax.Array) else np.asarray(leaf))
-        ),
-        "the objective": getattr(objective, "__qualname__", repr(objective)),
-        "the key": "none" if key is None else digest(leaf_digest(key)),
-    }

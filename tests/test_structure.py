@@ -39,7 +39,7 @@ RANKS = (
     ("report", "progress", "solve", "checks", "citations"),
     ("allocation", "presets", "emulation", "inference", "io"),
     ("work", "learning"),
-    ("job", "whole"),
+    ("fingerprint", "job", "whole"),
     ("tuning",),
     ("quantize",),
     ("evaluate", "recipes", "estimate"),
