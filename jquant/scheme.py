@@ -42,7 +42,7 @@ class Scheme:
             the report says where it did. Otherwise that is an error.
 
     Raises:
-        ValueError: `compensation` or `activations` is something else.
+        ValueError: `grid`, `compensation` or `activations` is something else.
         PlanError: `activations` ask for a product of integers that grid and blocks do not have.
 
     Example:
@@ -59,6 +59,11 @@ class Scheme:
     fallback: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        if isinstance(self.grid, type) or not isinstance(self.grid, Grid):
+            raise ValueError(
+                "Scheme.grid must be a grid, as grids.Uniform(4), grids.MX() or grids.NF4 are, got "
+                f"{self.grid!r}" + ("; call it" if callable(self.grid) else "")
+            )
         if self.blocks is None:
             object.__setattr__(self, "blocks", Blocks("in", getattr(self.grid, "group", None)))
         elif not isinstance(self.blocks, Blocks):

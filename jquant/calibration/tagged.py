@@ -64,8 +64,9 @@ class Tagged:
 
     @staticmethod
     def of(path: str, array: Array) -> Tagged:
-        """A leaf of the parameters; those of fewer than two axes are constants like others."""
-        return Tagged(array, (Origin.of(path, array.shape),) if array.ndim > 1 else ())
+        """A leaf of the parameters; a vector or an empty one is a constant like others."""
+        weight = array.ndim > 1 and array.size > 0
+        return Tagged(array, (Origin.of(path, array.shape),) if weight else ())
 
     @property
     def good(self) -> tuple[Origin, ...]:

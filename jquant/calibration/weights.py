@@ -215,6 +215,8 @@ def find_weights(
             weights[path] = _weight(path, leaf, found[path], keys)
         elif leaf.ndim < 2:
             others[path] = f"it has {leaf.ndim} {'axis' if leaf.ndim == 1 else 'axes'}"
+        elif leaf.size == 0:
+            others[path] = "it has no elements"
         elif not wanted(path):
             others[path] = f"ignored by {ignore!r}"
         else:
