@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 from test_grid_laws import all_codes, bracket, code, decode, extreme, fit, weights
 
+import jquant as jq
 from jquant.blocks import Blocks
 from jquant.distortion import bits_per_weight
 from jquant.grids import AF4, MSE, NF4, Codebook, Uniform, code_dtype
@@ -200,3 +201,13 @@ def test_bad_arguments_are_refused_in_words(arguments, says):
 def test_codebooks_are_values():
     assert Codebook([0, 1]) == Codebook((0.0, 1.0)) and hash(NF4) == hash(Codebook(NF4.values))
     assert Codebook(np.array([0.0, 1.0])).values == (0.0, 1.0) and jax.tree.leaves(NF4) == []
+
+
+def test_a_table_can_be_called_for_another_range():
+    assert NF4() == NF4 and hash(AF4()) == hash(AF4) and NF4().papers == NF4.papers
+    other = AF4(range=MSE(steps=5), scale_dtype="float16")
+    assert other == Codebook(AF4.values, MSE(steps=5), "float16")
+    with pytest.raises(ValueError, match=r"Codebook\.range"):
+        NF4(range="mse")  # type: ignore[arg-type]
+    with pytest.raises(jq.errors.FormatError):  # no function of operations
+        jq.emulate(lambda x: x * 2.0, NF4)(jnp.ones(2))

@@ -407,3 +407,12 @@ def test_floating_grids_are_values():
     for row in FORMATS.values():
         size = {"signed": row.signed}
         assert Float(row.exponent_bits, row.mantissa_bits, **size).format == row
+
+
+def test_e8m0_rounds_to_the_nearest_and_its_cast_does_not():
+    """What `Format.round` says of the one format whose cast it is not."""
+    x = jnp.array([3.0, 0.0, -1.0, 1.4, 6.0, 5.9])
+    found = FORMATS["E8M0"].round(x)
+    np.testing.assert_array_equal(found, [2.0, 0.0, 0.0, 1.0, 8.0, 4.0])
+    other = np.asarray(x).astype(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    np.testing.assert_array_equal(other, [4.0, np.nan, np.nan, 1.0, 8.0, 4.0])

@@ -18,6 +18,7 @@ from jaxtyping import Array
 from jquant.emulation.formats import Target, target
 from jquant.emulation.operations import Operation
 from jquant.errors import FormatError, near
+from jquant.grids.base import Grid
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Rules:
     def of(format: Any) -> tuple[Rules, list[Array]]:
         """The rules that a user's format means, and the traced numbers of bits in it."""
         traced: list[Array] = []
-        if callable(format) and not isinstance(format, type):
+        if callable(format) and not isinstance(format, type | Grid):
             return Rules(function=format), traced
         if not isinstance(format, Mapping):
             return Rules(((".*", target(format, traced, "format")),)), traced

@@ -18,7 +18,7 @@ Static: the table; array: `scale`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,20 @@ class Codebook:
                 f"Codebook.scale_dtype must be one of {tuple(LEAST_SCALE)}, got "
                 f"{self.scale_dtype!r}"
             )
+
+    def __call__(
+        self, *, range: MinMax | MSE | None = None, scale_dtype: str | None = None
+    ) -> Codebook:
+        """The same table with another range, or scales of another dtype; None: as it is.
+
+        So that `NF4()` and `NF4(range=MSE())` are what `MX()` and `NV(range=MSE())` lead to expect.
+
+        Example:
+            >>> NF4() == NF4, NF4(scale_dtype="float16").scale_dtype
+            (True, 'float16')
+        """
+        given = {"range": range, "scale_dtype": scale_dtype}
+        return replace(self, **{name: to for name, to in given.items() if to is not None})
 
     @property
     def papers(self) -> tuple[str, ...]:

@@ -92,9 +92,15 @@ class Format(NamedTuple):
         overflow: Overflow = "saturate",
         word: UInt32[Array, "*s"] | None = None,
     ) -> Float[Array, "*s"]:
-        """Every number as the nearest one of the format, ties to even: what a cast there and back
-        gives. See `jquant.grids.Float.round`. With random `word`s, as one of its two neighbours.
-        float64 stays float64, so that nothing is rounded twice; all else becomes float32."""
+        """Every number as the nearest one of the format, ties to even. See
+        `jquant.grids.Float.round`. With random `word`s, as one of its two neighbours. float64 stays
+        float64, so that nothing is rounded twice; all else becomes float32.
+
+        With `overflow="infinity"` that is what a cast to the signed type of the format and back
+        gives, but for NaN where the type has none. It is not what a cast to E8M0 gives: that type
+        has neither zero nor a sign, and casts send ties up, so 3 becomes 4 and 0 and -1 NaN, where
+        the nearest powers of two, ties to even, and zero for what is not above, are 2, 0 and 0.
+        """
         x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
         size = jnp.abs(x)
         value = cut(size, self.mantissa_bits, word)
