@@ -212,11 +212,12 @@ def _rounding(piece: Piece, plan: Plan, shape: tuple[int, ...], informed: bool) 
     small_rows, small = min(rows, _WIDEST), min(width, _WIDEST)
     layout = Layout.of((*batch, small_rows, small), batch_axes=range(len(batch)),
                        in_axes=(len(batch) + 1,))  # fmt: skip
-    x = jax.random.normal(jax.random.key(0), (*batch, 2 * small, small))
+    x = jax.random.normal(jax.random.key(0), (*batch, 2 * small, small), jnp.float32)
     found = Evidence.of(x, spread="spread" in scheme.needs) if informed else None
     if found is not None and "drift" in scheme.needs:
         found = dataclasses.replace(found, drift=jnp.zeros_like(found.second_moment))
-    w = jax.random.normal(jax.random.key(1), (*batch, small_rows, small)).astype(weight.dtype)
+    w = jax.random.normal(jax.random.key(1), (*batch, small_rows, small), jnp.float32)
+    w = w.astype(weight.dtype)
 
     def run(w: jax.Array, evidence: Evidence | None) -> Any:
         return quantize_weight(w, scheme, layout, evidence=evidence, key=jax.random.key(2))

@@ -257,7 +257,7 @@ def _abstract(shape: tuple[int, ...], scheme: Scheme, layout: Layout | None) -> 
         evidence = None
         if told:
             *batch, _, width = jax.eval_shape(layout.canonical, w).shape
-            evidence = Evidence.of(jnp.zeros((*batch, 1, width)), spread=True)
+            evidence = Evidence.of(jnp.zeros((*batch, 1, width), jnp.float32), spread=True)
         return quantize_weight(w, nearest_only, layout, evidence=evidence)[0]
 
     return jax.eval_shape(run, jax.ShapeDtypeStruct(shape, jnp.float32))

@@ -173,3 +173,19 @@ def test_public_names_exist_and_are_documented(module: str) -> None:
             assert value.__doc__ and value.__doc__.strip(), f"{module}.{name} has no docstring"
             generated = isinstance(value, type) and value.__doc__.startswith(f"{name}(")
             assert not generated, f"{module}.{name} has only the docstring dataclass made"
+
+
+# Where each takes the dtype, counted from zero; without one it follows `jax_enable_x64`.
+MAKERS = {"zeros": 1, "ones": 1, "empty": 1, "full": 2, "eye": 3, "arange": 3, "linspace": 5,
+          "normal": 2, "uniform": 2}  # fmt: skip
+
+
+@each_file
+def test_arrays_are_made_of_a_dtype(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if ast.unparse(node.func.value) in ("jnp", "jax.numpy", "jax.random"):
+            place = MAKERS.get(node.func.attr, 0)
+            told = len(node.args) > place or any(key.arg == "dtype" for key in node.keywords)
+            assert told or not place, f"{ast.unparse(node)}: its dtype depends on jax_enable_x64"

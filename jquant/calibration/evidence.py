@@ -112,7 +112,8 @@ class Evidence:
             ([1.0, 13.0], [1.0, 5.0])
         """
         groups = sizes.shape[0]
-        group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right")
+        ends = jnp.cumsum(sizes, dtype=sizes.dtype)
+        group = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=sizes.dtype), side="right")
 
         def products(left: Array, right: Array) -> Array:
             return lax.ragged_dot_general(

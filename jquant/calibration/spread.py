@@ -64,7 +64,8 @@ class Spread:
         rows = x.reshape(-1, width)
         many = rows.shape[0] // tokens if tokens else 0
         groups = int(np.prod(batch))
-        which = jnp.repeat(jnp.arange(groups), tokens, total_repeat_length=many * tokens)
+        numbers = jnp.arange(groups, dtype=jnp.int32)
+        which = jnp.repeat(numbers, tokens, total_repeat_length=many * tokens)
         found = Spread.grouped(rows, which, groups)
         return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), found)
 

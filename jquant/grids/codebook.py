@@ -128,12 +128,13 @@ class Codebook:
         sizes = np.abs(self.values)
         stored = jnp.finfo(self.scale_dtype)
         # Values stay normal, and finite.
-        least = max(2.0**-126 / min(1.0, sizes[sizes > 0].min()), LEAST_SCALE[self.scale_dtype])
-        most = min(float(jnp.finfo(jnp.float32).max) / 4 / max(1.0, sizes.max()), float(stored.max))
+        small, large = float(sizes[sizes > 0].min()), float(sizes.max())
+        least = max(2.0**-126 / min(1.0, small), LEAST_SCALE[self.scale_dtype])
+        most = min(float(jnp.finfo(jnp.float32).max) / 4 / max(1.0, large), float(stored.max))
 
         def at(factor: Float[Array, "*#g"]) -> Params:
             # XLA would multiply by the reciprocal of a constant.
-            scale = top * factor / (float(sizes.max()) + 0.0 * top)
+            scale = top * factor / (large + 0.0 * top)
             scale = jnp.where(top == 0, 1.0, jnp.clip(scale, least, most))
             return {"scale": scale.astype(self.scale_dtype)}
 
@@ -181,7 +182,8 @@ def count(
     step = max(1, (full + 1) // 16)
     found = jnp.zeros(x.shape, jnp.int32)
     for at in range(step - 1, full, step):
-        found = found + jnp.where(above(x, table[..., at, None]), step, 0)
+        bound = table[..., at, None] if each else table[at]
+        found = found + jnp.where(above(x, bound), step, 0)
     while step := step // 2:
         at = found + (step - 1)
         bound = jnp.take_along_axis(table, at, axis=-1) if each else table[at]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -31,6 +32,8 @@ Loss = Callable[[Float[Array, "*#g"]], Float[Array, "*#g"]]
 def power(x: Float[Array, "*n"], exponent: Array | float) -> Float[Array, "*n"]:
     """`x ** exponent` for x >= 0, with derivatives that are finite everywhere: those at 0 are 0."""
     positive = x > 0
+    if isinstance(exponent, jax.Array):  # `[*#g, 1]`, and one for all has fewer axes
+        exponent = lax.expand_dims(exponent, range(x.ndim - exponent.ndim))
     return jnp.where(positive, jnp.exp(exponent * jnp.log(jnp.where(positive, x, 1.0))), 0.0)
 
 

@@ -89,7 +89,7 @@ def best_zero(
         miss = x - (q - z)
         size = jnp.abs(miss)
         loss = jnp.sum(weight * size**search.norm, axis=-1)
-        beta = search.beta * search.kappa ** i.astype(jnp.float32)
+        beta = search.beta * search.kappa ** jnp.float32(i)
         # Where an error is zero so is what is left of it.
         less = jnp.where(size > 0, size, 1.0) ** (search.norm - 1) / beta
         sparse = jnp.sign(miss) * jnp.maximum(size - less, 0.0)
@@ -101,5 +101,5 @@ def best_zero(
             jnp.where(better, loss, least),
         )
 
-    start = (zero, zero, jnp.full(zero.shape, jnp.inf))
+    start = (zero, zero, jnp.full(zero.shape, jnp.inf, jnp.float32))
     return lax.fori_loop(0, search.iterations + 1, step, start)[1]

@@ -160,12 +160,12 @@ def _table(x: Float[Array, " n"], h: Float[Array, " n"], k: int, steps: int) -> 
         return means(jnp.pad(inner, (1, 1), constant_values=(0, n)))
 
     # A run for each distinct number, if there are no more of them than values.
-    number = jnp.pad(jnp.cumsum(x[1:] > x[:-1]), (1, 0))
-    ends = jnp.searchsorted(number, jnp.arange(k + 1))
+    number = jnp.pad(jnp.cumsum(x[1:] > x[:-1], dtype=jnp.int32), (1, 0))
+    ends = jnp.searchsorted(number, jnp.arange(k + 1, dtype=jnp.int32))
     if n > k:
         parts = -(-k // MOST)
         exact = parts == 1 and n <= BINS
-        bins = jnp.arange(n + 1) if exact else _shares(x, h, BINS * parts)
+        bins = jnp.arange(n + 1, dtype=jnp.int32) if exact else _shares(x, h, BINS * parts)
         each = bins[np.arange(parts)[:, None] * BINS + np.arange(min(bins.size, BINS + 1))]
         cuts = jax.vmap(lambda e: e[_runs(mass[e], moment[e], k // parts)])(each)
         ends = jnp.where(number[-1] < k, ends, jnp.append(cuts[:, :-1], n))
@@ -183,7 +183,7 @@ def _shares(x: Float[Array, " n"], h: Float[Array, " n"], parts: int) -> Integer
     """Ends of runs of sorted numbers with equal shares of `∫ density^(1/3)`."""
     gap = jnp.diff(x, append=x[-1:])
     share = jnp.cumsum(jnp.cbrt(h * gap**2))  # (h / gap)^(1/3) over a gap
-    inner = 1 + jnp.searchsorted(share, jnp.arange(1, parts) / parts * share[-1])
+    inner = 1 + jnp.searchsorted(share, jnp.arange(1, parts, dtype=jnp.float32) / parts * share[-1])
     return jnp.pad(jnp.minimum(inner, x.size), (1, 1), constant_values=(0, x.size))
 
 
@@ -195,7 +195,7 @@ def _runs(
     `mass` and `moment` are sums up to each end of a bin. The error of a run is the sum of squares,
     which all cuts have in common, less `moment² / mass`.
     """
-    place = jnp.arange(mass.size)
+    place = jnp.arange(mass.size, dtype=jnp.int32)
 
     def error(first: Array, last: Array) -> Array:
         weight = mass[last] - mass[first]
@@ -207,11 +207,11 @@ def _runs(
         return jnp.min(best[:, None] + error(place[:, None], place[None, :]), axis=0), best
 
     def back(last: Array, best: Array) -> tuple[Array, Array]:
-        first = jnp.argmin(best + error(place, last))
+        first = jnp.argmin(best + error(place, last)).astype(jnp.int32)
         return first, first
 
     _, best = lax.scan(extend, error(jnp.zeros_like(place), place), None, length=k - 1)
-    _, inner = lax.scan(back, jnp.asarray(mass.size - 1), best, reverse=True)
+    _, inner = lax.scan(back, jnp.int32(mass.size - 1), best, reverse=True)
     return jnp.pad(inner, (1, 1), constant_values=(0, mass.size - 1))
 
 
@@ -228,7 +228,7 @@ def _increasing(table: Float[Array, "*g k"], dtype: str) -> Float[Array, "*g k"]
     )
     size = lax.bitcast_convert_type(jnp.abs(table).astype(kind), whole).astype(jnp.int32)
     size = jnp.clip(size - least + 1, 0, most - least + 1 - k)
-    rank = jnp.arange(k)
+    rank = lax.broadcasted_iota(jnp.int32, table.shape, table.ndim - 1)
     place = rank + lax.cummax(jnp.where(table < 0, -size, size) - rank, axis=table.ndim - 1)
     bits = jnp.where(place == 0, 0, jnp.abs(place) + least - 1).astype(whole)
     value = lax.bitcast_convert_type(bits, kind)

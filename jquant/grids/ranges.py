@@ -70,7 +70,7 @@ def best_of(
         return jnp.sum(weight * error**search.norm, axis=-1)
 
     def better(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        factor = 1.0 - i.astype(jnp.float32) / search.resolution
+        factor = 1.0 - jnp.float32(i) / search.resolution
         now = loss(factor)
         return jnp.where(now < best[0], now, best[0]), jnp.where(now < best[0], factor, best[1])
 

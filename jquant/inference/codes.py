@@ -134,7 +134,7 @@ def _of_numbers(x: Array, q: QTensor, dtype: Any) -> Array:
     else:
         parts = _grouped(c, count, group), _grouped(d, count, group)
         each = {name: jnp.moveaxis(leaf, -1, 0) for name, leaf in theirs.items()}
-        lengths = jnp.minimum(width - group * jnp.arange(count), group).astype(jnp.int32)
+        lengths = jnp.minimum(width - group * jnp.arange(count, dtype=jnp.int32), group)
         start = jnp.zeros((*c.shape[:-1], d.shape[-2]), jnp.float32)
         y, _ = lax.scan(lambda y, xs: (y + one(*xs), None), start, (*parts, each, lengths))
     scale = params.get("scale")

@@ -89,7 +89,7 @@ def _of_ragged_dot(eqn: core.JaxprEqn, at: int, values: Sequence[Any], static: A
     if static is None:
         return x, Places((), (rows,), tuple(contract)), None
     number = jnp.arange(x.shape[rows], dtype=sizes.dtype)
-    group = jnp.searchsorted(jnp.cumsum(sizes), number, side="right")
+    group = jnp.searchsorted(jnp.cumsum(sizes, dtype=sizes.dtype), number, side="right")
     static = jax.tree.map(lambda leaf: leaf[group] if leaf.ndim == 1 else leaf, static)
     return x, Places((rows,), (), tuple(contract)), static
 

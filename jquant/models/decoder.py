@@ -40,9 +40,9 @@ class Linear(nnx.Module):
     """`x @ kernel + bias`, with a float32 result whatever the dtype of the inputs."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs):
-        scale = inputs**-0.5
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (inputs, outputs)) * scale)
-        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        kernel = jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32)
+        self.kernel = nnx.Param(kernel * inputs**-0.5)
+        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         y = _dot(x, self.kernel[...], kernel_axis=0)
@@ -53,7 +53,7 @@ class Norm(nnx.Module):
     """`x / rms(x) * scale`, computed in float32 and returned in the compute dtype."""
 
     def __init__(self, width: int, eps: float, dtype: str):
-        self.scale = nnx.Param(jnp.ones(width))
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
         self.eps, self.dtype = eps, dtype
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
@@ -123,7 +123,8 @@ class Embed(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         shape = (config.vocab, config.width)
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape) * config.width**-0.5)
+        table = jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.embedding = nnx.Param(table * config.width**-0.5)
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         # A token outside the vocabulary gives NaN, which is seen; clamping would not be.
@@ -149,11 +150,11 @@ class Llama(nnx.Module):
         self, tokens: Int[Array, "b t"], cache: Cache | None = None, position: Any = 0
     ) -> tuple[Float[Array, "b t v"], Cache | None]:
         """Logits, and the cache with these tokens' keys and values at `position` and after."""
-        steps = position + jnp.arange(tokens.shape[1])
+        steps = position + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         angles = steps[:, None].astype(jnp.float32) * self.config.rope_frequencies()
         rope = (jnp.cos(angles), jnp.sin(angles))
         length = tokens.shape[1] if cache is None else jax.tree.leaves(cache)[0].shape[-3]
-        mask = jnp.arange(length) <= steps[:, None]
+        mask = jnp.arange(length, dtype=jnp.int32) <= steps[:, None]
         x, cache = self._blocks(self.embed(tokens), rope, mask, cache, position)
         x = self.norm(x)
         if self.head is None:

@@ -73,13 +73,13 @@ def corrected(
     lower = factor.gain + jnp.eye(len(place.source), dtype=jnp.float32)
     # A dead input has nothing to correct with, but what it no longer carries others make up for:
     # its row stays.
-    placed = jnp.where(
-        place.real[:, None] & live, drift[place.source[:, None], place.source] / factor.unit, 0.0
-    )
+    moved = drift[place.source[:, None], place.source[None]] / factor.unit
+    placed = jnp.where(place.real[:, None] & live[None], moved, 0.0)
     gained = lax.linalg.triangular_solve(lower, placed, lower=True, unit_diagonal=True)
     if method == "gptaq":
         gained = jnp.triu(gained, 1)
-    gained = gained * jnp.where(live, strength / jnp.where(live, factor.pivots, 1.0), 0.0)
+    part = jnp.where(live, strength / jnp.where(live, factor.pivots, 1.0), 0.0)
+    gained = gained * part[None]
     pull = jnp.matmul(jnp.take(w, place.source, axis=1), gained, precision=lax.Precision.HIGHEST)
     shift = lax.linalg.triangular_solve(
         lower, pull, lower=True, transpose_a=True, unit_diagonal=True

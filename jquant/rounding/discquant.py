@@ -96,7 +96,7 @@ class DiscQuant(Learned):
             return {"x": target.cell().y}
         if key is None:
             raise ValueError("DiscQuant starts at random: pass a key")
-        return {"x": jax.random.uniform(key, target.w.shape)}
+        return {"x": jax.random.uniform(key, target.w.shape, jnp.float32)}
 
     def relax(self, variables: Variables, target: Target, progress: Any) -> Between:
         del progress

@@ -50,7 +50,7 @@ def factorise(
     live = real & (diagonal[source] != 0)
     # Reversed, so that LAPACK's lower factor is our upper one.
     back, kept = source[::-1], live[::-1]
-    scaled = jnp.where(kept[:, None] & kept, moment[back[:, None], back] / unit, 0.0)
+    scaled = jnp.where(kept[:, None] & kept[None], moment[back[:, None], back] / unit, 0.0)
 
     def attempt(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         level, _, _, _ = state

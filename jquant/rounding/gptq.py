@@ -234,7 +234,7 @@ def arrange(width: int, run: int, order: Integer[Array, " in"] | np.ndarray) -> 
         source=jnp.asarray(order)[which * run + edge],
         real=jnp.asarray(real),
         edge=jnp.asarray(edge),
-        home=jnp.zeros(width, jnp.int32).at[order].set(np.flatnonzero(real)),
+        home=jnp.zeros(width, jnp.int32).at[order].set(np.flatnonzero(real).astype(np.int32)),
         sizes=tuple(dict.fromkeys([runs * padded, padded, block, leaf, 1])),
     )
 
@@ -299,7 +299,7 @@ def _round_one(
     loss, solved = substitute(
         columns,
         place.source,
-        Known(by_column(static), jnp.arange(width) // group),
+        Known(by_column(static), jnp.arange(width, dtype=jnp.int32) // group),
         factor,
         grid,
         place.sizes,

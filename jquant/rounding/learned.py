@@ -68,7 +68,8 @@ class Learned:
                 f"{name} on weights {w.shape} needs a second moment of shape {wanted}, got "
                 f"{moment.shape}"
             )
-        count = evidence.count if isinstance(evidence, Evidence) else jnp.ones(w.shape[:-2])
+        one = jnp.ones(w.shape[:-2], jnp.float32)
+        count = evidence.count if isinstance(evidence, Evidence) else one
         return _learn(self, w, moment, count, key, grid, blocks, data_free)
 
 

@@ -73,7 +73,7 @@ class SignRound(Learned):
                 "pass a grid with range=MinMax(), or SignRound(ranges=False)"
             )
         groups = target.grouped(target.w).shape[:-1]
-        return shift | {"bottom": jnp.ones(groups), "top": jnp.ones(groups)}
+        return shift | dict.fromkeys(("bottom", "top"), jnp.ones(groups, jnp.float32))
 
     def relax(self, variables: Variables, target: Target, progress: Any) -> Between:
         del progress

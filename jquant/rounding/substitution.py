@@ -121,7 +121,8 @@ def substitute(
             codes = nearest(grid, moved, params)
             value = grid.decode(codes, params)
             error = w - value
-            loss = (run.pivots * (moved - value) ** 2 - run.penalty * error**2)[0]
+            pivot, penalty = run.pivots[0], run.penalty[0]
+            loss = (pivot * (moved - value) ** 2 - penalty * error**2)[0]
             params = static.at(run.source)
             plain = w - grid.decode(nearest(grid, w, params), params)
             return error, loss, Solved(codes.astype(byte), plain, None)
@@ -137,16 +138,17 @@ def substitute(
             error, loss, solved = solve(here, more, cut(rows, 1), known, sizes[1:])
             return (lax.dynamic_update_slice_in_dim(done, error, at, axis=0), total + loss), solved
 
-        starts = jnp.arange(0, sizes[0], sizes[1])
+        starts = jnp.arange(0, sizes[0], sizes[1], jnp.int32)
         nothing = (jnp.zeros_like(pull), jnp.zeros((m, b), jnp.float32))
         (error, loss), solved = lax.scan(step, nothing, starts)
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), solved)
         return error, loss, flat
 
-    edge = jnp.arange(sizes[0]) % (unit or sizes[0]) if edge is None else edge
+    edge = jnp.arange(sizes[0], dtype=jnp.int32) % (unit or sizes[0]) if edge is None else edge
     run = Run(source, edge, factor.pivots, factor.penalty)
     known = static if unit is None else None
-    _, loss, solved = solve(run, jnp.zeros((sizes[0], m, b)), factor.gain, known, sizes)
+    still = jnp.zeros((sizes[0], m, b), jnp.float32)
+    _, loss, solved = solve(run, still, factor.gain, known, sizes)
     return loss, solved
 
 
@@ -173,7 +175,8 @@ def loss_of(error: Float[Array, "n m b"], factor: Factor) -> Float[Array, "m b"]
         # As a product: XLA's reduction over the columns would cost more than all of the above.
         return total + jnp.einsum("sj,sjmb->mb", signs, both, precision=EXACT), None
 
-    return lax.scan(step, jnp.zeros(error.shape[1:]), jnp.arange(0, n, block))[0]
+    nothing = jnp.zeros(error.shape[1:], jnp.float32)
+    return lax.scan(step, nothing, jnp.arange(0, n, block, jnp.int32))[0]
 
 
 def prefix_product(
@@ -191,7 +194,8 @@ def prefix_product(
         # The last chunk starts early enough to fit, and leaves out what its predecessor had.
         first = jnp.minimum(i * size, n - size)
         part = lax.dynamic_slice_in_dim(rows, first, size, axis=1)
-        part = jnp.where(jnp.arange(size) + first >= i * size, part, jnp.zeros((), rows.dtype))
+        fresh = jnp.arange(size, dtype=jnp.int32) + first >= i * size
+        part = jnp.where(fresh[None], part, jnp.zeros((), rows.dtype))
         piece = lax.dynamic_slice_in_dim(flat, first, size)
         return total + jnp.matmul(part, piece, precision=EXACT, preferred_element_type=jnp.float32)
 
