@@ -8,6 +8,7 @@ that operand can tell (`opaque.py`).
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +21,28 @@ from jquant.qtensor import QTensor
 
 def held(q: QTensor, after: jax.Array) -> QTensor:
     """The weight itself; it cannot be decoded before `after` is there."""
-    if not after.size:
-        return q
-    late = zero(lax.stop_gradient(after))
-    if q.compensation is not None:
-        q = replace(q, compensation=jax.tree.map(lambda leaf: _plus(leaf, late), q.compensation))
-    if jax.tree.leaves(q.params):
-        return replace(q, params=jax.tree.map(lambda leaf: _plus(leaf, late), q.params))
-    return replace(q, codes=_plus(q.codes, late))
+    low, params = _held((q.compensation, q.params), after)
+    q = replace(q, compensation=low, params=params)
+    return q if jax.tree.leaves(params) else replace(q, codes=_held(q.codes, after))
 
 
 def held_codes(codes: Array, after: jax.Array) -> Array:
     """The codes themselves, likewise."""
-    return _plus(codes, zero(lax.stop_gradient(after))) if after.size else codes
+    return _held(codes, after)
+
+
+def _held(leaves: Any, after: jax.Array) -> Any:
+    """The leaves themselves; on the CPU computed from `after` too."""
+    if not after.size or not jax.tree.leaves(leaves):
+        return leaves
+
+    def later(leaves: Any, after: jax.Array) -> Any:
+        late = zero(after)
+        return jax.tree.map(lambda leaf: _plus(leaf, late), leaves)
+
+    return lax.platform_dependent(
+        leaves, lax.stop_gradient(after), cpu=later, default=lambda leaves, after: leaves
+    )
 
 
 def _plus(leaf: Array, zero: Int32[Array, ""]) -> Array:
