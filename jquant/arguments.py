@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jquant.errors import TreeError
-from jquant.qtensor import is_qtensor
+from jquant.placement import typed
+from jquant.qtensor import is_qtensor, type_of
 
 Inputs = tuple[Any, ...]
 
@@ -107,17 +108,19 @@ def inputs_of(batch: Any, number: int | None = None) -> Inputs:
 
 
 def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and weak type that a JAX value has once JAX has it.
+    """Shape, dtype, weak type and sharding, where that is part of its type, that JAX gives a value.
 
     Example:
         >>> shape_of(0.5)
         ShapeDtypeStruct(shape=(), dtype=float32, weak_type=True)
     """
+    if is_qtensor(leaf):
+        return type_of(leaf)
     leaf = value_of(leaf)
     weak, dtype = bool(getattr(leaf, "weak_type", False)), leaf.dtype
     if not jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
         dtype = jax.dtypes.canonicalize_dtype(dtype)
-    return jax.ShapeDtypeStruct(leaf.shape, dtype, weak_type=weak)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, weak_type=weak, sharding=typed(leaf))
 
 
 def shapes_of(params: PyTree, inputs: Inputs) -> tuple[PyTree, Inputs]:

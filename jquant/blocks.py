@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,36 @@ class Layout:
             if left or not axis:
                 kept.append(left)
         return kept, [f for axis in kept for f in axis]
+
+    def canonical_marks(self, marks: Sequence[Any]) -> list[Any]:
+        """Marks of the array's axes as marks of `[*batch, out, in]`; None where none is left.
+
+        Of an axis that is split, or flattened with others, only the outermost part can bear one.
+
+        Example:
+            >>> Layout.of((8, 4), in_axes=(0,)).canonical_marks(["rows", None])
+            [None, 'rows']
+        """
+        found: list[Any] = [None] * (self.batch_rank + 2)
+        for axis, mark in zip(self.axes, marks, strict=True):
+            for factor in axis[:1]:
+                if factor.role == "batch" or factor.place == 0:
+                    found[self._canonical_axis(factor)] = mark
+        return found
+
+    def original_marks(self, marks: Sequence[Any]) -> list[Any]:
+        """The inverse of `canonical_marks`, for whom it has lost nothing."""
+        return [
+            marks[self._canonical_axis(axis[0])]
+            if axis and (axis[0].role == "batch" or axis[0].place == 0)
+            else None
+            for axis in self.axes
+        ]
+
+    def _canonical_axis(self, factor: Factor) -> int:
+        if factor.role == "batch":
+            return factor.place
+        return self.batch_rank + (factor.role == "in")
 
     @staticmethod
     def _order(factors: list[Factor]) -> list[int]:

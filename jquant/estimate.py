@@ -27,6 +27,7 @@ from jquant.calibration.evidence import Evidence
 from jquant.calibration.flat import Piece
 from jquant.calibration.stages import Granularity
 from jquant.job import peak_bytes
+from jquant.placement import transferring
 from jquant.quantize import prepare
 from jquant.scheme import Plan
 from jquant.solve import quantize_weight, stored_bits
@@ -87,6 +88,7 @@ class _Cost:
     flops: float
 
 
+@transferring
 def estimate(
     fn: Callable[..., Any],
     params: PyTree,
@@ -193,7 +195,7 @@ def _cost(run: Any, operands: tuple[Any, ...]) -> _Cost:
 def _ones(x: Any) -> jax.Array:
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jnp.broadcast_to(jax.random.key(0), x.shape)
-    return jnp.ones(x.shape, x.dtype)
+    return jnp.ones(x.shape, x.dtype, device=x.sharding)
 
 
 def _shape(piece: Piece, plan: Plan) -> tuple[int, ...]:

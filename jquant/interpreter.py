@@ -356,8 +356,9 @@ DESCENDED = _CALLS | frozenset(_DESCENTS)  # the primitives a walker enters by i
 
 
 def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Evaluate one equation as it stands."""
-    results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    """Evaluate one equation as it stands, on the mesh that it was traced on."""
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(results) if eqn.primitive.multiple_results else [results]
 
 

@@ -31,8 +31,9 @@ from jquant.lazy import Lazy, read, realize
 from jquant.learning import Learned, is_learned, learn, relaxation_of
 from jquant.objectives import Objective
 from jquant.packed import joined
+from jquant.placement import at_ease, sliced
 from jquant.progress import Doing, Progress, Told
-from jquant.qtensor import QTensor, dequantize_weight, weight_bits
+from jquant.qtensor import QTensor, dequantize_weight, placed, weight_bits
 from jquant.report import WORSE, Report, Trace, WeightReport
 from jquant.scheme import Plan, Scheme
 from jquant.solve import Outcome, key_of, quantize_weight
@@ -126,7 +127,12 @@ class Job:
         if "key" in scheme.needs and self.key is not None:
             own = key_of(self.key, str(piece))
         w = self.original(piece)
-        q, info = quantize_weight(w, scheme, layout, evidence=evidence, key=own)
+
+        def rounded(w: Array, evidence: Evidence | None, key: PRNGKeyArray | None) -> Any:
+            return quantize_weight(w, scheme, layout, evidence=evidence, key=key)
+
+        q, info = at_ease(rounded, w, evidence, own)
+        q = placed(q, w)
         jax.block_until_ready(info)
         outcome = Outcome.of(info, evidence, time.perf_counter() - start)
         if outcome.failed and not scheme.fallback:
@@ -214,7 +220,12 @@ class Job:
     def current(self, piece: Piece) -> Array:
         """The piece as it is by now."""
         q = self.done.get(piece)
-        return self.original(piece) if q is None else _dequantize(realize(q))
+        return self.original(piece) if q is None else _dequantize(self.present(piece, q))
+
+    def present(self, piece: Piece, q: QTensor) -> QTensor:
+        """A quantized piece, in memory and where the piece lay."""
+        leaf = self.arrays[piece.path]
+        return placed(realize(q), sliced(leaf, {axis for axis, _ in piece.where}))
 
     def tell(self, doing: Doing, total: int | None = None) -> Callable[[int], None] | None:
         """What to call with the number of batches (or weights) done."""
@@ -301,7 +312,7 @@ def _joined(*leaves: Any, axis: int) -> Any:
     """Arrays that are one layer each along `axis`, as one array; lazy if they are."""
     first = leaves[0]
     if not isinstance(first, Lazy):
-        return joined(leaves, axis)
+        return at_ease(lambda *leaves: joined(leaves, axis), *leaves)
     shape = (*first.shape[:axis], len(leaves), *first.shape[axis + 1 :])
     said = f"concatenated along {axis}: {'; '.join(leaf.identity for leaf in leaves)}"
 

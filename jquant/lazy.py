@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jquant import placement
+
 # What a reader is asked for: one slice per axis, with start, stop and no step.
 Window = tuple[slice, ...]
 Index = EllipsisType | int | slice | tuple[EllipsisType | int | slice, ...]
@@ -159,8 +161,8 @@ def read(leaf: Any, index: Index = ...) -> Any:
         index: integers and slices of step 1 along leading axes; `...` is all of it.
 
     Returns:
-        a JAX array of a JAX array (one compiled program for all windows of a size), otherwise a
-        NumPy array that is not backed by a file.
+        a JAX array of a JAX array (one compiled program for all windows of a size), lying on the
+        devices of a mesh as the whole does, otherwise a NumPy array that is not backed by a file.
 
     Raises:
         IndexError: the index is out of range or of another kind.
@@ -174,7 +176,9 @@ def read(leaf: Any, index: Index = ...) -> Any:
     if index is Ellipsis and isinstance(leaf, jax.Array):
         return leaf
     window, kept = _window(tuple(leaf.shape), index)
-    value = (leaf if isinstance(leaf, jax.Array) else np.asarray(leaf))[window][kept]
+    if isinstance(leaf, jax.Array):
+        return placement.window(leaf, window, kept)
+    value = np.asarray(leaf)[window][kept]
     return np.array(value) if isinstance(leaf, np.memmap) else value
 
 

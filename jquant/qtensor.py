@@ -12,13 +12,14 @@ what it stands for, but stays with it (`Inputs`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Integer
 
 from jquant.activations import Activations
@@ -27,6 +28,7 @@ from jquant.distortion import bits_per_weight
 from jquant.errors import QuantizedWeightError
 from jquant.grids.base import Grid, Params
 from jquant.narrow import as_dtype
+from jquant.placement import automatic, entries_of, fitting, put, typed
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -173,8 +175,50 @@ def canonical_weight(q: QTensor) -> Float[Array, "*batch out in"]:
 
 
 def dequantize_weight(q: QTensor) -> Float[Array, ...]:
-    """The array a `QTensor` stands for, in its original shape and dtype, and finite in that."""
-    return as_dtype(q.layout.original(canonical_weight(q)), q.dtype)
+    """The array a `QTensor` stands for, in its original shape and dtype, and finite in that.
+
+    It lies as the codes do.
+    """
+
+    def decoded(q: QTensor) -> Array:
+        return as_dtype(q.layout.original(canonical_weight(q)), q.dtype)
+
+    return automatic(decoded, q, out=type_of(q).sharding)
+
+
+def type_of(q: QTensor) -> jax.ShapeDtypeStruct:
+    """The type of the array a `QTensor` stands for."""
+    sharding = typed(q.codes)
+    if sharding is not None:
+        layout, entries = q.layout.trimmed(q.codes.ndim - 2), entries_of(q.codes)
+        marks = layout.original_marks(entries or ())
+        sharding = NamedSharding(sharding.mesh, fitting(sharding.mesh, marks, q.shape))
+    return jax.ShapeDtypeStruct(q.shape, q.dtype, sharding=sharding)
+
+
+def placed(q: QTensor, like: Any) -> QTensor:
+    """The quantized weight on the devices of the array it stands for, spread as that is.
+
+    Axes of codes and group parameters are, where the mesh divides them; the rest lies everywhere.
+    Nothing moves where the array is on no mesh.
+    """
+    entries = entries_of(like)
+    if entries is None:
+        return q
+    *batch, rows, inner = q.layout.canonical_marks(entries)
+    groups = (rows, inner) if q.blocks.axis == "in" else (inner, rows)
+
+    def put_as(marks: Sequence[Any]) -> Callable[[Array], Array]:
+        return lambda leaf: put(leaf, like.sharding.mesh, marks)
+
+    everywhere = jax.tree.map(put_as(()), (q.compensation, q.activations))
+    return replace(
+        q,
+        codes=put_as((*batch, rows, inner))(q.codes),
+        params=jax.tree.map(put_as((*batch, *groups)), q.params),
+        compensation=everywhere[0],
+        activations=everywhere[1],
+    )
 
 
 def dequantize(qparams: Any) -> Any:

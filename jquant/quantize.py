@@ -34,13 +34,16 @@ from jquant.job import Job, peak_bytes, row_of
 from jquant.lazy import Lazy, realize
 from jquant.learning import is_learned
 from jquant.objectives import Objective, Stagewise
+from jquant.placement import transferring
 from jquant.progress import Progress, Told
+from jquant.qtensor import placed
 from jquant.report import Report
 from jquant.scheme import Plan
 from jquant.whole import learn_whole
 from jquant.work import open_work_dir
 
 
+@transferring
 def quantize(
     fn: Callable[..., Any],
     params: PyTree,
@@ -131,8 +134,9 @@ def quantize(
     job.run()
     lazy = any(isinstance(leaf, Lazy) for leaf in arrays.values())
     quantized = {path: job.whole(path) for path in plan}
-    tree = replaced(params, quantized)
-    return tree if lazy else realize(tree), job.report(quantized)
+    if not lazy:
+        quantized = {path: placed(realize(q), arrays[path]) for path, q in quantized.items()}
+    return replaced(params, quantized), job.report(quantized)
 
 
 def _whole(

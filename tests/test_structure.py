@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "jquant"
 # A module or folder imports only from the rows above its own. Inside a folder, imports must not
 # form a cycle. `jquant/__init__.py` is not here: it gathers the public names and holds nothing.
 RANKS = (
+    ("placement",),
     (
         "errors",
         "blocks",

@@ -10,20 +10,27 @@ once more for every switch, on eight devices that the host pretends to be:
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import BLOCKS, GRIDS, ROUNDINGS
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jquant as jq
 from jquant.blocks import Blocks, Layout
 from jquant.calibration.evidence import Evidence
 from jquant.qtensor import dequantize_weight
-from jquant.rounding import GPTQ, Nearest
+from jquant.rounding import GPTQ, Descent, DiscQuant, Nearest
 from jquant.scheme import Scheme
 from jquant.solve import quantize_weight
 
@@ -102,3 +109,233 @@ def test_strict_switches_change_no_type(name: str) -> None:
     wanted = types()
     with strictest():
         assert types() == wanted
+
+
+# Values: a small network is quantized, kept, and run.
+
+
+def network(p: Any, x: Any) -> Any:
+    return jnp.tanh(x @ p["a"]) @ p["b"] + jnp.expand_dims(p["c"], 0)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+PARAMS = {"a": normal(0, 32, 32), "b": normal(1, 32, 16), "c": normal(2, 16)}
+BATCHES = [normal(3, 64, 32), normal(4, 64, 32)]
+KEY = jax.random.key(0)
+VALUES: dict[str, Scheme] = {
+    "nearest": Scheme(jq.grids.Uniform(4)),
+    "gptq": Scheme(jq.grids.Uniform(4), None, GPTQ()),
+    "qep": jq.presets.int4_qep(),
+    "range": Scheme(jq.grids.Uniform(3, range=jq.grids.MSE())),
+    "hqq": Scheme(jq.grids.Uniform(4, range=jq.grids.HQQ())),
+    "nf4": Scheme(jq.grids.NF4),
+    "kmeans": Scheme(jq.grids.KMeans(3)),
+    "power": Scheme(jq.grids.Power(4)),
+    "discquant": Scheme(
+        jq.grids.Uniform(4), None, DiscQuant(rho=1.0, unit="nearest", descent=Descent(4, 0.1))
+    ),
+    "low rank": Scheme(jq.grids.Uniform(3), None, GPTQ(), compensation=jq.LoRC(4)),
+    "inputs": Scheme(jq.grids.Uniform(8), activations=jq.Activations(jq.grids.Uniform(8))),
+}
+SWITCHES: dict[str, Context] = {
+    "x64": lambda: jax.enable_x64(True),
+    "no jit": jax.disable_jit,
+    "ranks": lambda: jax.numpy_rank_promotion("raise"),
+    "nan": lambda: jax.debug_nans(True),
+    "dtypes": lambda: jax.numpy_dtype_promotion("strict"),
+    "transfers": lambda: jax.transfer_guard("disallow"),
+}
+
+
+def journey(
+    scheme: Scheme,
+    params: Any,
+    batches: list[Any],
+    fn: Callable[..., Any] = network,
+    file: Path | None = None,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """The quantized parameters, and what the function makes of them."""
+    plan = jq.plan(jq.find_weights(fn, params, batches[0]), {".*": scheme})
+    qparams, _ = jq.quantize(fn, params, plan, batches, key=KEY, **options)
+    if file is not None:
+        jq.save(file, qparams)
+        qparams = jq.load(file)
+    return qparams, jq.apply(fn)(qparams, batches[0])
+
+
+def numbers(tree: Any) -> list[np.ndarray]:
+    return [np.asarray(jax.device_get(x)).astype(np.float32) for x in jax.tree.leaves(tree)]
+
+
+def assert_same(found: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
+    """Equal codes; parameters and results but for the order of sums."""
+    for q, other in zip(jax.tree.leaves(found[0]), jax.tree.leaves(wanted[0]), strict=True):
+        assert (q.shape, q.dtype) == (other.shape, other.dtype)
+        if jnp.issubdtype(q.dtype, jnp.integer):
+            np.testing.assert_array_equal(*numbers([q, other]))
+        else:
+            np.testing.assert_allclose(*numbers([q, other]), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(*numbers([found[1], wanted[1]]), rtol=1e-3, atol=1e-4)
+
+
+CASES = [
+    pytest.param(switch, name, marks=() if (switch, name) == ("transfers", "gptq") else slow)
+    for switch in SWITCHES
+    for name in VALUES
+]
+
+
+@pytest.mark.parametrize(("switch", "name"), CASES)
+def test_switches_change_no_code(switch: str, name: str, tmp_path: Path) -> None:
+    params, batches = jax.tree.map(jnp.asarray, (PARAMS, BATCHES))
+    wanted = journey(VALUES[name], params, batches)
+    with SWITCHES[switch]():
+        assert_same(journey(VALUES[name], params, batches, file=tmp_path / "q"), wanted)
+        evidence = jq.capture(network, params, batches)
+    assert evidence["b"].second_moment.dtype == jnp.float32
+
+
+@slow
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_switches_and_estimates(switch: str) -> None:
+    params, batches = jax.tree.map(jnp.asarray, (PARAMS, BATCHES))
+    plan = jq.plan(jq.find_weights(network, params, batches[0]), {".*": VALUES["gptq"]})
+    with SWITCHES[switch]():
+        assert jq.estimate(network, params, plan, batches).flops > 0
+
+
+# Meshes: the axes that `jax.make_mesh` makes are explicit, and shardings are part of types.
+
+DEVICES = jax.device_count()
+many = pytest.mark.skipif(DEVICES < 8, reason="needs 8 devices, see above")
+
+
+def explicit(p: Any, x: Any) -> Any:
+    """The network as it is written for explicit axes: one product says where its result lies."""
+    h = jnp.tanh(x @ p["a"])
+    out = None if jax.typeof(x).sharding.mesh.empty else P(jax.typeof(x).sharding.spec[0])
+    y = jnp.einsum("tf,fo->to", h, p["b"], out_sharding=out)
+    return y + jnp.expand_dims(p["c"], 0)
+
+
+def layered(p: Any, x: Any) -> Any:
+    def layer(h: Any, w: Any) -> tuple[Any, None]:
+        return jnp.tanh(h @ w), None
+
+    return lax.scan(jax.checkpoint(layer), x, p["s"])[0]
+
+
+# Mesh axes of each parameter and of the batches: `d` for data, `m` for the model.
+LAYOUTS: dict[str, tuple[dict[str, P], P]] = {
+    "replicated": ({}, P()),
+    "data": ({}, P("d")),
+    "inputs": ({"a": P("m"), "b": P("m")}, P()),
+    "outputs": ({"a": P(None, "m"), "b": P(None, "m"), "c": P("m")}, P("d")),
+    "both": ({"a": P(None, "m"), "b": P("m")}, P("d")),
+}
+
+
+def mesh_of(kind: AxisType = AxisType.Explicit) -> Any:
+    shape = (2, 4) if DEVICES >= 8 else (1, 1)
+    return jax.make_mesh(
+        shape, ("d", "m"), axis_types=(kind,) * 2, devices=jax.devices()[: math.prod(shape)]
+    )
+
+
+def lain(params: Any, batches: Any, layout: str, mesh: Any) -> tuple[Any, Any]:
+    specs, spec = LAYOUTS[layout]
+    put = jax.device_put
+    lying = {k: put(x, NamedSharding(mesh, specs.get(k, P()))) for k, x in params.items()}
+    return lying, [put(x, NamedSharding(mesh, spec)) for x in batches]
+
+
+def assert_placed(qparams: Any, params: Any) -> None:
+    """What codes decode to lies where the weights do."""
+    for name, q in qparams.items():
+        if isinstance(q, jq.QTensor):
+            back = jq.dequantize(q)
+            assert back.sharding.is_equivalent_to(params[name].sharding, back.ndim), name
+        else:
+            assert q.sharding == params[name].sharding
+
+
+ON_MESHES = [
+    pytest.param(kind, layout, name, marks=() if few else [slow, many])
+    for kind in (AxisType.Explicit, AxisType.Auto)
+    for layout in LAYOUTS
+    for name in ("nearest", "gptq", "qep", "discquant", "low rank", "inputs")
+    for few in [kind == AxisType.Explicit and (layout, name) == ("both", "gptq")]
+]
+
+
+@pytest.mark.parametrize(("kind", "layout", "name"), ON_MESHES)
+def test_meshes_change_no_code(kind: AxisType, layout: str, name: str) -> None:
+    wanted = journey(VALUES[name], *jax.tree.map(jnp.asarray, (PARAMS, BATCHES)), fn=explicit)
+    mesh = mesh_of(kind)
+    params, batches = lain(PARAMS, BATCHES, layout, mesh)
+    with jax.set_mesh(mesh):
+        fn = explicit if kind == AxisType.Explicit else network
+        found = journey(VALUES[name], params, batches, fn=fn)
+        assert_same(found, wanted)
+        assert_placed(found[0], params)
+
+
+@slow
+@many
+@pytest.mark.parametrize("granularity", ["weight", "all"])
+def test_meshes_and_loops(granularity: str) -> None:
+    """Stacks of layers, walked one by one, and read in a scan that recomputes."""
+    stack = {"s": normal(5, 3, 32, 32)}
+    wanted = journey(
+        VALUES["gptq"],
+        *jax.tree.map(jnp.asarray, (stack, BATCHES)),
+        fn=layered,
+        granularity=granularity,
+    )
+    params, batches = lain(stack, BATCHES, "data", mesh_of())
+    found = journey(VALUES["gptq"], params, batches, fn=layered, granularity=granularity)
+    assert_same(found, wanted)
+
+
+@slow
+@many
+def test_a_resumed_job_lies_where_the_first_did(tmp_path: Path) -> None:
+    mesh = mesh_of()
+    params, batches = lain(PARAMS, BATCHES, "both", mesh)
+    with jax.set_mesh(mesh):
+        first, again = (
+            journey(VALUES["gptq"], params, batches, fn=explicit, work_dir=tmp_path)[0]
+            for _ in range(2)
+        )
+    for q, other in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        assert q.sharding == other.sharding
+        np.testing.assert_array_equal(*numbers([q, other]))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_apply_asks_for_no_element_off_the_cpu(platform: str) -> None:
+    """What holds decoding back on the CPU would be a message per weight on a mesh."""
+    qparams, _ = journey(VALUES["nearest"], *jax.tree.map(jnp.asarray, (PARAMS, BATCHES)))
+    program = jq.apply(network).trace(qparams, jnp.asarray(BATCHES[0]))
+    text = program.lower(lowering_platforms=(platform,)).as_text()
+    assert "popcnt" not in text and "stablehlo.slice" not in text
+
+
+@slow
+@many
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_apply_sends_no_message_that_the_function_does_not(kind: AxisType) -> None:
+    params, batches = lain(PARAMS, BATCHES, "data", mesh_of(kind))
+    qparams, _ = journey(VALUES["nearest"], params, batches)
+    counts = [
+        len(re.findall("all-reduce|all-gather|collective-permute|all-to-all", text))
+        for text in (
+            jax.jit(fn).lower(tree, batches[0]).compile().as_text()
+            for fn, tree in ((network, params), (jq.apply(network), qparams))
+        )
+    ]
+    assert counts[0] == counts[1] == 0

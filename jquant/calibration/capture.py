@@ -23,8 +23,10 @@ from jquant.calibration.reading import Reading, assemble, decisive
 from jquant.calibration.weights import Sightings, observe
 from jquant.errors import EvidenceError
 from jquant.lazy import realize
+from jquant.placement import transferring
 
 
+@transferring
 def capture(
     fn: Callable[..., Any],
     params: PyTree,

@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from jquant import placement
 from jquant.calibration.canonical import equation_key, literal_key
 from jquant.interpreter import bind, callee, close, scan_parts, trace
 
@@ -145,7 +146,7 @@ class _Flattener:
     def value(self, like: Any) -> int:
         """A new number for a value of this shape and dtype."""
         number = len(self.shapes)
-        self.shapes[number] = jax.ShapeDtypeStruct(like.shape, like.dtype)
+        self.shapes[number] = placement.like(like)
         return number
 
     def const(self, array: Any) -> int:
@@ -276,9 +277,8 @@ class _Flattener:
     def _layer(self, view: _View, axis: int, turn: tuple[int, int]) -> int:
         """The same view of one layer alone; the axis of the stack stays, with size 1."""
         whole = self.shapes[self._numbers[view.piece]]
-        shape = tuple(1 if k == axis else n for k, n in enumerate(whole.shape))
         layer = Piece(view.piece.path, (*view.piece.where, (axis, turn[1])))
-        number = self.piece(layer, jax.ShapeDtypeStruct(shape, whole.dtype))
+        number = self.piece(layer, placement.sliced(whole, {axis}))
         self.layers.setdefault(layer, self.layers.get(view.piece, turn))
         for eqn in view.views:
             result = jax.eval_shape(functools.partial(_bind, eqn), self.shapes[number])

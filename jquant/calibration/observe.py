@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ from jquant.calibration.tagged import (
 )
 from jquant.calibration.uses import RULES, floats, reading_of, unsupported
 from jquant.interpreter import DESCENDED, LOOPS, Walker, bind, scan_parts
+from jquant.placement import automatic
 
 # Where a parameter may meet an input without being a weight: biases, scales, positions, masks.
 _MIXERS = ELEMENTWISE | {"concatenate", "dynamic_update_slice", "pad", "stack"}
@@ -302,13 +304,16 @@ class Observer:
             })  # fmt: skip
             reading = self.see(walker, (where, k), "dot", origin, roles, way.tokens)
 
-            def compute(way: Arrangement = way) -> Evidence:
+            def compute(
+                x: jax.Array, where: Any = (where, way), way: Arrangement = way
+            ) -> Evidence:
                 rows, count = way.rows(x), None
                 if way.batch:  # experts: slots that hold no token are zero rows
                     count = jnp.sum(jnp.any(rows != 0, -1), -1, dtype=jnp.float32)
-                return self._evidence(walker, (where, way), floats(rows), count)
+                return self._evidence(walker, where, floats(rows), count)
 
-            walker.emit((origin.path, reading), walker.share(("dot", way), x, compute))
+            found = walker.share(("dot", way), x, partial(automatic, compute, x))
+            walker.emit((origin.path, reading), found)
 
     def _follow(
         self,

@@ -23,6 +23,7 @@ from jax import lax
 from jquant.calibration.origin import Axis, Origin, Part
 from jquant.calibration.reading import Sighting
 from jquant.calibration.tagged import Tagged
+from jquant.placement import automatic
 
 Pairs = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -103,10 +104,14 @@ def reassociated(
     )  # fmt: skip
     dtype = x.dtype if x.dtype == near.array.dtype else jnp.dtype(jnp.float32)
     dims = (one.contract[1], one.contract[0]), (one.batch[1], one.batch[0])
-    y = lax.dot_general(
-        x.astype(dtype), near.array.astype(dtype), dims,
-        precision=lax.Precision.HIGHEST, preferred_element_type=dtype,
-    )  # fmt: skip
+
+    def times(x: jax.Array, near: jax.Array) -> jax.Array:
+        return lax.dot_general(
+            x.astype(dtype), near.astype(dtype), dims,
+            precision=lax.Precision.HIGHEST, preferred_element_type=dtype,
+        )  # fmt: skip
+
+    y = automatic(times, x, near.array)
     # Where its axes are: those that ran along, what is left of `x`, what is left of the factor.
     gone = {*one.contract[1], *one.batch[1]}
     after: dict[Any, int] = {part: k for k, part in enumerate(runs)}

@@ -53,7 +53,8 @@ def segment_key(segment: Segment, shapes: Mapping[int, jax.ShapeDtypeStruct]) ->
             for a in atoms
         )
 
-    head = tuple((shapes[n].shape, str(shapes[n].dtype)) for n in segment.sources)
+    sources = [shapes[n] for n in segment.sources]
+    head = tuple((x.shape, str(x.dtype), str(x.sharding)) for x in sources)
     body = tuple((equation_key(s.eqn), name(s.ins), name(s.outs)) for s in segment.steps)
     ends = name(segment.outputs), name(segment.watched), name(segment.fixed)
     return head, body, ends, segment.shared

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jquant.calibration.rows import Arrangement, Role, Share
 from jquant.calibration.tagged import Tagged, array_of, changed, is_independent
 from jquant.errors import UnsupportedPrimitiveError
 from jquant.interpreter import Walker, bind
+from jquant.placement import automatic
 
 
 def unsupported(origin: Origin, eqn: core.JaxprEqn, why: str) -> UnsupportedPrimitiveError:
@@ -92,7 +94,7 @@ def conv(observer: Any, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -
     features = (in_dim, *window)  # the order of a patch's features: channel, then position
     shape = weight.array.shape
 
-    def patches() -> jax.Array:
+    def patches(x: jax.Array) -> jax.Array:
         seen = lax.conv_general_dilated_patches(
             x, [shape[dim] for dim in window], params["window_strides"],
             params["padding"], params["lhs_dilation"], params["rhs_dilation"],
@@ -119,12 +121,12 @@ def conv(observer: Any, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -
         way = Arrangement.of((tokens, groups, *[shape[dim] for dim in features]), shares)
         reading = observer.see(walker, (1, k), "conv", split, roles, way.tokens)
 
-        def compute(way: Arrangement = way) -> Evidence:
-            seen = walker.share(("patches", str(params), shape), x, patches)
-            return observer._evidence(walker, (1, way), floats(way.rows(seen)))
+        def compute(x: jax.Array, way: Arrangement = way) -> Evidence:
+            return observer._evidence(walker, (1, way), floats(way.rows(patches(x))))
 
         what = "conv", str(params), shape, way
-        walker.emit((origin.path, reading), walker.share(what, x, compute))
+        found = walker.share(what, x, partial(automatic, compute, x))
+        walker.emit((origin.path, reading), found)
     return results
 
 
@@ -174,10 +176,15 @@ def ragged_dot(observer: Any, eqn: core.JaxprEqn, values: list[Any], walker: Wal
 
         what = "ragged", contract[0], ragged, way
 
-        def compute(way: Arrangement = way, what: Any = what) -> Evidence:
-            return observer._evidence(walker, what, way.rows(floats(turned)), sizes=sizes)
+        def compute(
+            x: jax.Array, sizes: jax.Array, way: Arrangement = way, what: Any = what
+        ) -> Evidence:
+            return observer._evidence(walker, what, way.rows(floats(x)), sizes=sizes)
 
-        walker.emit((origin.path, reading), walker.share(what, (x, sizes), compute))
+        walker.emit(
+            (origin.path, reading),
+            walker.share(what, (x, sizes), partial(automatic, compute, turned, sizes)),
+        )
     return results
 
 

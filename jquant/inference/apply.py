@@ -29,7 +29,14 @@ from jquant.inference.late import held
 from jquant.inference.products import beside
 from jquant.inference.views import view
 from jquant.interpreter import DESCENDED, VIEWS, Walker, bind, trace
-from jquant.qtensor import Inputs, QTensor, dequantize_weight, is_qtensor, tree_map_weights
+from jquant.qtensor import (
+    Inputs,
+    QTensor,
+    dequantize_weight,
+    is_qtensor,
+    shape_of,
+    tree_map_weights,
+)
 
 # Their derivative rules belong to the function: they are called with decoded weights, not inlined.
 _CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
@@ -151,7 +158,7 @@ def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def applied(qparams: PyTree, *inputs: Any) -> Any:
         def shape(leaf: Any) -> Any:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_qtensor(leaf) else leaf
+            return shape_of(leaf) if is_qtensor(leaf) else leaf
 
         closed, structure = trace(fn, tree_map_weights(shape, qparams), *inputs)
         leaves = jax.tree.leaves(qparams, is_leaf=is_qtensor)

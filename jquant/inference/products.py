@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from jquant.inference.inputs import round_canonical
 from jquant.inference.views import own_layout
 from jquant.interpreter import bind
 from jquant.narrow import is_coarse
+from jquant.placement import automatic, typed
 from jquant.qtensor import QTensor
 
 
@@ -105,10 +107,12 @@ def _main(
 ) -> jax.Array:
     """The product with the weight that is not compensated."""
     if q.activations is not None:
-        found = on_codes(eqn, at, q, x, layout, axes)
+        product = partial(on_codes, eqn, at, layout=layout, axes=axes)
+        found = automatic(product, q, x, out=typed(eqn.outvars[0].aval))
         if found is not None:
             return found
-        x = round_canonical(eqn, at, q, x, layout, axes)
+        rounded = partial(round_canonical, eqn, at, layout=layout, axes=axes)
+        x = automatic(rounded, q, x, out=typed(x))
     operands = [x, x]
     operands[at] = decode(q, x)
     (main,) = bind(eqn, operands)

@@ -40,6 +40,7 @@ from jquant.io.container import parse_json, read_container, render_header, repla
 from jquant.io.files import FileState, naming
 from jquant.io.leaves import Reader
 from jquant.io.tree import Decoder, Encoder
+from jquant.placement import transferring
 from jquant.qtensor import QTensor
 
 VERSION = 1
@@ -70,6 +71,7 @@ class Header:
     file_bytes: int
 
 
+@transferring
 def save(
     path: str | os.PathLike[str], qparams: Any, *, metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -114,6 +116,7 @@ def save(
         file.write(_header(tree, user, sizes))
 
 
+@transferring
 def load(path: str | os.PathLike[str], *, lazy: bool = False, like: Any = None) -> Any:
     """Read back what `save` wrote: the same tree, codes, parameters, layouts and dtypes.
 
