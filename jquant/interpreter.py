@@ -5,10 +5,11 @@ value may be an ordinary array or *special*: a pytree the client understands (an
 the parameter it came from, a quantized weight). Equations without special operands are bound as
 they are. For the others the client's `rule` is asked first; where it declines, the walker descends:
 
-* `jit` and custom-derivative calls are inlined, `remat` is re-emitted as `jax.checkpoint`;
+* calls (`calls.py`) are inlined, `remat` is re-emitted as `jax.checkpoint`;
 * `scan`, `while` and `cond` are re-emitted with the special values passed as pytrees, so a stack of
-  weights slices itself. A special value that a loop carries unchanged is treated as a constant; one
-  that a loop changes is given to `client.drop`, which may raise.
+  weights slices itself. A special value that goes through one unchanged, however deep the calls
+  inside, is not in it; one that is changed is given to `client.drop`, which may raise;
+* `shard_map` is re-emitted likewise, on a mesh of one device. On others a special value is refused.
 
 A rule may `emit` values under a key `(name, ...)`. They leave the function beside its results:
 added up with the client's `merge` over loops and branches, and stacked along a new leading axis by
@@ -21,55 +22,32 @@ emits nothing. For it loops count their steps, and it sees the program's constan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from jquant.calls import (
+    CALLS,
+    REMATS,
+    callee,
+    close,
+    manual_axes,
+    passed_on,
+    scan_parts,
+    split_axes,
+)
+from jquant.client import Client
+from jquant.errors import UnsupportedPrimitiveError
+
 Emissions = dict[tuple[Any, ...], Any]  # key -> pytree
 
 # One operand in, the same numbers out in another shape or type. Equal ones are evaluated once, so
 # that an input which q, k and v each cast for themselves stays one value with one second moment.
 VIEWS = frozenset({"convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze"})
-
-
-@runtime_checkable
-class Client(Protocol):
-    """What a user of the walker decides."""
-
-    def special(self, value: Any) -> bool:
-        """Whether a value needs the client's attention."""
-        ...
-
-    def asks(self, eqn: core.JaxprEqn, values: Sequence[Any]) -> bool:
-        """Whether the rule is to be asked about an equation without special operands."""
-        ...
-
-    def rule(self, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> Sequence[Any] | None:
-        """The results of an equation with a special operand; None lets the walker descend."""
-        ...
-
-    def drop(self, value: Any, eqn: core.JaxprEqn, data: bool = False) -> jax.Array:
-        """An ordinary array in place of a special value that cannot go on as such; may raise.
-
-        `data`: it is the first of the values that a loop makes of it and of ordinary ones.
-        """
-        ...
-
-    def leave(self, results: list[Any], walker: Walker) -> list[Any]:
-        """The results of a function, or of the body of a loop or branch, that is left now."""
-        ...
-
-    def names(self, value: Any) -> Collection[Any]:
-        """The first items of the keys under which this special value's emissions are filed."""
-        ...
-
-    def merge(self, left: Any, right: Any) -> Any:
-        """The sum of two emissions; zeros are neutral."""
-        ...
 
 
 class Walker:
@@ -154,7 +132,7 @@ class Walker:
         name = eqn.primitive.name
         if name in _DESCENTS:
             return _DESCENTS[name](self, eqn, values)
-        body = callee(eqn) if name in _CALLS else None
+        body = callee(eqn)
         if body is not None:
             return self.run(body, values)
         return bind(eqn, self._plain(values, eqn))
@@ -217,7 +195,8 @@ class Walker:
         num_consts, num_carry = scan_parts(params)
         consts, init = values[:num_consts], values[num_consts : num_consts + num_carry]
         xs = values[num_consts + num_carry :]
-        init, rest = self._invariants(eqn, closed, init, num_consts, values)
+        passed = self._passed(eqn, values)
+        init, rest = self._invariants(eqn, closed, init, num_consts, values, passed)
 
         stacked = {name for x in xs if self.client.special(x) for name in self.client.names(x)}
         row = jax.eval_shape(lambda xs: jax.tree.map(lambda a: a[0], xs), xs)
@@ -230,7 +209,7 @@ class Walker:
             carry, sums, count = state
             results, emitted = self._nested(closed, [*consts, *rest(carry), *xs], step=count)
             sums = [self.client.merge(s, emitted[k]) for s, k in zip(sums, summed, strict=True)]
-            results = self._plain([*_pick(results[:num_carry], init), *results[num_carry:]], eqn)
+            results = self._plain(_without(results, passed), eqn)
             rows, group = _unique([emitted[key] for key in emitted if key not in summed])
             groups.append(group)
             keys.append([key for key in emitted if key not in summed])
@@ -249,7 +228,12 @@ class Walker:
             self.emit(key, value)
         for key, group in zip(keys[-1], groups[-1], strict=True):
             self.emit(key, rows[group])
-        return [*rest(carry), *ys]
+        return [passed.get(k, value) for k, value in enumerate([*carry, *ys])]
+
+    def _passed(self, eqn: core.JaxprEqn, values: list[Any]) -> dict[int, Any]:
+        """The results of a loop or branch that are special operands, as they went in."""
+        found = {k: values[at] for k, at in enumerate(passed_on(eqn)) if at is not None}
+        return {k: value for k, value in found.items() if self.client.special(value)}
 
     def _invariants(
         self,
@@ -258,45 +242,29 @@ class Walker:
         init: list[Any],
         offset: int,
         operands: list[Any],
+        passed: dict[int, Any],
     ) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
         """Take special values that a loop passes on unchanged out of its carry.
 
         Returns the carry that is left (None where a value was taken out) and a function that puts
         the constant values back in their places.
         """
-        fixed: dict[int, Any] = {}
-        for k, value in enumerate(init):
+        left = _without(init, passed)
+        for k, value in enumerate(left):
             if self.client.special(value):
-                if closed.jaxpr.outvars[k] is closed.jaxpr.invars[offset + k]:
-                    fixed[k] = value
-                else:
-                    data = not self._closed(closed, k, offset, len(init), operands)
-                    init = [*init[:k], self.client.drop(value, eqn, data), *init[k + 1 :]]
-        left = [None if k in fixed else value for k, value in enumerate(init)]
-        return left, lambda carry: [fixed.get(k, value) for k, value in enumerate(carry)]
-
-    def _closed(
-        self, closed: core.ClosedJaxpr, k: int, offset: int, count: int, operands: Sequence[Any]
-    ) -> bool:
-        """Whether a loop makes its carry `k` of special values and its own counters only."""
-        jaxpr, todo, seen = closed.jaxpr, [k], set()
-        while todo:
-            seen.add(k := todo.pop())
-            sources = _sources(jaxpr, jaxpr.outvars[k])
-            for place in (j for j, var in enumerate(jaxpr.invars) if var in sources):
-                if not self.client.special(operands[place]) and jnp.ndim(operands[place]) > 0:
-                    return False
-                if 0 <= place - offset < count and place - offset not in seen:
-                    todo.append(place - offset)
-        return True
+                sources = [operands[at] for at in made_of(closed, k, offset, len(init))]
+                data = any(not self.client.special(v) and jnp.ndim(v) > 0 for v in sources)
+                left[k] = self.client.drop(value, eqn, data)
+        return left, lambda carry: [passed.get(k, value) for k, value in enumerate(carry)]
 
     def _while(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
         params = eqn.params
         cond, body = close(params["cond_jaxpr"]), close(params["body_jaxpr"])
         split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
         cond_consts, body_consts = values[: split[0]], values[split[0] : split[1]]
-        operands = values[split[0] :]
-        init, rest = self._invariants(eqn, body, values[split[1] :], len(body_consts), operands)
+        passed, operands = self._passed(eqn, values), values[split[0] :]
+        init = values[split[1] :]
+        init, rest = self._invariants(eqn, body, init, len(body_consts), operands, passed)
         shapes = self._emission_shapes(body, [*body_consts, *rest(init)])
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), list(shapes.values()))
 
@@ -310,7 +278,7 @@ class Walker:
             carry, sums, count = state
             results, emitted = self._nested(body, [*body_consts, *rest(carry)], 0, count)
             sums = [self.client.merge(s, emitted[k]) for s, k in zip(sums, shapes, strict=True)]
-            return self._plain(_pick(results, init), eqn), sums, _next(count)
+            return self._plain(_without(results, passed), eqn), sums, _next(count)
 
         carry, sums, _ = lax.while_loop(test, step, (init, zeros, self._count()))
         for key, value in zip(shapes, sums, strict=True):
@@ -320,6 +288,7 @@ class Walker:
     def _cond(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
         index, *operands = values
         branches = [close(branch) for branch in eqn.params["branches"]]
+        passed = self._passed(eqn, values)
         shapes: Emissions = {}
         for k, branch in enumerate(branches):
             shapes.update(self._emission_shapes(branch, operands, k))
@@ -328,7 +297,8 @@ class Walker:
             def run(operands: list[Any]) -> Any:
                 results, emitted = self._nested(branch, operands, k)
                 empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-                return self._plain(results, eqn), [emitted.get(k, empty[k]) for k in shapes]
+                plain = self._plain(_without(results, passed), eqn)
+                return plain, [emitted.get(k, empty[k]) for k in shapes]
 
             return run
 
@@ -338,21 +308,46 @@ class Walker:
         )
         for key, value in zip(shapes, emitted, strict=True):
             self.emit(key, value)
+        return [passed.get(k, value) for k, value in enumerate(results)]
+
+    def _shard_map(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
+        """Each device runs the body on its parts; on one device, the parts are the whole."""
+        params, split = eqn.params, split_axes(eqn)
+        for value in filter(self.client.special, values if split else ()):
+            raise UnsupportedPrimitiveError(
+                f"weight {self.client.name(value)!r} enters 'shard_map' on a mesh with axes "
+                f"{split}, where a device sees only its part of weights and inputs; calibrate the "
+                "function made for a mesh of one device (codes do not depend on the mesh), and "
+                "apply this one"
+            )
+        keys: list[list[Any]] = []
+
+        def body(*values: Any) -> tuple[list[Any], list[Any]]:
+            results, emitted = self._nested(close(params["jaxpr"]), list(values))
+            keys.append(list(emitted))
+            rows = jax.tree.map(lambda leaf: leaf[None], list(emitted.values()))
+            return self._plain(results, eqn), rows
+
+        axes = manual_axes(params)
+        results, emitted = jax.shard_map(
+            body, mesh=params["mesh"], axis_names=axes, check_vma=params["check_vma"],
+            in_specs=tuple(params["in_specs"]),
+            out_specs=(list(params["out_specs"]), jax.sharding.PartitionSpec(tuple(axes))),
+        )(*values)  # fmt: skip
+        for key, value in zip(keys[-1], emitted, strict=True):
+            self.emit(key, jax.tree.map(lambda leaf: leaf[0], value))
         return results
 
 
-_CALLS = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"}
-)
-_REMATS = frozenset({"remat2", "checkpoint"})
 _DESCENTS: dict[str, Callable[[Walker, core.JaxprEqn, list[Any]], Sequence[Any]]] = {
-    **dict.fromkeys(_REMATS, Walker._remat),
+    **dict.fromkeys(REMATS, Walker._remat),
     "scan": Walker._scan,
     "while": Walker._while,
     "cond": Walker._cond,
+    "shard_map": Walker._shard_map,
 }
 LOOPS = frozenset({"scan", "while", "cond"})
-DESCENDED = _CALLS | frozenset(_DESCENTS)  # the primitives a walker enters by itself
+DESCENDED = CALLS | frozenset(_DESCENTS)  # the primitives a walker enters by itself
 
 
 def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
@@ -362,54 +357,23 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
-def callee(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """What a call (`jit`, `remat`, a custom derivative) calls; None for any other equation."""
-    if eqn.primitive.name in _CALLS | _REMATS:
-        for name in ("jaxpr", "call_jaxpr"):
-            if name in eqn.params:
-                return close(eqn.params[name])
-    return None
-
-
 def trace(fn: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, Any]:
     """The closed jaxpr of `fn` at these (maybe abstract) arguments, and its output's structure."""
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
     return closed, jax.tree.structure(shape)
 
 
-def close(jaxpr: Any) -> core.ClosedJaxpr:
-    """A closed jaxpr; `remat` holds an open one without constants."""
-    return jaxpr if hasattr(jaxpr, "consts") else core.ClosedJaxpr(jaxpr, ())
-
-
-def scan_parts(params: dict[str, Any]) -> tuple[int, int]:
-    """How many constants and how many carried values a scan has (JAX 0.12 keeps trees of them)."""
-    if "ft_in" in params:
-        consts, carry, _ = params["ft_in"].unpack()
-        return len(list(consts)), len(list(carry))
-    return params["num_consts"], params["num_carry"]
-
-
 def _variables(atoms: Sequence[Any]) -> list[Any]:
     return [atom for atom in atoms if not isinstance(atom, core.Literal)]
-
-
-def _sources(jaxpr: Any, var: Any) -> set[Any]:
-    """All variables of a jaxpr that one of them is made of."""
-    sources = {var}
-    for eqn in jaxpr.eqns[::-1]:
-        if not sources.isdisjoint(eqn.outvars):
-            sources.update(_variables(eqn.invars))
-    return sources
 
 
 def _next(count: jax.Array | None) -> jax.Array | None:
     return None if count is None else count + jnp.uint32(1)
 
 
-def _pick(values: list[Any], like: list[Any]) -> list[Any]:
-    """The values, with None where `like` has None."""
-    return [None if other is None else value for value, other in zip(values, like, strict=True)]
+def _without(values: Sequence[Any], passed: dict[int, Any]) -> list[Any]:
+    """The values, with None in the places of what is passed on."""
+    return [None if k in passed else value for k, value in enumerate(values)]
 
 
 def _unique(values: list[Any]) -> tuple[list[Any], list[int]]:

@@ -4,9 +4,10 @@
 on every backend; `nbytes` does not know), and the grid's parameters per group. Static: the grid,
 the blocks, the layout that leads back to the original array, and the dtype it had. None of them
 stores a batch size, so a `QTensor` may be sliced by `scan`, `vmap` or `jax.tree.map(lambda a: a[0],
-q)`. Codes of 2 bits are joined by `packed.joined` and never as they are. A weight with a low-rank `compensation` stands for the sum of both; its factors have the same
-batch axes, so they are sliced along. How the inputs of its products are quantized is not part of
-what it stands for, but stays with it (`Inputs`).
+q)`. Codes of 2 bits are joined by `packed.joined` and never as they are. A weight with a low-rank
+`compensation` stands for the sum of both; its factors have the same batch axes, so they are sliced
+along. How the inputs of its products are quantized is not part of what it stands for, but stays
+with it (`Inputs`).
 """
 
 from __future__ import annotations

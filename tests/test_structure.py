@@ -17,6 +17,8 @@ RANKS = (
     (
         "errors",
         "blocks",
+        "calls",
+        "client",
         "distortion",
         "distances",
         "extremes",

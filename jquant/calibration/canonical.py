@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from jquant.interpreter import callee, close
+from jquant.calls import callee, close
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 

@@ -26,7 +26,8 @@ from jax.extend import core
 
 from jquant import placement
 from jquant.calibration.canonical import equation_key, literal_key
-from jquant.interpreter import bind, callee, close, scan_parts, trace
+from jquant.calls import callee, close, passed_on, scan_parts
+from jquant.interpreter import bind, trace
 
 Atom = int | core.Literal  # a value's number, or a number that stands in the program text
 
@@ -261,8 +262,10 @@ class _Flattener:
             carry, row = results[:num_carry], results[num_carry:]
             rows.append(row)
         rows = rows[:: -1 if eqn.params["reverse"] else 1]
+        passed = passed_on(eqn)[num_carry:]  # slices that come out as they went in: the whole of it
         stacked = [
-            self.call(lambda *row: jnp.stack(row), *column)[0] for column in zip(*rows, strict=True)
+            self.call(lambda *row: jnp.stack(row), *column)[0] if at is None else ins[at]
+            for at, column in zip(passed, zip(*rows, strict=True), strict=True)
         ]
         return [*carry, *stacked]
 

@@ -27,6 +27,7 @@ from jax.extend import core
 from jaxtyping import Array, PRNGKeyArray, UInt32
 
 from jquant import noise
+from jquant.calls import split_axes
 from jquant.emulation.formats import Numbers, check, rounded
 from jquant.emulation.once import once, one_of
 from jquant.emulation.operations import (
@@ -226,6 +227,12 @@ class _Rounder:
 
     def rule(self, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> Sequence[Any] | None:
         name, all_ = eqn.primitive.name, self.settings.operations == "all"
+        if name == "shard_map" and self.start is not None and split_axes(eqn):
+            raise UnsupportedPrimitiveError(
+                f"'shard_map' on a mesh with axes {split_axes(eqn)}: every device would round its "
+                "part by the same random words; pass rounding='nearest', or make the function for "
+                "a mesh of one device"
+            )
         if name in DESCENDED:
             return None
         if not any(_floating(var.aval) for var in eqn.outvars):

@@ -23,6 +23,7 @@ import jax
 from jax.extend import core
 from jaxtyping import PyTree
 
+from jquant.calls import RULED
 from jquant.errors import UnsupportedPrimitiveError
 from jquant.inference.inputs import rounded_inputs
 from jquant.inference.late import held
@@ -38,14 +39,15 @@ from jquant.qtensor import (
     tree_map_weights,
 )
 
-# Their derivative rules belong to the function: they are called with decoded weights, not inlined.
-_CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
+# Their rules belong to the function, and so does what each device gets: they are called with
+# decoded weights, not inlined.
+_CUSTOM = RULED | {"shard_map"}
 # What a weight may go through on its way to a product whose input is to be quantized, and what
 # would keep that product from sight.
 _SAME_NUMBERS = frozenset(
     "slice split rev copy copy_p stop_gradient sharding_constraint reduce_precision name".split()
 )
-_HIDING = _CUSTOM | {"optimization_barrier", "dynamic_slice", "concatenate"}
+_HIDING = frozenset({"optimization_barrier", "dynamic_slice", "concatenate"})
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +96,8 @@ class _Decoder:
             )
         if name in DESCENDED - _CUSTOM:
             return None
-        if any(inputs) and name in _HIDING:
+        inside = any(True for _ in core.jaxprs_in_params(eqn.params))
+        if any(inputs) and (inside or name in _HIDING):
             raise _hidden(repr(name))
         seen = view(eqn, values)
         if seen is not None:

@@ -1,0 +1,48 @@
+"""What a user of the walker decides: which values are special, and what becomes of them.
+
+`walker` is the `interpreter.Walker` that asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jax.extend import core
+
+
+@runtime_checkable
+class Client(Protocol):
+    """What a user of the walker decides."""
+
+    def special(self, value: Any) -> bool:
+        """Whether a value needs the client's attention."""
+        ...
+
+    def asks(self, eqn: core.JaxprEqn, values: Sequence[Any]) -> bool:
+        """Whether the rule is to be asked about an equation without special operands."""
+        ...
+
+    def rule(self, eqn: core.JaxprEqn, values: list[Any], walker: Any) -> Sequence[Any] | None:
+        """The results of an equation with a special operand; None lets the walker descend."""
+        ...
+
+    def drop(self, value: Any, eqn: core.JaxprEqn, data: bool = False) -> jax.Array:
+        """An ordinary array in place of a special value that cannot go on as such; may raise.
+
+        `data`: it is the first of the values that a loop makes of it and of ordinary ones.
+        """
+        ...
+
+    def leave(self, results: list[Any], walker: Any) -> list[Any]:
+        """The results of a function, or of the body of a loop or branch, that is left now."""
+        ...
+
+    def names(self, value: Any) -> Collection[Any]:
+        """The first items of the keys under which this special value's emissions are filed."""
+        ...
+
+    def merge(self, left: Any, right: Any) -> Any:
+        """The sum of two emissions; zeros are neutral."""
+        ...
