@@ -119,7 +119,7 @@ def _hidden(wrap):
 
 
 def _shard(w, x):
-    mesh = jax.make_mesh((1,), ("a",))
+    mesh = jax.sharding.AbstractMesh((2,), ("a",), (jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec()
     return jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(w, x)
 
