@@ -35,6 +35,7 @@ from jquant.calls import (
     REMATS,
     callee,
     close,
+    made_of,
     manual_axes,
     passed_on,
     scan_parts,
@@ -313,12 +314,12 @@ class Walker:
     def _shard_map(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
         """Each device runs the body on its parts; on one device, the parts are the whole."""
         params, split = eqn.params, split_axes(eqn)
-        for value in filter(self.client.special, values if split else ()):
+        for path in map(self.client.name, filter(self.client.special, values if split else ())):
             raise UnsupportedPrimitiveError(
-                f"weight {self.client.name(value)!r} enters 'shard_map' on a mesh with axes "
-                f"{split}, where a device sees only its part of weights and inputs; calibrate the "
-                "function made for a mesh of one device (codes do not depend on the mesh), and "
-                "apply this one"
+                f"weight {path!r} enters 'shard_map' on a mesh with axes {split}, where a device "
+                "sees only its part of weights and inputs; calibrate the function made for a mesh "
+                "of one device (codes do not depend on the mesh) and apply this one, or leave the "
+                f"weight out: find_weights(..., ignore={path!r})"
             )
         keys: list[list[Any]] = []
 

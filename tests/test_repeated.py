@@ -40,21 +40,9 @@ CASES: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], Any]] = {
     ),
     "dot-in": (lambda w: jnp.repeat(w, 2, 0), (2, 5), (64, 4), jnp.matmul),
 }  # fmt: skip
-OPEN = {"conv-in", "conv-window", "inflated", "experts", "ragged-in"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.xfail(strict=True, reason="accepted, then an error in mid-job")
-            if name in OPEN
-            else (),
-        )
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_a_repeated_kernel_is_refused_at_once_or_has_its_moment(name: str) -> None:
     repeat, shape, size, product = CASES[name]
     params, x = {"w": _normal(0, *shape)}, _normal(1, *size)
