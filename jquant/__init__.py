@@ -19,7 +19,7 @@ from jquant import (
 from jquant.activations import Activations, Percentile
 from jquant.allocation import plan
 from jquant.blocks import Blocks, Layout
-from jquant.calibration import Evidence, Weight, capture, find_weights
+from jquant.calibration import Evidence, TokenWeights, Weight, capture, find_weights
 from jquant.citations import cite
 from jquant.compensation import LoRC
 from jquant.emulation import emulate
@@ -51,6 +51,7 @@ __all__ = [
     "QTensor",
     "Report",
     "Scheme",
+    "TokenWeights",
     "Weight",
     "allocation",
     "apply",

@@ -6,17 +6,19 @@ Every message names the path, what was got, and what to pass instead.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jquant.calibration.evidence import Evidence
+from jquant.calibration.tokens import Given, chosen, refuse
+from jquant.calibration.walk import Walk
 from jquant.calibration.weights import Weight
 from jquant.errors import EvidenceError, PlanError, WeightError, near
-from jquant.objectives import Stagewise
+from jquant.objectives import KL, Fisher, Stagewise
 from jquant.qtensor import QTensor
 from jquant.rounding.relaxed import Relaxation
 from jquant.scheme import Plan, Scheme, check_inputs
@@ -156,6 +158,7 @@ def check_objective(
     *,
     batches: bool,
     granularity: str,
+    weighed: bool = False,
 ) -> None:
     """Refuse an objective that cannot be descended."""
     if not callable(objective):
@@ -198,11 +201,45 @@ def check_objective(
         )
     if not batches:
         raise EvidenceError("an objective is descended on batches; pass calibration batches")
+    if weighed and not isinstance(objective, KL | Fisher):
+        raise PlanError(
+            f"{objective!r} cannot be told what tokens count; beside token_weights pass "
+            "objectives.KL() or objectives.Fisher(), or leave token_weights out and weigh tokens "
+            "in an objective (found, wanted, *inputs) of your own"
+        )
     if isinstance(objective, Stagewise) and granularity == "all":
         raise PlanError(
             "objectives.Stagewise() needs stages: pass granularity='weight' or 'block', or descend "
             "its objective on the whole network"
         )
+
+
+def check_matched(walk: Walk, given: Given, paths: Collection[str] | None = None) -> None:
+    """Refuse weights whose rows' tokens are not known, unless they are to be counted.
+
+    `paths`: those whose evidence will be used.
+    """
+    said = chosen(given)
+    if said is not None and said.unmatched == "raise":
+        found = walk.unmatched.items()
+        refuse([(str(piece), why) for piece, why in found if paths is None or piece.path in paths])
+
+
+def check_logits(
+    fn: Callable[..., Any],
+    params: PyTree,
+    objective: Any,
+    batches: Sequence[tuple[Any, ...]],
+    weights: Sequence[Any] | None,
+) -> None:
+    """Refuse token weights that are not of the tokens of the function's logits."""
+
+    def loss(params: PyTree, inputs: tuple[Any, ...], weights: Array) -> Array:
+        found = fn(params, *inputs)
+        return objective(found, found, token_weights=weights)
+
+    for inputs, own in zip(batches, weights or (), strict=False):
+        jax.eval_shape(loss, params, inputs, own)
 
 
 def check_evidence(plan: Plan, evidence: Mapping[str, Evidence]) -> None:

@@ -26,6 +26,7 @@ from jquant.blocks import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.flat import Piece
 from jquant.calibration.stages import Granularity
+from jquant.calibration.tokens import Given
 from jquant.job import peak_bytes
 from jquant.placement import transferring
 from jquant.quantize import prepare
@@ -98,6 +99,7 @@ def estimate(
     evidence: Mapping[str, Evidence] | None = None,
     key: PRNGKeyArray | None = None,
     granularity: Granularity = "weight",
+    token_weights: Given = None,
     budget: int | None = None,
 ) -> Estimate:
     """What `quantize` will take with these arguments: see `Estimate`, and `quantize` for them.
@@ -116,6 +118,7 @@ def estimate(
     walk, arrays = prepare(
         fn, params, plan, batches,
         evidence=evidence, key=key, granularity=granularity, budget=budget,
+        token_weights=token_weights,
     )  # fmt: skip
     start = time.perf_counter()
     seconds = {"compiling": 0.0, "reading": 0.0, "rounding": 0.0, "advancing": 0.0}

@@ -14,6 +14,7 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import PRNGKeyArray
 
+from jquant.arguments import inputs_of
 from jquant.calibration.canonical import jaxpr_key, text
 from jquant.calibration.capture import kinds
 from jquant.calibration.evidence import Evidence
@@ -90,8 +91,8 @@ def _given(walk: Walk | OnePass) -> Iterator[tuple[Any, tuple[Any, ...]]]:
                 yield [cut.flat.shapes[number] for number in segment.outputs], ()
         return
     seen = set()
-    for batch in walk.batches:
-        inputs = batch if isinstance(batch, tuple) else (batch,)
+    for number, batch in enumerate(walk.batches):
+        inputs = inputs_of(batch, number)
         kind = jax.tree.structure(inputs), kinds(inputs)
         if kind not in seen:
             seen.add(kind)

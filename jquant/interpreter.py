@@ -314,7 +314,8 @@ class Walker:
     def _shard_map(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
         """Each device runs the body on its parts; on one device, the parts are the whole."""
         params, split = eqn.params, split_axes(eqn)
-        for path in map(self.client.name, filter(self.client.special, values if split else ())):
+        weights = filter(self.client.special, values if split else ())
+        for path in (path for value in weights for path in self.client.names(value)):
             raise UnsupportedPrimitiveError(
                 f"weight {path!r} enters 'shard_map' on a mesh with axes {split}, where a device "
                 "sees only its part of weights and inputs; calibrate the function made for a mesh "

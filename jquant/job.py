@@ -251,7 +251,7 @@ class Job:
 
     def report(self, quantized: Mapping[str, QTensor]) -> Report:
         stages, rows = self.walk.stages, {}
-        nested = self.walk.nested
+        nested, unmatched = self.walk.nested, self.walk.unmatched
         for path, scheme in self.plan.items():
             pieces = [piece for piece in self.done if piece.path == path]
             outcome = Outcome.sum([self.outcomes[piece] for piece in pieces])
@@ -259,6 +259,9 @@ class Job:
             notes = [self.plan.weights[path].note] if outcome.tokens is not None else []
             if loop is not None:
                 notes.append(f"in a {loop}: calibrated in one pass with all in it")
+            lost = next((unmatched[piece] for piece in pieces if piece in unmatched), None)
+            if lost is not None:
+                notes.append(f"all rows of its {lost} counted")
             note = "; ".join(filter(None, notes))
             rows[path] = row_of(path, scheme, quantized[path], outcome, note)
         kept = tuple(path for path in self.plan.weights if path not in self.plan)

@@ -20,9 +20,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 Objective = Callable[..., Array]
+
+TokenWeights = Bool[Array, "*tokens"] | Float[Array, "*tokens"]  # not negative
 
 TOKENS_AT_ONCE = 256  # tokens whose probabilities exist at one time, in float32
 
@@ -32,7 +34,8 @@ class KL:
     """Kullback–Leibler divergence of the found logits from the wanted, in nats per token.
 
     Outputs are one array of logits `[..., vocabulary]`; probabilities are formed for few tokens at
-    a time, forward and backward.
+    a time, forward and backward. Called with `token_weights=`, bool or float of the leading axes of
+    the logits, it is the weighted mean, and tokens of weight 0 are left out.
 
     Args:
         temperature: of both distributions.
@@ -49,14 +52,16 @@ class KL:
         if not self.temperature > 0:
             raise ValueError(f"KL.temperature must be positive, got {self.temperature}")
 
-    def __call__(self, found: Any, wanted: Any, *inputs: Any) -> Float[Array, ""]:
+    def __call__(
+        self, found: Any, wanted: Any, *inputs: Any, token_weights: TokenWeights | None = None
+    ) -> Float[Array, ""]:
         del inputs
 
         def one(q: Array, p: Array) -> Array:
             log_p, log_q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
             return jnp.sum(jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * (log_p - log_q)))
 
-        return _over_tokens(one, found, wanted, 1 / self.temperature)
+        return _over_tokens(one, found, wanted, 1 / self.temperature, token_weights)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Fisher:
     """Squared differences of logits, weighed by the Fisher information of the wanted distribution.
 
     The quadratic form that KL is near the original network: what the softmax does not see (a
-    constant added to all logits) and words that nobody would say cost nothing.
+    constant added to all logits) and words that nobody would say cost nothing. `token_weights` as
+    for `KL`.
 
     Example:
         >>> logits = jnp.array([[0.0, 0.0]]), jnp.array([[1.0, -1.0]])
@@ -72,14 +78,16 @@ class Fisher:
         0.21
     """
 
-    def __call__(self, found: Any, wanted: Any, *inputs: Any) -> Float[Array, ""]:
+    def __call__(
+        self, found: Any, wanted: Any, *inputs: Any, token_weights: TokenWeights | None = None
+    ) -> Float[Array, ""]:
         del inputs
 
         def one(q: Array, p: Array) -> Array:
             share, moved = jax.nn.softmax(p), q - p
             return 0.5 * jnp.sum(share * (moved - jnp.sum(share * moved)) ** 2)
 
-        return _over_tokens(one, found, wanted, 1.0)
+        return _over_tokens(one, found, wanted, 1.0, token_weights)
 
 
 @dataclass(frozen=True)
@@ -137,11 +145,46 @@ class Stagewise:
         return self.objective(found, wanted, *inputs)
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """An objective that is given the weights of tokens in front of the inputs."""
+
+    objective: Objective
+
+    def __call__(self, found: Any, wanted: Any, token_weights: Any, *inputs: Any) -> Array:
+        return self.objective(found, wanted, *inputs, token_weights=token_weights)
+
+
+def rows_of_weights(logits: Array, token_weights: Any) -> Float[Array, " tokens"]:
+    """The weight of every token of logits `[..., vocabulary]`, float32.
+
+    Raises:
+        ValueError: the weights do not have the leading axes of the logits.
+    """
+    shape, tokens = logits.shape[:-1], token_weights.shape
+    if shape[: len(tokens)] != tokens:
+        raise ValueError(
+            f"token_weights {list(tokens)} are not of the leading axes of the logits "
+            f"{list(logits.shape)}; wrap fn to return one row of logits for each token"
+        )
+    wide = jnp.asarray(token_weights).astype(jnp.float32)
+    wide = wide.reshape(*tokens, *[1] * (len(shape) - len(tokens)))
+    return jnp.broadcast_to(wide, shape).reshape(-1)
+
+
 def _over_tokens(
-    one: Callable[[Array, Array], Array], found: Any, wanted: Any, factor: float
+    one: Callable[[Array, Array], Array],
+    found: Any,
+    wanted: Any,
+    factor: float,
+    token_weights: Any = None,
 ) -> Float[Array, ""]:
-    """The mean of `one(found, wanted)` over tokens."""
+    """The mean of `one(found, wanted)` over tokens, by their weights."""
     (found,), (wanted,) = logits_of(found), logits_of(wanted)
+    if token_weights is not None:
+        weights = rows_of_weights(wanted, token_weights)
+        real = (weights > 0).reshape(*wanted.shape[:-1], 1)
+        found, wanted = (jnp.where(real, x, jnp.zeros((), x.dtype)) for x in (found, wanted))
     rows, vocabulary = found.size // found.shape[-1], found.shape[-1]
     many = -(-rows // TOKENS_AT_ONCE)
     size = -(-rows // many)
@@ -150,14 +193,21 @@ def _over_tokens(
         jnp.pad(x.reshape(rows, vocabulary), pad).reshape(many, size, -1) for x in (found, wanted)
     ]
 
+    if token_weights is not None:
+        parts.append(jnp.pad(weights, pad[0]).reshape(many, size))
+
     @jax.checkpoint
     def few(carry: Array, pair: list[Array]) -> tuple[Array, None]:
-        q, p = (factor * x.astype(jnp.float32) for x in pair)
-        return carry + jnp.sum(jax.vmap(one)(q, p)), None
+        q, p = (factor * x.astype(jnp.float32) for x in pair[:2])
+        each = jax.vmap(one)(q, p)
+        return carry + jnp.sum(each if len(pair) == 2 else each * pair[2]), None
 
     # Tokens that only fill up are equal in both, and cost nothing.
     total, _ = jax.lax.scan(few, jnp.zeros((), jnp.float32), parts)
-    return total / rows
+    if token_weights is None:
+        return total / rows
+    whole = jnp.sum(weights)
+    return jnp.where(whole > 0, total / jnp.where(whole > 0, whole, 1.0), 0.0)
 
 
 def logits_of(outputs: Any) -> list[Array]:

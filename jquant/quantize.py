@@ -20,9 +20,12 @@ from jquant.arguments import by_path, replaced
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.onepass import OnePass
 from jquant.calibration.stages import Granularity
+from jquant.calibration.tokens import Given, again, all_weighed, listed, separated, weighed
 from jquant.calibration.walk import Walk
 from jquant.checks import (
     check_evidence,
+    check_logits,
+    check_matched,
     check_needs,
     check_objective,
     check_weights,
@@ -54,6 +57,7 @@ def quantize(
     objective: Objective | None = None,
     key: PRNGKeyArray | None = None,
     granularity: Granularity = "weight",
+    token_weights: Given = None,
     work_dir: str | os.PathLike[str] | None = None,
     budget: int | None = None,
     progress: Told | None = None,
@@ -79,6 +83,11 @@ def quantize(
             have produced. "weight": those that do not depend on each other (q, k and v; gate and
             up), GPTQ's "true sequential". "block": all of a block, by the first numbered key of
             their paths (`layers/3`) or by the layer of a scanned stack. "all": all, in one pass.
+        token_weights: what each token of the batches counts, so that padding is left out: a
+            function `(*inputs) -> array` of a batch's inputs (`lambda tokens, mask: mask`), one
+            array for each batch, or a `TokenWeights`; None: each counts 1. Arrays are bool, integer
+            or float, not negative, of the leading axes of an input. `objectives.KL` and `Fisher`
+            are weighed too; other objectives are refused beside it.
         work_dir: a folder to keep finished stages in. The same call with the same folder goes on
             after the last of them, with bit-identical results.
         budget: bytes of activations kept on the device between stages; what exceeds it waits on the
@@ -112,18 +121,21 @@ def quantize(
     if objective is not None:
         check_objective(
             plan, objective, evidence or {}, key,
-            batches=batches is not None, granularity=granularity,
+            batches=batches is not None, granularity=granularity, weighed=token_weights is not None,
         )  # fmt: skip
     if objective is not None and not isinstance(objective, Stagewise):
         return _whole(
             fn, params, plan, batches or (), objective, evidence=dict(evidence or {}), key=key,
-            granularity=granularity, work_dir=work_dir, budget=budget, progress=progress,
+            granularity=granularity, token_weights=token_weights, work_dir=work_dir, budget=budget,
+            progress=progress,
         )  # fmt: skip
     if work_dir is not None and batches is not None:
         batches = list(batches)  # what is in them is part of the fingerprint
+        token_weights = listed(token_weights)
     walk, arrays = prepare(
         fn, params, plan, batches,
         evidence=evidence, key=key, granularity=granularity, budget=budget, objective=objective,
+        token_weights=token_weights,
     )  # fmt: skip
     given = dict(evidence or {})
     work = None
@@ -149,6 +161,7 @@ def _whole(
     evidence: dict[str, Evidence],
     key: PRNGKeyArray | None,
     granularity: Granularity,
+    token_weights: Given,
     work_dir: str | os.PathLike[str] | None,
     budget: int | None,
     progress: Told | None,
@@ -157,24 +170,27 @@ def _whole(
     learned = Plan({path: s for path, s in plan.items() if is_learned(s)}, plan.weights)
     others = Plan({path: s for path, s in plan.items() if not is_learned(s)}, plan.weights)
     descent = next(iter(learned.values())).rounding.descent  # type: ignore[attr-defined]
-    batches = list(itertools.islice(batches, descent.steps * descent.accumulate))
+    pairs = itertools.islice(weighed(batches, token_weights), descent.steps * descent.accumulate)
+    batches, weights = separated(pairs)
+    given = None if weights is None else again(token_weights, weights)
     if not batches:
         raise EvidenceError("got no batches; pass at least one array or tuple of inputs")
     params = realize(params)
     arrays = by_path(params)
     check_weights(learned, arrays)
     check_evidence(learned, evidence)
+    check_logits(fn, params, objective, batches, weights)
     before, record = None, None
     if work_dir is not None:
         before = Path(work_dir, "others")
-        walk = OnePass(fn, params, list(plan), list(plan), batches)
+        walk = OnePass(fn, params, list(plan), list(plan), batches, token_weights=given)
         said = fingerprint(walk, plan, arrays, evidence, key, granularity, objective)
         record = open_work_dir(Path(work_dir, "learned"), said)
     qparams, report = params, Report({})
     if others:
         qparams, report = quantize(
             fn, params, others, batches, evidence=evidence, key=key, granularity=granularity,
-            work_dir=before, budget=budget, progress=progress,
+            token_weights=given, work_dir=before, budget=budget, progress=progress,
         )  # fmt: skip
         qparams = realize(qparams)
     start = time.perf_counter()
@@ -187,7 +203,8 @@ def _whole(
     leaves = by_path(qparams)
     found, trace = learn_whole(
         fn, params, leaves, learned, batches, objective,
-        evidence=evidence, key=key, record=record, told=None if progress is None else told,
+        token_weights=weights, evidence=evidence, key=key, record=record,
+        told=None if progress is None else told,
     )  # fmt: skip
     rows = dict(report) | {
         path: row_of(path, learned[path], q, outcome, "") for path, (q, outcome) in found.items()
@@ -215,6 +232,7 @@ def prepare(
     granularity: Granularity,
     budget: int | None,
     objective: Objective | None = None,
+    token_weights: Given = None,
 ) -> tuple[Walk | OnePass, dict[str, Any]]:
     """All that `quantize` does before any work: the checks, the stages, the leaves by path."""
     if granularity not in ("weight", "block", "all"):
@@ -231,16 +249,18 @@ def prepare(
     if batches is None or not wanted:
         walk = OnePass(fn, params, list(plan))
     elif granularity == "all":
-        walk = OnePass(fn, params, list(plan), wanted, batches, spread)
+        walk = OnePass(fn, params, list(plan), wanted, batches, spread, token_weights)
     else:
+        batches, weights = all_weighed(batches, token_weights)
         stacks = {path: plan.weights[path].stack_axes for path in plan}
         walk = Walk.start(
             fn, list(arrays.items()), structure, stacks, batches, granularity,
             budget=budget, drift=any("drift" in scheme.needs for scheme in plan.values()),
-            reconstruct=objective is not None, spread=spread,
+            reconstruct=objective is not None, spread=spread, weights=weights,
         )  # fmt: skip
         walk.teacher = isinstance(objective, Stagewise) and objective.inputs == "full"
         _check_reached(plan, walk)
+        check_matched(walk, token_weights, wanted)
     return walk, arrays
 
 

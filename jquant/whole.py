@@ -19,7 +19,7 @@ from jquant.arguments import inputs_of
 from jquant.calibration.evidence import Evidence
 from jquant.inference import apply
 from jquant.learning import Learned, Record, learn
-from jquant.objectives import Objective
+from jquant.objectives import Objective, Weighed
 from jquant.qtensor import QTensor, is_qtensor
 from jquant.report import Trace
 from jquant.scheme import Plan
@@ -59,13 +59,15 @@ class Feed:
     run: Callable[..., Any]
     params: PyTree
     batches: Sequence[Any]
+    weights: Sequence[Any] | None = None  # of their tokens: what the objective takes first, then
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, number: int, /) -> tuple[Any, Any, tuple[Any, ...]]:
         inputs = inputs_of(self.batches[number], number)
-        return inputs, self.run(self.params, *inputs), inputs
+        said = inputs if self.weights is None else (self.weights[number], *inputs)
+        return inputs, self.run(self.params, *inputs), said
 
 
 def learn_whole(
@@ -76,6 +78,7 @@ def learn_whole(
     batches: Sequence[Any],
     objective: Objective,
     *,
+    token_weights: Sequence[Any] | None = None,
     evidence: Mapping[str, Evidence],
     key: PRNGKeyArray | None,
     record: Record | None,
@@ -90,6 +93,7 @@ def learn_whole(
         plan: the weights to learn, all of one rounding.
         batches: as for `quantize`.
         objective: of the function's outputs.
+        token_weights: of every batch; the objective takes them by this name.
         evidence: what is known of the inputs of weights, for grids that can use it.
         key, record, told: see `learn`.
     """
@@ -100,7 +104,9 @@ def learn_whole(
         for path, scheme in plan.items()
     ]
     fixed = [None if path in plan else leaf for path, leaf in leaves.items()]
-    feed = Feed(jax.jit(fn), params, batches)
+    feed = Feed(jax.jit(fn), params, batches, token_weights)
+    if token_weights is not None:
+        objective = Weighed(objective)
     found, trace = learn(
         network, objective, weights, fixed, feed, key=key, record=record, told=told
     )

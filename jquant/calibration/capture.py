@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, UInt8
 
-from jquant.arguments import by_path, inputs_of, shape_of
+from jquant.arguments import by_path, shape_of
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.reading import Reading, assemble, decisive
+from jquant.calibration.tokens import Given, check_any, chosen, refuse, weighed
 from jquant.calibration.weights import Sightings, observe
 from jquant.errors import EvidenceError
 from jquant.lazy import realize
@@ -34,6 +35,7 @@ def capture(
     *,
     paths: Collection[str] | None = None,
     spread: bool = False,
+    token_weights: Given = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Evidence]:
     """Second moments, counts, means and maxima of the inputs of every weight of `fn`.
@@ -46,36 +48,63 @@ def capture(
             program.
         paths: the weights to watch; all of them when None.
         spread: also histograms of the inputs, for static ranges of `Activations`.
+        token_weights: what each token counts: a function `(*inputs) -> array` of a batch's inputs,
+            one array for each batch, or a `TokenWeights`; None: each counts 1. Arrays are bool,
+            integer or float, not negative, of the leading axes of an input: `[batch, time]`.
         progress: called after each batch with the number of batches done.
 
     Returns:
         path → `Evidence` with `[*batch, in, in]` second moments: sums over the tokens of all
         batches, float32. Stacked layers and experts keep their batch axes. Weights that are only
         looked up (embeddings) have none. Weights with a common input hold the very same arrays.
-        Every row of an input is a token: where a function pads, zero the padded rows (they then add
-        nothing to the moments, though to the count); all-zero slots of experts are not counted.
+        Every row of an input is a token, but for all-zero slots of experts. With token weights all
+        sums are weighted, the count too, and tokens of weight 0 are left out, whatever is in them.
 
     Raises:
         TreeError: params or a batch hold what is no array or number, or two leaves have one path.
         UnsupportedPrimitiveError: a watched weight cannot be followed; names path and primitive.
         EvidenceError: no batches, or an input that is NaN, infinite, or too large to be squared;
-            names path and batch.
+            names path and batch. Token weights that are no weights, or a weight used on rows whose
+            tokens are not known.
 
     Example:
         >>> fn = lambda p, x: x @ p["w"]
         >>> evidence = capture(fn, {"w": jnp.ones((2, 3))}, [jnp.eye(2), jnp.eye(2)])
         >>> evidence["w"].second_moment.tolist(), float(evidence["w"].count)
         ([[2.0, 0.0], [0.0, 2.0]], 4.0)
+        >>> fn = lambda p, x, mask: x @ p["w"]
+        >>> padded = jnp.ones((1, 3, 2)), jnp.array([[1, 1, 0]])
+        >>> of = lambda x, mask: mask
+        >>> float(capture(fn, {"w": jnp.ones((2, 3))}, [padded], token_weights=of)["w"].count)
+        2.0
     """
+    watched = None if paths is None else frozenset(paths)
+    return read(
+        fn, params, batches, watched, spread=spread, token_weights=token_weights, progress=progress
+    )[0]
+
+
+def read(
+    fn: Callable[..., Any],
+    params: PyTree,
+    batches: Iterable[Any],
+    paths: frozenset[str] | None,
+    *,
+    spread: bool,
+    token_weights: Given,
+    progress: Callable[[int], None] | None,
+) -> tuple[dict[str, Evidence], dict[str, str]]:
+    """What `capture` returns, and the weights whose rows' tokens are not known → why."""
     by_path(params)  # refuses what is no tree of arrays
-    step = capture_step(fn, None if paths is None else frozenset(paths), spread)
+    token_weights = chosen(token_weights)
+    step = capture_step(fn, paths, spread, token_weights and token_weights.unmatched)
     params = realize(params)
-    tally, first = Tally(), None
-    for number, batch in enumerate(batches):
-        inputs = inputs_of(batch, number)
+    tally, first, seen = Tally(), None, []
+    for number, (inputs, weights) in enumerate(weighed(batches, token_weights)):
         first = inputs if first is None else first
+        seen += [] if weights is None else [np.any(weights, keepdims=True)]
         try:
-            tally.add(step, params, inputs)
+            tally.add(step, params, inputs, weights)
         except EvidenceError:
             raise
         except Exception as error:  # whatever the function says: Flax has its own errors
@@ -87,7 +116,9 @@ def capture(
             progress(number + 1)
     if first is None:
         raise EvidenceError("capture got no batches; pass at least one array or tuple of inputs")
-    return tally.evidence()
+    check_any(seen)
+    assert tally.total is not None
+    return tally.evidence(), dict(tally.total.unmatched)
 
 
 class Tally:
@@ -194,15 +225,23 @@ def _cached(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_cached
 def capture_step(
-    fn: Callable[..., Any], paths: frozenset[str] | None, spread: bool = False
+    fn: Callable[..., Any],
+    paths: frozenset[str] | None,
+    spread: bool = False,
+    unmatched: str | None = None,
 ) -> Callable[..., Any]:
     """The compiled program: sums so far, and a batch, to sums and what is wrong with them."""
 
     def wanted(path: str) -> bool:
         return paths is None or path in paths
 
-    def step(total: Sightings | None, params: PyTree, inputs: tuple[Any, ...]) -> Any:
-        return accumulate(total, observe(fn, wanted, params, inputs, spread))
+    def step(
+        total: Sightings | None, params: PyTree, inputs: tuple[Any, ...], weights: Any = None
+    ) -> Any:
+        found = observe(fn, wanted, params, inputs, spread, weights)
+        if unmatched != "count":
+            refuse(found.unmatched)
+        return accumulate(total, found)
 
     return jax.jit(step, donate_argnums=0)
 

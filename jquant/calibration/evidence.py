@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from jquant.calibration.spread import Spread
 from jquant.extremes import largest
@@ -68,12 +68,17 @@ class Evidence:
         *,
         full: Float[Array, "*batch tokens in"] | None = None,
         spread: bool = False,
+        weights: Weights | None = None,
     ) -> Evidence:
         """The evidence of rows of inputs; `count` where not every row is a token.
 
         bfloat16 and float16 rows are multiplied as they are, with float32 sums; float32 rows in
         full float32 precision on every backend. `full` holds the rows of the unquantized network,
         token by token those of `x`, and adds the drift. `spread` adds that.
+
+        With `weights` every sum is weighted, and rows of weight 0 are left out, also of the maxima
+        and the spread and whatever is in them: bool, or float32 and not negative, broadcast to
+        `[*batch, tokens]`.
 
         Raises:
             ValueError: `full` is not of the shape of `x`.
@@ -84,14 +89,24 @@ class Evidence:
             [[10.0, 14.0], [14.0, 20.0]]
             >>> Evidence.of(x, full=x.at[0, 0].set(2.0)).drift.tolist()
             [[1.0, 2.0], [0.0, 0.0]]
+            >>> Evidence.of(x, weights=jnp.array([True, False])).second_moment.tolist()
+            [[1.0, 2.0], [2.0, 4.0]]
         """
-        if count is None:
+        if weights is not None:
+            weights = jnp.broadcast_to(weights, x.shape[:-1])
+            x, full = kept(x, weights), None if full is None else kept(full, weights)
+        if count is None and weights is not None:
+            count = jnp.sum(weights, axis=-1, dtype=jnp.float32)
+        elif count is None:
             count = jnp.full(x.shape[:-2], x.shape[-2], jnp.float32)
         magnitude = largest(jnp.abs(x), axis=-2, initial=0).astype(jnp.float32)
-        total = jnp.sum(x, axis=-2, dtype=jnp.float32)
-        drift = None if full is None else _drift(x, full)
         histogram = Spread.of(x) if spread else None
-        return Evidence(_gram(x), count, total, magnitude, drift, histogram)
+        root, half = half_weighed(x, weights)
+        total = jnp.sum(half if root is None else half * root, axis=-2, dtype=jnp.float32)
+        if full is not None:
+            full = half_weighed(full, weights)[1]
+        drift = None if full is None else _drift(half, full)
+        return Evidence(_gram(half), count, total, magnitude, drift, histogram)
 
     @staticmethod
     def grouped(
@@ -100,6 +115,7 @@ class Evidence:
         *,
         full: Float[Array, "tokens in"] | None = None,
         spread: bool = False,
+        weights: Weights | None = None,
     ) -> Evidence:
         """The evidence of each group of rows, `[groups]`; groups are runs of the given sizes.
 
@@ -114,6 +130,11 @@ class Evidence:
         groups = sizes.shape[0]
         ends = jnp.cumsum(sizes, dtype=sizes.dtype)
         group = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=sizes.dtype), side="right")
+        count = sizes.astype(jnp.float32)
+        if weights is not None:
+            x, full = kept(x, weights), None if full is None else kept(full, weights)
+            count = jax.ops.segment_sum(weights.astype(jnp.float32), group, groups)
+        root, half = half_weighed(x, weights)
 
         def products(left: Array, right: Array) -> Array:
             return lax.ragged_dot_general(
@@ -122,15 +143,41 @@ class Evidence:
                 precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
             )  # fmt: skip
 
-        wide = x.astype(jnp.float32)
+        wide = half.astype(jnp.float32)
+        drift = None
+        if full is not None:
+            drift = products(half_weighed(full, weights)[1].astype(jnp.float32) - wide, wide)
+        plain = x.astype(jnp.float32)
         return Evidence(
-            products(x, x),
-            sizes.astype(jnp.float32),
-            jax.ops.segment_sum(wide, group, groups),
-            jnp.maximum(jax.ops.segment_max(jnp.abs(wide), group, groups), 0),
-            drift=None if full is None else products(full.astype(jnp.float32) - wide, wide),
-            spread=Spread.grouped(wide, group, groups) if spread else None,
+            products(half, half),
+            count,
+            jax.ops.segment_sum(wide if root is None else wide * root, group, groups),
+            jnp.maximum(jax.ops.segment_max(jnp.abs(plain), group, groups), 0),
+            drift=drift,
+            spread=Spread.grouped(plain, group, groups) if spread else None,
         )
+
+
+Weights = Bool[Array, "*batch tokens"] | Float[Array, "*batch tokens"]
+
+
+def kept(x: Float[Array, "*batch tokens in"], weights: Weights) -> Float[Array, "*batch tokens in"]:
+    """Rows without those that have no weight: these are zero, whatever was in them."""
+    real = weights if weights.dtype == jnp.bool_ else weights > 0
+    return jnp.where(real[..., None], x, jnp.zeros((), x.dtype))
+
+
+def half_weighed(
+    x: Float[Array, "*batch tokens in"], weights: Weights | None
+) -> tuple[Float[Array, "*batch tokens 1"] | None, Float[Array, "*batch tokens in"]]:
+    """The roots of weights that are not all 0 or 1, and rows times these: half of `w x xᵀ` each.
+
+    A product of two such halves is symmetric.
+    """
+    if weights is None or weights.dtype == jnp.bool_:
+        return None, x
+    root = jnp.sqrt(weights)[..., None]
+    return root, x.astype(jnp.float32) * root
 
 
 def _both(join: Callable[[Any, Any], Any], one: Any, two: Any) -> Any:

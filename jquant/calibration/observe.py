@@ -22,7 +22,7 @@ from jax.extend import core
 
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.origin import Origin
-from jquant.calibration.pending import Lookup, Pairs, Product, reassociated
+from jquant.calibration.pending import Lookup, Pairs, Pending, Product, reassociated, seen_from
 from jquant.calibration.reading import Kind, Reading, Sighting
 from jquant.calibration.rows import Arrangement, Role, Share
 from jquant.calibration.tagged import (
@@ -39,6 +39,7 @@ from jquant.calibration.tagged import (
     padded,
     view,
 )
+from jquant.calibration.tokens import Tokens
 from jquant.calibration.uses import RULES, floats, reading_of, unsupported
 from jquant.interpreter import DESCENDED, LOOPS, Walker, bind, scan_parts
 from jquant.placement import automatic
@@ -57,6 +58,7 @@ class Observer:
         keep: keep the rows of inputs in `rows`, by site.
         full: the rows another observer has kept.
         spread: whether evidence says how inputs are spread.
+        tokens: what every token counts, and where they are; None: each row is a token.
     """
 
     def __init__(
@@ -65,16 +67,15 @@ class Observer:
         keep: bool = False,
         full: Mapping[Any, jax.Array] | None = None,
         spread: bool = False,
+        tokens: Tokens | None = None,
     ) -> None:
-        self.keep, self.full, self.spread = keep, full, spread
+        self.keep, self.full, self.spread, self.tokens = keep, full, spread, tokens
         self.rows: dict[Any, jax.Array] = {}
         self.uses: dict[
             tuple[tuple[int, ...], Any], Sighting
         ] = {}  # by site and operand: each use once
         self.mixed: dict[str, str] = {}  # path -> the operation that took it in as a plain array
-        self.pending: dict[int, Product | Lookup] = {}
-        self.reached: set[int] = set()  # of the pending uses, those whose value met an input
-        self._count = 0
+        self.pending = Pending()
 
     def special(self, value: Any) -> bool:
         return isinstance(value, Tagged)
@@ -96,63 +97,42 @@ class Observer:
             self.mix([value], eqn.primitive.name)
         elif value.origins and not value.dependent:
             why = "a loop or branch changes it or passes it out"
-            raise unsupported(self._weight(value.origins[0]), eqn, why)
-        self.reached.update(value.reach)
+            raise unsupported(self.pending.weight(value.origins[0]), eqn, why)
+        self.reach([replace(value, origins=())])
         return value.array
 
     def leave(self, results: list[Any], walker: Walker) -> list[Any]:
         """End a function, or the body of a loop: what is pending in it is decided now."""
-        depth = len(walker.site)
-        inner = {n for n, item in self.pending.items() if item.site[:depth] == walker.site}
-        results = [self._outside(v, inner, walker) if self.special(v) else v for v in results]
-        if not walker.within:  # the function itself: what it returns is used
+        inner = self.pending.inside(walker.site)
+        name = walker.within[-1].primitive.name if walker.within else None
+        results = [self.pending.outside(v, inner, name) if self.special(v) else v for v in results]
+        if name is None:  # the function itself: what it returns is used
             self.reach(results)
         site = walker.site
         for number in sorted(inner, reverse=True):
-            item = self.pending.pop(number)
-            if number not in self.reached:
-                if isinstance(item, Product):  # it went into other weights, if anywhere
-                    for path in (*item.left.paths, *item.right.paths):
-                        self.mixed.setdefault(path, "dot_general")
-                continue
+            item, counts = self.pending.end(number)
             walker.site = item.site
-            if isinstance(item, Lookup):
+            if isinstance(item, Lookup) and counts:
                 self.uses |= {(item.site, (0, k)): use for k, use in enumerate(item.uses)}
-                continue
-            self.reach([item.left, item.right])
-            for k, (own, other) in enumerate(((item.left, item.right), (item.right, item.left))):
-                plain = Tagged(own.array, tuple(o for o in own.good if o.product is None))
-                pairs = _seen_from(k, item.contract), _seen_from(k, item.batch)
-                self._meet(walker, ("alone", k), plain, other.array, *pairs)
+            elif isinstance(item, Product) and counts:
+                self._see_each_other(walker, item)
+            elif isinstance(item, Product):  # it went into other weights, if anywhere
+                for path in (*item.left.paths, *item.right.paths):
+                    self.mixed.setdefault(path, "dot_general")
         walker.site = site
         return results
 
-    def _outside(self, value: Tagged, inner: set[int], walker: Walker) -> Tagged:
-        """A value as it leaves the body in which these uses are pending."""
-        self.reached.update(inner.intersection(value.reach))
-        products = [o for o in value.origins if o.product in inner]
-        if not products or not walker.within:
-            return value
-        self.reached.update(o.product for o in products if o.product is not None)
-        name = walker.within[-1].primitive.name
-        kept = tuple(o for o in value.origins if o not in products)
-        lost = tuple(self._weight(o).break_at(name) for o in products)
-        return replace(value, origins=kept or lost)
-
-    def _weight(self, origin: Origin) -> Origin:
-        """The origin, or that of a weight in a product of parameters."""
-        while origin.product is not None:
-            product = self.pending[origin.product]
-            assert isinstance(product, Product)
-            origin = (*product.left.origins, *product.right.origins)[0]
-        return origin
+    def _see_each_other(self, walker: Walker, item: Product) -> None:
+        """A product of parameters is an activation of its own: the rows of each are parameters."""
+        self.reach([item.left, item.right])
+        for k, (own, other) in enumerate(((item.left, item.right), (item.right, item.left))):
+            plain = Tagged(own.array, tuple(o for o in own.good if o.product is None))
+            pairs = seen_from(k, item.contract), seen_from(k, item.batch)
+            self._meet(walker, ("alone", k), plain, other.array, *pairs, 1 - k)
 
     def reach(self, values: Sequence[Any]) -> None:
         """These values met an input, or were returned."""
-        for value in values:
-            if isinstance(value, Tagged):
-                self.reached.update(value.reach)
-                self.reached.update(o.product for o in value.origins if o.product is not None)
+        self.pending.reach(v for v in values if isinstance(v, Tagged))
 
     def mix(self, values: Sequence[Any], name: str) -> None:
         """Weights among the values were taken in as plain arrays."""
@@ -275,9 +255,7 @@ class Observer:
             for o in origins
             if o.product is None
         ]
-        number = self._number()
-        self.pending[number] = Lookup(walker.site, tuple(uses))
-        return number
+        return self.pending.add(Lookup(walker.site, tuple(uses)))
 
     def _meet(
         self,
@@ -287,8 +265,12 @@ class Observer:
         x: jax.Array,
         contract: Pairs,
         batch: Pairs,
+        operand: int | None,
     ) -> None:
-        """An effective weight is contracted with rows: (its dimensions, those of `x`)."""
+        """An effective weight is contracted with rows: (its dimensions, those of `x`).
+
+        `operand`: which one of the equation holds the rows; None: a product with parameters.
+        """
         rank = weight.array.ndim
         meets: dict[int, tuple[Role, int]] = {}
         for role, (own, other) in (("in", contract), ("batch", batch)):
@@ -296,7 +278,7 @@ class Observer:
         roles: list[Role] = [meets[k][0] if k in meets else "out" for k in range(rank)]
         for k, origin in enumerate(weight.good):
             if origin.product is not None:
-                self._follow(walker, (where, k), origin, rank, x, contract, batch)
+                self._follow(walker, (where, k), origin, rank, x, contract, batch, operand)
                 continue
             own, offsets = origin.own(rank), origin.own_offsets(rank)
             way = Arrangement.of(x.shape, {
@@ -304,16 +286,35 @@ class Observer:
             })  # fmt: skip
             reading = self.see(walker, (where, k), "dot", origin, roles, way.tokens)
 
+            weights = self._weights_of(walker, origin.path, way, operand)
+
             def compute(
-                x: jax.Array, where: Any = (where, way), way: Arrangement = way
+                x: jax.Array,
+                where: Any = (where, way),
+                way: Arrangement = way,
+                weights: jax.Array | None = weights,
             ) -> Evidence:
                 rows, count = way.rows(x), None
                 if way.batch:  # experts: slots that hold no token are zero rows
-                    count = jnp.sum(jnp.any(rows != 0, -1), -1, dtype=jnp.float32)
-                return self._evidence(walker, where, floats(rows), count)
+                    held = jnp.any(rows != 0, -1)
+                    held = held if weights is None else jnp.where(held, weights, 0 * weights)
+                    count = jnp.sum(held, -1, dtype=jnp.float32)
+                return self._evidence(walker, where, floats(rows), count, weights=weights)
 
             found = walker.share(("dot", way), x, partial(automatic, compute, x))
             walker.emit((origin.path, reading), found)
+
+    def _weights_of(
+        self, walker: Walker, path: str, way: Arrangement, operand: int | None
+    ) -> jax.Array | None:
+        """What the tokens of rows count, `[*batch, tokens]`, if they are weighed."""
+        if self.tokens is None:
+            return None
+        if operand is None or way.cuts:
+            found = self.tokens.nowhere(path, "a product with parameters", *way.outline)
+        else:
+            found = self.tokens.operand(walker.site, operand, path, *way.outline)
+        return found.reshape(*found.shape[: way.batch], way.tokens)
 
     def _follow(
         self,
@@ -324,17 +325,17 @@ class Observer:
         x: jax.Array,
         contract: Pairs,
         batch: Pairs,
+        operand: int | None,
     ) -> None:
         """A product of parameters is contracted with an input."""
-        product = self.pending[origin.product or 0]
-        assert isinstance(product, Product)
+        product = self.pending.product(origin)
         steps = reassociated(product, origin, rank, x, contract, batch)
         if steps is None:
             why = "as part of a product of parameters that cannot be taken apart there"
-            raise unsupported(self._weight(origin), walker.within[-1], why)
+            raise unsupported(self.pending.weight(origin), walker.within[-1], why)
         self.reach([side for side in (product.left, product.right) if not side.good])
-        for k, step in enumerate(steps):
-            self._meet(walker, (where, k), step.weight, step.x, step.contract, step.batch)
+        for k, (step, at) in enumerate(zip(steps, (operand, None), strict=True)):
+            self._meet(walker, (where, k), step.weight, step.x, step.contract, step.batch, at)
 
     def _dot(self, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> list[Any]:
         contract, batch = eqn.params["dimension_numbers"]
@@ -355,8 +356,7 @@ class Observer:
                     if any(tagged)
                     else [Tagged(results[0], (), reach)]
                 )
-            number = self._number()
-            self.pending[number] = Product(walker.site, left, right, contract, batch)
+            number = self.pending.add(Product(walker.site, left, right, contract, batch))
             origin = Origin.of("", results[0].shape, number)
             return [Tagged(results[0], (origin,), reach)]
         for slot, weight in enumerate(values):
@@ -368,14 +368,10 @@ class Observer:
                 why = f"it has been through {weight.broken.broken!r}"
                 raise unsupported(weight.broken, eqn, why)
             if not weight.dependent:
-                pairs = _seen_from(slot, contract), _seen_from(slot, batch)
-                self._meet(walker, slot, weight, array_of(other), *pairs)
+                pairs = seen_from(slot, contract), seen_from(slot, batch)
+                self._meet(walker, slot, weight, array_of(other), *pairs, 1 - slot)
         self.reach([v for v in values if isinstance(v, Tagged) and not v.good])
         return results
-
-    def _number(self) -> int:
-        self._count += 1
-        return self._count
 
     def _evidence(
         self,
@@ -384,10 +380,11 @@ class Observer:
         rows: jax.Array,
         count: jax.Array | None = None,
         sizes: jax.Array | None = None,
+        weights: jax.Array | None = None,
     ) -> Evidence:
         """The evidence of these rows, and of their drift where the other network's are known.
 
-        `sizes`: of groups that each have evidence of their own.
+        `sizes`: of groups that each have evidence of their own; `weights`: of the tokens.
         """
         full = None
         if len(walker.site) == 1:  # what is inside a loop stays in it
@@ -395,13 +392,8 @@ class Observer:
                 self.rows[walker.site, what] = rows
             full = None if self.full is None else self.full[walker.site, what]
         if sizes is not None:
-            return Evidence.grouped(rows, sizes, full=full, spread=self.spread)
-        return Evidence.of(rows, count, full=full, spread=self.spread)
-
-
-def _seen_from(slot: int, pairs: Pairs) -> Pairs:
-    """Dimensions that meet, those of the operand in `slot` first."""
-    return (pairs[1], pairs[0]) if slot else pairs
+            return Evidence.grouped(rows, sizes, full=full, spread=self.spread, weights=weights)
+        return Evidence.of(rows, count, full=full, spread=self.spread, weights=weights)
 
 
 def _retag(value: Any, result: Any) -> Any:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 
 from jquant.arguments import inputs_of, shape_of, value_of
 from jquant.calibration.canonical import jaxpr_key, text
-from jquant.calibration.capture import capture, capture_step, kinds
+from jquant.calibration.capture import capture_step, kinds, read
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.flat import Piece
 from jquant.calibration.segments import Task
 from jquant.calibration.stages import Stage
+from jquant.calibration.tokens import Given, chosen, weighed
 from jquant.interpreter import trace
 from jquant.lazy import abstract
 
@@ -31,6 +31,10 @@ class OnePass:
             and the function is not called.
         batches: what to read them from; its length is told if it has one.
         spread: whether evidence says how inputs are spread.
+        token_weights: what each token counts; see `capture`.
+
+    Attributes:
+        unmatched: once it has been read, the weights with rows whose tokens are not known → why.
     """
 
     fn: Callable[..., Any]
@@ -39,6 +43,8 @@ class OnePass:
     wanted: Sequence[str] = ()
     batches: Iterable[Any] = ()
     spread: bool = False
+    token_weights: Given = None
+    unmatched: dict[Piece, str] = field(default_factory=dict)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -74,23 +80,25 @@ class OnePass:
 
     def data(self) -> Iterator[Any]:
         """All arrays of all batches."""
-        for number, batch in enumerate(self.batches):
-            yield from map(value_of, jax.tree.leaves(inputs_of(batch, number)))
+        for inputs, weights in weighed(self.batches, self.token_weights):
+            yield from map(value_of, jax.tree.leaves(inputs))
+            if weights is not None:
+                yield weights
 
     def tasks(self) -> Iterator[Task]:
         """The program that reads the evidence, for every shape of batch."""
         if not self.wanted:
             return
-        step = capture_step(self.fn, frozenset(self.wanted), self.spread)
+        given = chosen(self.token_weights)
+        step = capture_step(self.fn, frozenset(self.wanted), self.spread, given and given.unmatched)
         shapes = jax.tree.map(shape_of, self.params)
         times_of = Counter(
-            (jax.tree.structure(inputs), kinds(inputs))
-            for inputs in map(inputs_of, self.batches, itertools.count())
+            (jax.tree.structure(pair), kinds(pair)) for pair in weighed(self.batches, given)
         )
         for (structure, leaves), times in times_of.items():
-            inputs = jax.tree.unflatten(structure, leaves)
-            total = jax.eval_shape(step, None, shapes, inputs)[0]
-            yield Task("reading", 0, step, (total, shapes, inputs), times)
+            pair = jax.tree.unflatten(structure, leaves)
+            total = jax.eval_shape(step, None, shapes, *pair)[0]
+            yield Task("reading", 0, step, (total, shapes, *pair), times)
 
     def alive_bytes(self, stage: int) -> int:
         """Nothing is kept between stages."""
@@ -104,10 +112,11 @@ class OnePass:
         del stage, current, original
         if not self.wanted:
             return {}
-        found = capture(
-            self.fn, self.params, self.batches,
-            paths=self.wanted, spread=self.spread, progress=told,
+        found, unmatched = read(
+            self.fn, self.params, self.batches, frozenset(self.wanted),
+            spread=self.spread, token_weights=self.token_weights, progress=told,
         )  # fmt: skip
+        self.unmatched.update((Piece(path), why) for path, why in unmatched.items())
         return {Piece(path): evidence for path, evidence in found.items()}
 
     def advance(self, stage: int | None, current: Any, original: Any, told: Any = None) -> None:

@@ -12,7 +12,7 @@ factor whose own axis is contracted sees the input, the other one sees the input
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -26,6 +26,11 @@ from jquant.calibration.tagged import Tagged
 from jquant.placement import automatic
 
 Pairs = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def seen_from(slot: int, pairs: Pairs) -> Pairs:
+    """Dimensions that meet, those of the operand in `slot` first."""
+    return (pairs[1], pairs[0]) if slot else pairs
 
 
 class Product(NamedTuple):
@@ -43,6 +48,59 @@ class Lookup(NamedTuple):
 
     site: tuple[int, ...]
     uses: tuple[Sighting, ...]
+
+
+class Pending:
+    """The uses of one walk that are not decided yet, by number."""
+
+    def __init__(self) -> None:
+        self._items: dict[int, Product | Lookup] = {}
+        self._reached: set[int] = set()  # those whose value met an input
+        self._count = 0
+
+    def add(self, item: Product | Lookup) -> int:
+        self._count += 1
+        self._items[self._count] = item
+        return self._count
+
+    def product(self, origin: Origin) -> Product:
+        """The product that a value stands for."""
+        item = self._items[origin.product or 0]
+        assert isinstance(item, Product)
+        return item
+
+    def weight(self, origin: Origin) -> Origin:
+        """The origin, or that of a weight in a product of parameters."""
+        while origin.product is not None:
+            product = self.product(origin)
+            origin = (*product.left.origins, *product.right.origins)[0]
+        return origin
+
+    def reach(self, values: Iterable[Tagged]) -> None:
+        """Count what went into these values."""
+        for value in values:
+            self._reached.update(value.reach)
+            self._reached.update(o.product for o in value.origins if o.product is not None)
+
+    def inside(self, site: tuple[int, ...]) -> set[int]:
+        """The numbers of those that began in the body at this site."""
+        return {n for n, item in self._items.items() if item.site[: len(site)] == site}
+
+    def outside(self, value: Tagged, inner: set[int], name: str | None) -> Tagged:
+        """A value as it leaves the body of `name` (None: the function) in which `inner` began."""
+        self._reached.update(inner.intersection(value.reach))
+        products = [o for o in value.origins if o.product in inner]
+        if not products or name is None:
+            return value
+        self._reached.update(o.product for o in products if o.product is not None)
+        kept = tuple(o for o in value.origins if o not in products)
+        return replace(
+            value, origins=kept or tuple(self.weight(o).break_at(name) for o in products)
+        )
+
+    def end(self, number: int) -> tuple[Product | Lookup, bool]:
+        """Take one out, and whether it counts."""
+        return self._items.pop(number), number in self._reached
 
 
 class Step(NamedTuple):

@@ -87,6 +87,13 @@ class Arrangement(NamedTuple):
         left = [n for k, n in enumerate(self.sizes) if k not in self.copies]
         return math.prod(left[k] for k in self.turn[self.batch : len(self.turn) - self.inner])
 
+    @property
+    def outline(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """The digits, their order with copies last, and how many of them make up the rows."""
+        left = [k for k in range(len(self.sizes)) if k not in self.copies]
+        turn = (*(left[k] for k in self.turn), *self.copies)
+        return self.sizes, turn, len(self.turn) - self.inner
+
     def rows(self, x: jax.Array) -> jax.Array:
         """`[*batch, tokens, in]`, the batch axes digit by digit."""
         for axis, start, stop in self.cuts:

@@ -20,9 +20,11 @@ from jquant.calibration.canonical import equation_key, literal_key
 from jquant.calibration.capture import accumulate
 from jquant.calibration.flat import Atom
 from jquant.calibration.observe import Observer
+from jquant.calibration.place import Place
 from jquant.calibration.running import evaluate, read
 from jquant.calibration.stages import Segment
 from jquant.calibration.tagged import Tagged, array_of, constant
+from jquant.calibration.tokens import Tokens, follow_steps
 from jquant.calibration.weights import Sightings, sightings
 from jquant.interpreter import Walker, bind
 
@@ -113,27 +115,43 @@ class Reconstruction:
 Gather = Callable[..., tuple[Sightings, UInt8[Array, " values"]]]
 
 
-def gather(segment: Segment, key: Hashable, spread: bool = False) -> Gather:
+def gather(
+    segment: Segment,
+    key: Hashable,
+    spread: bool = False,
+    places: tuple[Place, ...] | None = None,
+) -> Gather:
     """The compiled program: sums so far and values of the sources to sums, and what is wrong with
     them (`accumulate`).
+
+    `places`: where the tokens are in the sources, if tokens are weighed; their weights are the last
+    operand then.
 
     The weights are called by their place among the sources, `"0"`, `"1"`, …. Where the sources'
     values in the full-precision network are given too, the evidence holds the drift between them;
     with `spread`, how inputs are spread.
     """
 
-    def run(total: Sightings | None, operands: list[Array], full: list[Array] | None) -> Any:
-        rows = seen = None
+    def run(
+        total: Sightings | None,
+        operands: list[Array],
+        full: list[Array] | None,
+        weights: Array | None = None,
+    ) -> Any:
+        rows = seen = tokens = None
+        if weights is not None and places is not None:
+            known = dict(zip(segment.sources, places, strict=True))
+            tokens = Tokens.of(weights, lambda to: follow_steps(to, segment.steps, known))
         if full is not None:
             observer = Observer(keep=True)
             _, seen = _watch(observer, segment, full)
             rows = observer.rows
-        observer = Observer(full=rows, spread=spread)
+        observer = Observer(full=rows, spread=spread, tokens=tokens)
         walker, _ = _watch(observer, segment, operands, seen)
         shapes = [(str(k), tuple(x.shape)) for k, x in enumerate(operands)]
         return accumulate(total, sightings(walker, observer, shapes))
 
-    return _program(("gather", key, spread), lambda: jax.jit(run, donate_argnums=0))
+    return _program(("gather", key, spread, places), lambda: jax.jit(run, donate_argnums=0))
 
 
 def _watch(

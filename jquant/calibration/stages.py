@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jquant.calibration.flat import Flat, Piece, Step
+from jquant.calibration.place import Place
 from jquant.calibration.routing import Routing, routing
 from jquant.calibration.running import Found, Uses, find_uses
 from jquant.calibration.subnets import Level, compared
@@ -95,6 +96,9 @@ class Cut:
     unpaired: Mapping[Piece, str] = field(default_factory=dict)  # piece → where its rows are chosen
     comparisons: Mapping[Piece, Comparison] = field(default_factory=dict)
     reconstructions: tuple[Segment, ...] = ()  # per stage, to what its weights are compared on
+    places: Mapping[int, Place] = field(
+        default_factory=dict
+    )  # of all values, if tokens are weighed
 
 
 def cut_at_weights(

@@ -121,8 +121,14 @@ def conv(observer: Any, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -
         way = Arrangement.of((tokens, groups, *[shape[dim] for dim in features]), shares)
         reading = observer.see(walker, (1, k), "conv", split, roles, way.tokens)
 
-        def compute(x: jax.Array, way: Arrangement = way) -> Evidence:
-            return observer._evidence(walker, (1, way), floats(way.rows(patches(x))))
+        own = None
+        if observer.tokens is not None:
+            result, feature = eqn.outvars[0].aval, numbers.out_spec[1]
+            own = observer.tokens.result(walker.site, origin.path, result, feature)
+
+        def compute(x: jax.Array, way: Arrangement = way, own: jax.Array | None = own) -> Evidence:
+            rows = floats(way.rows(patches(x)))
+            return observer._evidence(walker, (1, way), rows, weights=own)
 
         what = "conv", str(params), shape, way
         found = walker.share(what, x, partial(automatic, compute, x))
@@ -176,10 +182,20 @@ def ragged_dot(observer: Any, eqn: core.JaxprEqn, values: list[Any], walker: Wal
 
         what = "ragged", contract[0], ragged, way
 
+        own = None
+        if observer.tokens is not None:
+            turn = (0, 1) if tuple(ragged) == (0,) else (1, 0)
+            own = observer.tokens.operand(walker.site, 0, origin.path, x.shape, turn, 1)
+
         def compute(
-            x: jax.Array, sizes: jax.Array, way: Arrangement = way, what: Any = what
+            x: jax.Array,
+            sizes: jax.Array,
+            way: Arrangement = way,
+            what: Any = what,
+            own: jax.Array | None = own,
         ) -> Evidence:
-            return observer._evidence(walker, what, way.rows(floats(x)), sizes=sizes)
+            rows = way.rows(floats(x))
+            return observer._evidence(walker, what, rows, sizes=sizes, weights=own)
 
         walker.emit(
             (origin.path, reading),

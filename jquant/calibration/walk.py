@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -24,12 +23,15 @@ from jquant.arguments import inputs_of, shape_of, value_of
 from jquant.calibration import segments
 from jquant.calibration.canonical import const_key, equation_key, literal_key, text
 from jquant.calibration.capture import Tally, in_words, kinds, not_taken
+from jquant.calibration.cutting import cut_for
+from jquant.calibration.difference import count, squares
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.flat import Piece, flatten
+from jquant.calibration.flat import Piece
 from jquant.calibration.segments import Reconstruction, Task, segment_key
-from jquant.calibration.stages import Cut, Granularity, Segment, Stage, cut_at_weights
+from jquant.calibration.stages import Cut, Granularity, Segment, Stage
 from jquant.calibration.store import Store
 from jquant.calibration.subnets import Level
+from jquant.calibration.tokens import Weights
 from jquant.errors import EvidenceError
 
 Current = Callable[[Piece], Array]  # the array that a piece of the parameters is at the moment
@@ -47,6 +49,7 @@ class Walk:
             without if it is walked beside.
         drift, spread: whether evidence says how far the two are apart, and how inputs are spread.
         teacher: whether reconstructions start from what the one without has.
+        weights: what the tokens of every batch count; None: each counts 1.
     """
 
     batches: list[list[Any]]
@@ -56,6 +59,7 @@ class Walk:
     drift: bool = False
     spread: bool = False
     teacher: bool = False
+    weights: Sequence[Weights] | None = None
     _keys: dict[int, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -72,6 +76,7 @@ class Walk:
         spread: bool = False,
         level: Level | None = None,
         reconstruct: bool = False,
+        weights: Sequence[Weights] | None = None,
     ) -> Walk:
         """Cut `fn` and check that all batches go through it in the same way; nothing is run.
 
@@ -85,6 +90,7 @@ class Walk:
             budget: bytes of values kept on the device between stages; None: no limit.
             drift, spread: what evidence says besides; see the attributes.
             level: what `compare` compares weights on; None: they are not to be compared.
+            weights: of the tokens of every batch.
             reconstruct: also walk the network with the weights it came with, for stages to aim at.
 
         Raises:
@@ -96,12 +102,13 @@ class Walk:
         inputs: list[list[Any]] = []
         for number, batch in enumerate(batches):
             given = inputs_of(batch, number)
-            kind = jax.tree.structure(given), kinds(given)
+            tokens = None if weights is None else weights[number].shape
+            kind = jax.tree.structure(given), kinds(given), tokens
             if kind not in flats:
                 try:
-                    flats[kind] = _cut(
+                    flats[kind] = cut_for(
                         fn, shapes, structure, given, planned, granularity, level, reconstruct,
-                        drift,
+                        drift, tokens,
                     )  # fmt: skip
                 except Exception as error:  # whatever the function says: Flax has its own errors
                     if not cuts or isinstance(error, EvidenceError):
@@ -120,7 +127,7 @@ class Walk:
 
         stores = [Store(budget, [{} for _ in cuts]) for _ in range(2)]
         beside = stores[1] if drift or reconstruct else None
-        return Walk(inputs, cuts, stores[0], beside, drift, spread)
+        return Walk(inputs, cuts, stores[0], beside, drift, spread, weights=weights)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -148,6 +155,24 @@ class Walk:
             found |= {p: f"behind a {n} that moves tokens" for p, n in cut.unpaired.items()}
         return found
 
+    @property
+    def unmatched(self) -> dict[Piece, str]:
+        """Weights used, or compared, where the tokens of the rows are not known → why."""
+        found: dict[Piece, str] = {}
+        pairs = zip(self.cuts, self.weights or (), strict=False)
+        for cut, weights in {id(cut): (cut, weights) for cut, weights in pairs}.values():
+            for segment in cut.gathers:
+                operands = [cut.flat.shapes[n] for n in segment.sources]
+                seen = jax.eval_shape(self._reads(cut, segment), None, operands, None, weights)[0]
+                for name, why in seen.unmatched:
+                    found.setdefault(cut.flat.pieces[segment.sources[int(name)]], why)
+            for piece, one in cut.comparisons.items():
+                for n in one.varying.outputs:
+                    why = cut.places[n].unknown(weights.shape)
+                    if why:
+                        found.setdefault(piece, f"output (lost in {why!r})")
+        return found
+
     def describe(self) -> Iterator[str]:
         """What the function computes, for a fingerprint."""
         for cut in {id(cut): cut for cut in self.cuts}.values():
@@ -164,19 +189,21 @@ class Walk:
         """All arrays of all batches."""
         for leaves in self.batches:
             yield from leaves
+        yield from self.weights or ()
 
     def tasks(self) -> Iterator[Task]:
         """Every program of the walk with the shapes it runs on."""
         kinds = {id(one): one for one in self.cuts}
         times = Counter(map(id, self.cuts))
+        numbers = {id(one): number for number, one in enumerate(self.cuts)}
         beside = 1 if self.full is None else 2
         for kind, one in kinds.items():
             for stage, segment in enumerate(one.gathers):
-                run = segments.gather(segment, self._key(one, segment), self.spread)
+                run = self._reads(one, segment)
                 operands = [one.flat.shapes[n] for n in segment.sources]
-                full = operands if self.drift else None
-                total = jax.eval_shape(run, None, operands, full)[0]
-                yield Task("reading", stage, run, (total, operands, full), times[kind])
+                rest = (operands if self.drift else None, *self._weighed(numbers[kind]))
+                total = jax.eval_shape(run, None, operands, *rest)[0]
+                yield Task("reading", stage, run, (total, operands, *rest), times[kind])
             for stage, segment in enumerate((one.prologue, *one.advances)):
                 if segment.outputs:
                     operands = [one.flat.shapes[n] for n in segment.sources]
@@ -206,13 +233,13 @@ class Walk:
         arrays: dict[Piece, Array] = {}
         for batch, cut in enumerate(self.cuts):
             segment = cut.gathers[stage]
-            run = segments.gather(segment, self._key(cut, segment), self.spread)
+            run = self._reads(cut, segment)
             operands = self._operands(batch, segment, self.quantized, arrays, current)
             full = None
             if self.drift:  # weights of this stage are still what they were
                 assert self.full is not None
                 full = self._operands(batch, segment, self.full, arrays, original)
-            tally.add(run, operands, full)
+            tally.add(run, operands, full, *self._weighed(batch))
             pieces = cut.flat.pieces
             names = {str(k): pieces[n] for k, n in enumerate(segment.sources) if n in pieces}
             if told is not None:
@@ -228,7 +255,7 @@ class Walk:
 
     def compare(
         self, piece: Piece, candidates: Sequence[Array], current: Current
-    ) -> tuple[list[float], int]:
+    ) -> tuple[list[float], float]:
         """How far candidates for a weight move what the weight is compared on.
 
         What the weight's stage starts from must be alive. The other weights are `current`, and so
@@ -236,9 +263,10 @@ class Walk:
 
         Returns:
             for each candidate the sum of squared differences over all batches, and the number of
-            values that were compared. Each batch is summed in float32, batches in float64.
+            values that were compared, both by the weights of their tokens. Each batch is summed in
+            float32, batches in float64.
         """
-        sums, count = np.zeros(len(candidates)), 0
+        sums, total = np.zeros(len(candidates)), 0.0
         arrays: dict[Piece, Array] = {}
         original = current(piece)
         for batch, cut in enumerate(self.cuts):
@@ -247,12 +275,14 @@ class Walk:
             held = self._run(batch, one.fixed, self.quantized, arrays, current)
             made = dict(zip(one.fixed.outputs, held, strict=True))
             wanted = self._run(batch, one.varying, self.quantized, arrays, current, made)
-            count += sum(x.size for x in wanted)
+            weights = self._weighed(batch)
+            places = tuple(cut.places[n] for n in one.varying.outputs) if weights else ()
+            total += count([x.shape for x in wanted], places, *weights)
             for k, candidate in enumerate(candidates):
                 arrays[piece] = candidate
                 found = self._run(batch, one.varying, self.quantized, arrays, current, made)
-                sums[k] += float(_squares(found, wanted))
-        return sums.tolist(), count
+                sums[k] += float(squares(found, wanted, places, *weights))
+        return sums.tolist(), total
 
     def reconstruction(
         self, stage: int, learned: Sequence[Piece], current: Current, original: Current
@@ -326,6 +356,13 @@ class Walk:
             self._keys[id(segment)] = segment_key(segment, cut.flat.shapes)
         return self._keys[id(segment)]
 
+    def _reads(self, cut: Cut, segment: Segment) -> segments.Gather:
+        places = None if self.weights is None else tuple(cut.places[n] for n in segment.sources)
+        return segments.gather(segment, self._key(cut, segment), self.spread, places)
+
+    def _weighed(self, batch: int) -> tuple[Weights, ...]:
+        return () if self.weights is None else (self.weights[batch],)
+
     def _operands(
         self,
         batch: int,
@@ -351,50 +388,5 @@ class Walk:
         return [operand(number) for number in segment.sources]
 
 
-def _cut(
-    fn: Callable[..., Any],
-    leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]],
-    structure: Any,
-    inputs: tuple[Any, ...],
-    planned: Mapping[str, Collection[int]],
-    granularity: Granularity,
-    level: Level | None,
-    reconstruct: bool,
-    drift: bool,
-) -> Cut:
-    """Flatten and cut; a stack is taken as a whole unless every layer is used, and by itself."""
-    shapes, stacks = dict(leaves), dict(planned)
-    while True:
-        flat = flatten(fn, leaves, structure, jax.tree.map(shape_of, inputs), stacks)
-        found = cut_at_weights(flat, planned.__contains__, granularity, level, reconstruct, drift)
-        layers: dict[str, list[tuple[tuple[int, int], ...]]] = {}
-        for stage in found.stages:
-            for piece in stage.pieces:
-                layers.setdefault(piece.path, []).append(piece.where)
-        whole = {path for path, where in layers.items() if not _covers(shapes[path].shape, where)}
-        if not whole:
-            return found
-        stacks = {path: axes for path, axes in stacks.items() if path not in whole}
-
-
-def _covers(shape: Sequence[int], layers: Sequence[tuple[tuple[int, int], ...]]) -> bool:
-    """Whether these layers are all there are, along the same axes."""
-    axes = tuple(axis for axis, _ in layers[0])
-    same = all(tuple(axis for axis, _ in where) == axes for where in layers)
-    return same and len(layers) == math.prod(shape[axis] for axis in axes)
-
-
 def _bytes(shape: jax.ShapeDtypeStruct) -> int:
     return math.prod(shape.shape) * shape.dtype.itemsize
-
-
-@jax.jit
-def _squares(found: list[Array], wanted: list[Array]) -> Array:
-    """The sum of squared differences, in float32."""
-
-    def one(x: Array, y: Array) -> Array:
-        if jnp.iscomplexobj(x):
-            return jnp.sum(jnp.abs(x - y) ** 2)
-        return jnp.sum((x.astype(jnp.float32) - y.astype(jnp.float32)) ** 2)
-
-    return sum(map(one, found, wanted), jnp.float32(0))

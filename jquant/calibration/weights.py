@@ -13,15 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jquant.arguments import path_of, shapes_of
 from jquant.blocks import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.observe import Observer
 from jquant.calibration.origin import Part
+from jquant.calibration.place import Place
 from jquant.calibration.reading import Kind, Reading, Sighting, decisive
 from jquant.calibration.tagged import Tagged, constant, is_key
+from jquant.calibration.tokens import Tokens, input_places
 from jquant.interpreter import Walker, trace
 
 
@@ -132,6 +134,7 @@ class Sightings:
     uses: tuple[Sighting, ...] = field(metadata={"static": True})
     mixed: tuple[tuple[str, str], ...] = field(metadata={"static": True})
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = field(metadata={"static": True})
+    unmatched: tuple[tuple[str, str], ...] = field(default=(), metadata={"static": True})
 
 
 def observe(
@@ -140,15 +143,24 @@ def observe(
     params: PyTree,
     inputs: tuple[Any, ...],
     spread: bool = False,
+    weights: Array | None = None,
 ) -> Sightings:
-    """Run `fn(params, *inputs)` under the walker, watching the leaves whose path is `wanted`."""
+    """Run `fn(params, *inputs)` under the walker, watching the leaves whose path is `wanted`.
+
+    `weights`: of the tokens of the inputs.
+    """
     closed, _ = trace(fn, params, *inputs)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    tokens = None
+    if weights is not None:
+        places = [Place.blank(leaf.shape) for _, leaf in leaves]
+        places += input_places(inputs, weights.shape)
+        tokens = Tokens.of(weights, lambda follower: follower.run(closed, places))
     args = [
         Tagged.of(path_of(keys), leaf) if wanted(path_of(keys)) else Tagged(leaf)
         for keys, leaf in leaves
     ]
-    observer = Observer(spread=spread)
+    observer = Observer(spread=spread, tokens=tokens)
     walker = Walker(observer, constant=constant)
     args += [Tagged(x) if is_key(x) else x for x in jax.tree.leaves(inputs)]
     observer.leave(walker.run(closed, args), walker)
@@ -168,7 +180,8 @@ def sightings(
             values.append(evidence)
     filed = tuple((path, reading, where[id(e)]) for (path, reading), e in walker.emitted.items())
     uses, mixed = tuple(observer.uses.values()), tuple(observer.mixed.items())
-    return Sightings(values, filed, uses, mixed, tuple(shapes))
+    lost = () if observer.tokens is None else tuple(observer.tokens.unmatched.items())
+    return Sightings(values, filed, uses, mixed, tuple(shapes), lost)
 
 
 def find_weights(

@@ -35,8 +35,8 @@ from jquant.qtensor import (
     QTensor,
     dequantize_weight,
     is_qtensor,
-    shape_of,
     tree_map_weights,
+    type_of,
 )
 
 # Their rules belong to the function, and so does what each device gets: they are called with
@@ -161,7 +161,7 @@ def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def applied(qparams: PyTree, *inputs: Any) -> Any:
         def shape(leaf: Any) -> Any:
-            return shape_of(leaf) if is_qtensor(leaf) else leaf
+            return type_of(leaf) if is_qtensor(leaf) else leaf
 
         closed, structure = trace(fn, tree_map_weights(shape, qparams), *inputs)
         leaves = jax.tree.leaves(qparams, is_leaf=is_qtensor)

@@ -1,0 +1,265 @@
+"""How much each token counts: padding left out of calibration, or tokens weighed.
+
+Token weights are given beside the batches, as a function of a batch's inputs or one array for each.
+They are checked on the host and normalised: bool where all are 0 or 1, which leaves the arithmetic
+of the other tokens as it is, else float32. Where the tokens go in the function is followed
+(`follow.py`), and every row of a weight's input gets the weight of its token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jquant.arguments import inputs_of
+from jquant.calibration.flat import Step
+from jquant.calibration.follow import Follower, Places, Site
+from jquant.calibration.place import Place
+from jquant.errors import EvidenceError
+
+Weighing = Callable[..., Any] | Iterable[Any]  # of a batch's inputs, or one array for each batch
+_END = object()
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """What each token counts in calibration, and what to do where it is not known.
+
+    A row that is made of several tokens by adding them up (a pooled vector) has the largest weight
+    of these, a pair of tokens the smaller one.
+
+    Args:
+        of: a function `(*inputs) -> array`, called on every batch, or an iterable of one array for
+            each batch. Arrays are bool, integer or float, not negative and finite, of the leading
+            axes of one of the inputs: `[batch, time]` beside tokens `[batch, time]`.
+        unmatched: what to do where a weight's input has rows whose tokens are not known: behind
+            whatever moves tokens by what is in them (experts with capacity, a gather, a sort), and
+            in a loop over time. "raise" (default), or "count" all these rows, which the report
+            then says of the weight.
+
+    Raises:
+        EvidenceError: `unmatched` is neither, or `of` is neither a function nor an iterable.
+
+    Example:
+        >>> fn = lambda p, x, mask: x @ p["w"]
+        >>> x, mask = jnp.ones((2, 3, 4)), jnp.array([[1, 1, 0], [1, 0, 0]])
+        >>> from jquant.calibration import capture
+        >>> of = TokenWeights(lambda x, mask: mask, unmatched="count")
+        >>> float(capture(fn, {"w": jnp.ones((4, 2))}, [(x, mask)], token_weights=of)["w"].count)
+        3.0
+    """
+
+    of: Weighing
+    unmatched: Literal["raise", "count"] = "raise"
+
+    def __post_init__(self) -> None:
+        if self.unmatched not in ("raise", "count"):
+            raise EvidenceError(
+                f"TokenWeights.unmatched must be 'raise' or 'count', got {self.unmatched!r}"
+            )
+        if not callable(self.of) and not isinstance(self.of, Iterable):
+            raise EvidenceError(
+                "token_weights must be a function (*inputs) -> array or one array for each batch, "
+                f"got {type(self.of).__name__}"
+            )
+
+
+Given = TokenWeights | Callable[..., Any] | Iterable[Any] | None  # what `token_weights=` takes
+
+
+def chosen(given: Given) -> TokenWeights | None:
+    """The same as `TokenWeights`."""
+    return given if given is None or isinstance(given, TokenWeights) else TokenWeights(given)
+
+
+Weights = Bool[np.ndarray, "*tokens"] | Float[np.ndarray, "*tokens"]
+
+
+def weighed(
+    batches: Iterable[Any], given: Given
+) -> Iterator[tuple[tuple[Any, ...], Weights | None]]:
+    """Every batch as a tuple of inputs, with the weights of its tokens.
+
+    Raises:
+        EvidenceError: weights that are no weights, or not as many of them as batches; names the
+            batch.
+    """
+    weights = chosen(given)
+    of = None if weights is None else weights.of
+    arrays = itertools.repeat(None) if of is None or callable(of) else iter(of)
+    for number, batch in enumerate(batches):
+        inputs = inputs_of(batch, number)
+        if of is None:
+            yield inputs, None
+            continue
+        found = of(*inputs) if callable(of) else next(arrays, _END)
+        if found is _END:
+            raise EvidenceError(f"token_weights has {number} arrays, and there are more batches")
+        yield inputs, _checked(found, inputs, number)
+    if of is not None and not callable(of) and next(arrays, _END) is not _END:
+        raise EvidenceError("token_weights has more arrays than there are batches")
+
+
+def all_weighed(
+    batches: Iterable[Any], given: Given
+) -> tuple[list[tuple[Any, ...]], list[Weights] | None]:
+    """All batches, and the weights of their tokens, of one dtype.
+
+    Raises:
+        EvidenceError: as `weighed`, or no token has any weight.
+    """
+    return separated(weighed(batches, given))
+
+
+def separated(
+    pairs: Iterable[tuple[tuple[Any, ...], Weights | None]],
+) -> tuple[list[tuple[Any, ...]], list[Weights] | None]:
+    """What `weighed` gives, as two lists."""
+    pairs = list(pairs)
+    inputs, arrays = [batch for batch, _ in pairs], [w for _, w in pairs if w is not None]
+    if len(arrays) < len(pairs) or not pairs:
+        return inputs, None
+    check_any(arrays)
+    if any(w.dtype != np.bool_ for w in arrays):
+        arrays = [w.astype(np.float32) for w in arrays]
+    return inputs, arrays
+
+
+def again(given: Given, weights: Sequence[Weights] | None) -> Given:
+    """The same for batches whose weights are known."""
+    said = chosen(given)
+    return None if said is None or weights is None else replace(said, of=weights)
+
+
+def listed(given: Given) -> Given:
+    """The same, to be gone over more than once."""
+    said = chosen(given)
+    return said if said is None or callable(said.of) else replace(said, of=list(said.of))
+
+
+def check_any(arrays: Sequence[Weights]) -> None:
+    """Refuse weights that leave nothing."""
+    if arrays and not any(bool(w.any()) for w in arrays):
+        raise EvidenceError(
+            f"token_weights are 0 for all tokens of all {len(arrays)} batches; real tokens have a "
+            "weight above 0"
+        )
+
+
+def _checked(found: Any, inputs: tuple[Any, ...], number: int) -> Weights:
+    try:
+        array = np.asarray(jax.device_get(found))
+    except Exception as error:  # ragged lists, strings, objects
+        raise EvidenceError(f"batch {number}: token_weights are no array: {error}") from error
+    where = f"batch {number}: token_weights {array.dtype}{list(array.shape)}"
+    real = jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "iub"
+    if not real or array.ndim < 1:
+        raise EvidenceError(f"{where} must be a bool, integer or float array with a token axis")
+    shapes = [np.shape(x) for x in jax.tree.leaves(inputs)]
+    if not any(shape[: array.ndim] == array.shape for shape in shapes):
+        raise EvidenceError(
+            f"{where} must have the leading axes of one of the inputs, [batch, time] beside tokens "
+            f"[batch, time]; the inputs are {', '.join(str(list(shape)) for shape in shapes)}"
+        )
+    wide = array.astype(np.float32)
+    bad = ~np.isfinite(wide) | (wide < 0)
+    if bad.any():
+        at = tuple(int(k) for k in np.argwhere(bad)[0])
+        raise EvidenceError(f"{where} hold {array[at]} at {at}; pass finite weights, 0 or more")
+    return wide.astype(np.bool_) if bool(((wide == 0) | (wide == 1)).all()) else wide
+
+
+def input_places(inputs: Any, tokens: Sequence[int]) -> Places:
+    """The places of the inputs' arrays, beside token weights of shape `tokens`."""
+    leaves = jax.tree.leaves(inputs)
+    return tuple(Place.of(np.shape(x), tokens, f"input {k}") for k, x in enumerate(leaves))
+
+
+def follow_steps(
+    follower: Follower, steps: Sequence[Step], places: dict[int, Place]
+) -> dict[int, Place]:
+    """Follow a flat program's steps; `places` holds their sources', then their results' too."""
+    for at, step in enumerate(steps):
+        ins = [places[a] if isinstance(a, int) else Place.blank(np.shape(a.val)) for a in step.ins]
+        places.update(zip(step.outs, follower.step(step.eqn, ins, (at,)), strict=True))
+    return places
+
+
+@dataclass
+class Tokens:
+    """The weights of the tokens that flow through a program, and where they are in it.
+
+    Attributes:
+        weights: bool or float32.
+        table: see `Follower`.
+        unmatched: weights of the network that were used on rows whose tokens are not known → why.
+    """
+
+    weights: Array
+    table: dict[Site, tuple[Places, Places]]
+    unmatched: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(weights: Array, follow: Callable[[Follower], Any]) -> Tokens:
+        follower = Follower()
+        follow(follower)
+        return Tokens(weights, follower.table)
+
+    def operand(
+        self, site: Site, number: int, path: str,
+        sizes: Sequence[int], turn: Sequence[int], kept: int,
+    ) -> Array:  # fmt: skip
+        """The weights of the rows of an equation's operand; see `Place.weights`."""
+        return self._rows(self._at(site, 0, number, sizes), path, sizes, turn, kept)
+
+    def nowhere(
+        self, path: str, why: str, sizes: Sequence[int], turn: Sequence[int], kept: int
+    ) -> Array:
+        """The weights of rows that are no operand's, or not all of it: their tokens are lost."""
+        return self._rows(Place.blank(sizes, why), path, sizes, turn, kept)
+
+    def result(self, site: Site, path: str, like: Any, feature: int) -> Array:
+        """The weights of all rows of an equation's result, whose features are along one axis."""
+        shape = like.shape
+        turn = [*(k for k in range(len(shape)) if k != feature), feature]
+        place = self._at(site, 1, 0, shape)
+        return self._rows(place, path, shape, turn, len(shape) - 1).reshape(-1)
+
+    def _at(self, site: Site, side: int, number: int, shape: Sequence[int]) -> Place:
+        known = self.table.get(site)
+        if known is None:
+            return Place.blank(shape, "an operation that jquant does not follow tokens into")
+        return known[side][number]
+
+    def _rows(
+        self, place: Place, path: str, sizes: Sequence[int], turn: Sequence[int], kept: int
+    ) -> Array:
+        found, why = place.weights(self.weights, sizes, turn, kept)
+        if why:
+            said = why if " " in why else f"lost in {why!r}"
+            self.unmatched.setdefault(path, f"input [{', '.join(map(str, sizes))}] ({said})")
+        return found
+
+
+def refuse(unmatched: Sequence[tuple[str, str]]) -> None:
+    """Raise for weights that are used on rows whose tokens are not known.
+
+    Raises:
+        EvidenceError: names path, shape and what lost the tokens.
+    """
+    if not unmatched:
+        return
+    path, why = unmatched[0]
+    more = f" (and {len(unmatched) - 1} more)" if len(unmatched) > 1 else ""
+    raise EvidenceError(
+        f"weight {path!r}{more}: the tokens of its {why} are not known, so its rows cannot be "
+        "weighed by token_weights; pass jq.TokenWeights(..., unmatched='count') to count all rows "
+        "there, or evidence={path: Evidence(...)} for it"
+    )
