@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from jquant.calibration.difference import uncompared
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.tokens import Given, chosen, refuse
 from jquant.calibration.walk import Walk
@@ -240,6 +241,18 @@ def check_logits(
 
     for inputs, own in zip(batches, weights or (), strict=False):
         jax.eval_shape(loss, params, inputs, own)
+
+
+def check_compared(walk: Walk, given: Given) -> None:
+    """Refuse weights compared on values whose tokens are not known, unless they are to be counted.
+
+    Raises:
+        EvidenceError: names the weight, and what lost the tokens.
+    """
+    said = chosen(given)
+    if said is not None and said.unmatched == "raise":
+        found = {} if walk.weights is None else uncompared(walk.cuts, walk.weights)
+        refuse([(str(piece), why) for piece, why in found.items()])
 
 
 def check_evidence(plan: Plan, evidence: Mapping[str, Evidence]) -> None:

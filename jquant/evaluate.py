@@ -24,13 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jquant.arguments import inputs_of
+from jquant.calibration.tokens import Given, Weights, check_any, weighed
 from jquant.inference import apply
 
 TOKENS_PER_FORWARD = 1024  # rounded down to whole rows: bounds the logits in memory
 TOKENS_AT_ONCE = 128  # tokens whose probabilities exist at one time
 Progress = Callable[[int], None]
 Tokens = Int[Array | np.ndarray, "b t"]
+Batch = Tokens | tuple[Any, ...]  # tokens, or these and other inputs
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ def compare(
     fn: Callable[..., Array],
     params: Any,
     qparams: Any,
-    batches: Iterable[Tokens],
+    batches: Iterable[Batch],
     *,
+    token_weights: Given = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Every measure in one pass over `batches`.
@@ -64,13 +66,15 @@ def compare(
     Args:
         fn: `fn(params, tokens[B, T]) -> logits[B, T, V]`.
         params, qparams: the two sets of parameters; either may hold quantized weights.
-        batches: token arrays `[B, T]`, alone or as a tuple of one, T >= 2; B and T may vary (each T
-            compiles once).
+        batches: token arrays `[B, T]`, T >= 2; B and T may vary (each T compiles once). Or tuples
+            of such an array and other inputs of `fn` whose first axis is B.
+        token_weights: what each token counts: a function `(*inputs) -> array [B, T]`, or one array
+            for each batch; None: each counts 1. Tokens of weight 0 are left out.
         progress: called with the number of positions done so far.
 
     Returns:
         A `Comparison`. KL and agreement are means over all positions, the perplexities over those
-        whose next token is known (all but the last of a row).
+        whose next token is known (all but the last of a row), by the smaller weight of the two.
 
     Raises:
         ValueError: no batches, a batch of another shape or type, or logits that are not finite.
@@ -82,15 +86,18 @@ def compare(
         >>> compare(fn, table, table, [jnp.arange(8).reshape(2, 4)]).kl
         0.0
     """
-    return compare_all(fn, params, {"qparams": qparams}, batches, progress=progress)["qparams"]
+    return compare_all(
+        fn, params, {"qparams": qparams}, batches, token_weights=token_weights, progress=progress
+    )["qparams"]
 
 
 def compare_all(
     fn: Callable[..., Array],
     params: Any,
     models: Mapping[str, Any],
-    batches: Iterable[Tokens],
+    batches: Iterable[Batch],
     *,
+    token_weights: Given = None,
     progress: Progress | None = None,
 ) -> dict[str, Comparison]:
     """`compare` for several quantized models by name; the full one runs once for all of them.
@@ -112,13 +119,13 @@ def compare_all(
     run = apply(fn)
     tallies = {name: _Tally() for name in models}
     done = 0
-    for tokens, real in _microbatches(batches):
-        full = run(params, tokens)
+    for tokens, others, weights, real in _microbatches(batches, token_weights):
+        full = run(params, tokens, *others)
         _check_logits(full, tokens, "params")
         for name, qparams in models.items():
-            logits = run(qparams, tokens)
+            logits = run(qparams, tokens, *others)
             _check_logits(logits, tokens, name)
-            tallies[name].add(name, _pair(full, logits, tokens), real)
+            tallies[name].add(name, _pair(full, logits, tokens), real, weights)
         done += real * tokens.shape[1]
         if progress is not None:
             progress(done)
@@ -133,9 +140,19 @@ class _Tally:
         self.full: list[float] = []
         self.quantized: list[float] = []
         self.same: list[float] = []
+        self.weights: list[float] = []  # of tokens; none where each counts 1
+        self.pairs: list[float] = []  # of a token and its next
 
-    def add(self, name: str, found: tuple[Array, Array, Array], real: int) -> None:
+    def add(
+        self, name: str, found: tuple[Array, Array, Array], real: int, weights: Weights | None
+    ) -> None:
         divergence, nll, agree = (np.asarray(part)[..., :real, :] for part in found)
+        if weights is not None:
+            own, pairs = _weights_of(weights)
+            self.weights += own.ravel().tolist()
+            self.pairs += pairs[:, :-1].ravel().tolist()
+            divergence = np.where(own > 0, divergence, 0.0)
+            nll = np.where(pairs > 0, nll, 0.0)
         _check_finite(nll[0], "params", len(self.kls))
         _check_finite(nll[1], name, len(self.kls))
         _check_finite(divergence, f"params against {name}", len(self.kls))
@@ -146,57 +163,67 @@ class _Tally:
 
     def comparison(self) -> Comparison:
         return Comparison(
-            kl=_mean(self.kls),
-            perplexity_full=_exp(_mean(self.full)),
-            perplexity_quantized=_exp(_mean(self.quantized)),
-            agreement=_mean(self.same),
-            tokens=len(self.kls),
+            kl=_mean(self.kls, self.weights),
+            perplexity_full=_exp(_mean(self.full, self.pairs)),
+            perplexity_quantized=_exp(_mean(self.quantized, self.pairs)),
+            agreement=_mean(self.same, self.weights),
+            tokens=sum(w > 0 for w in self.weights) or len(self.kls),
         )
 
 
 def perplexity(
     fn: Callable[..., Array],
     params: Any,
-    batches: Iterable[Tokens],
+    batches: Iterable[Batch],
     *,
+    token_weights: Given = None,
     progress: Progress | None = None,
 ) -> float:
     """`exp` of the mean negative log likelihood of each next token; arguments as for `compare`."""
     run = apply(fn)
     losses: list[float] = []
-    for tokens, real in _microbatches(batches):
-        logits = run(params, tokens)
+    counted: list[float] = []
+    for tokens, others, weights, real in _microbatches(batches, token_weights):
+        logits = run(params, tokens, *others)
         _check_logits(logits, tokens, "params")
         nll = np.asarray(_single(logits, tokens))[:real]
+        if weights is not None:
+            _, pairs = _weights_of(weights)
+            counted += pairs[:, :-1].ravel().tolist()
+            nll = np.where(pairs > 0, nll, 0.0)
         _check_finite(nll, "params", len(losses))
         losses += nll[:, :-1].ravel().tolist()
         if progress is not None:
             progress(len(losses))
-    return _exp(_mean(losses))
+    return _exp(_mean(losses, counted))
 
 
 def kl(
     fn: Callable[..., Array],
     params: Any,
     qparams: Any,
-    batches: Iterable[Tokens],
+    batches: Iterable[Batch],
     *,
+    token_weights: Given = None,
     progress: Progress | None = None,
 ) -> float:
     """Mean KL(full || quantized) in nats per token; arguments as for `compare`."""
-    return compare(fn, params, qparams, batches, progress=progress).kl
+    return compare(fn, params, qparams, batches, token_weights=token_weights, progress=progress).kl
 
 
 def agreement(
     fn: Callable[..., Array],
     params: Any,
     qparams: Any,
-    batches: Iterable[Tokens],
+    batches: Iterable[Batch],
     *,
+    token_weights: Given = None,
     progress: Progress | None = None,
 ) -> float:
     """How often both models find the same token likeliest, 0 to 1; arguments as for `compare`."""
-    return compare(fn, params, qparams, batches, progress=progress).agreement
+    return compare(
+        fn, params, qparams, batches, token_weights=token_weights, progress=progress
+    ).agreement
 
 
 @jax.jit
@@ -239,31 +266,57 @@ def _targets(tokens: Int[Array, "b t"]) -> Int[Array, "b t"]:
     return jnp.roll(tokens, -1, axis=1).astype(jnp.int32)
 
 
-def _microbatches(batches: Iterable[Tokens]) -> Iterator[tuple[np.ndarray, int]]:
+def _weights_of(weights: Weights) -> tuple[np.ndarray, np.ndarray]:
+    """Of every token `[B, T]`, and the smaller one of it and its next; the last of a row has 0."""
+    own = weights.astype(np.float64)
+    pairs = np.zeros_like(own)
+    pairs[:, :-1] = np.minimum(own[:, :-1], own[:, 1:])
+    return own, pairs
+
+
+def _microbatches(
+    batches: Iterable[Batch], token_weights: Given
+) -> Iterator[tuple[np.ndarray, list[np.ndarray], Weights | None, int]]:
     """Few rows at a time, for one T always as many as its first batch allows; short ones padded.
 
-    Yields the rows and how many of them are real.
+    Yields the rows of tokens, those of other inputs, the weights of the real rows, and how many of
+    them there are.
     """
     rows_of: dict[int, int] = {}
-    for i, batch in enumerate(batches):
-        inputs = inputs_of(np.asarray(batch) if isinstance(batch, list) else batch, i)
-        if len(inputs) != 1:
-            raise ValueError(f"batch {i} has {len(inputs)} inputs; expected tokens [B, T] alone")
-        tokens = np.asarray(inputs[0])
+    seen: list[Weights] = []
+    arrays = (np.asarray(batch) if isinstance(batch, list) else batch for batch in batches)
+    for i, ((batch, *rest), weights) in enumerate(weighed(arrays, token_weights)):
+        tokens, others = np.asarray(batch), [np.asarray(x) for x in rest]
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.shape[1] < 2:
             raise ValueError(
                 f"batch {i} is {tokens.dtype} {tokens.shape}; expected integer tokens [B, T] with "
                 "T >= 2 (wrap one array as [tokens], one row as tokens[None])"
             )
+        for other in [*others, *([] if weights is None else [weights])]:
+            if other.shape[:1] != tokens.shape[:1] or (
+                other is weights and other.shape != tokens.shape
+            ):
+                raise ValueError(
+                    f"batch {i} has {other.dtype} {other.shape} beside tokens {tokens.shape}; "
+                    "expected other inputs with the same first axis, token_weights of their shape"
+                )
+        seen += [] if weights is None else [np.any(weights, keepdims=True)]
         if not len(tokens):
             continue
         most = max(1, TOKENS_PER_FORWARD // tokens.shape[1])
         rows = rows_of.setdefault(tokens.shape[1], min(most, len(tokens)))
         for start in range(0, len(tokens), rows):
-            part = tokens[start : start + rows].astype(np.int32)
-            yield np.pad(part, ((0, rows - len(part)), (0, 0)), mode="edge"), len(part)
+            part, *more = (x[start : start + rows] for x in (tokens.astype(np.int32), *others))
+            filled = [_filled(x, rows) for x in more]
+            own = None if weights is None else weights[start : start + rows]
+            yield _filled(part, rows), filled, own, len(part)
     if not rows_of:
         raise ValueError("batches is empty; pass token arrays [B, T] (an iterator is used up once)")
+    check_any(seen)
+
+
+def _filled(x: np.ndarray, rows: int) -> np.ndarray:
+    return np.pad(x, ((0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)), mode="edge")
 
 
 def _check_logits(logits: Any, tokens: np.ndarray, name: str) -> None:
@@ -285,8 +338,13 @@ def _check_finite(values: np.ndarray, name: str, done: int) -> None:
         )
 
 
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
+def _mean(values: list[float], weights: list[float]) -> float:
+    """The mean; by weights, where there are some. NaN where these leave nothing."""
+    if not weights:
+        return math.fsum(values) / len(values)
+    whole = math.fsum(weights)
+    total = math.fsum(x * w for x, w in zip(values, weights, strict=True))
+    return total / whole if whole > 0 else math.nan
 
 
 def _exp(loss: float) -> float:

@@ -30,9 +30,10 @@ from jquant.arguments import by_path
 from jquant.blocks import Blocks, Layout
 from jquant.calibration.flat import Piece
 from jquant.calibration.subnets import Level
+from jquant.calibration.tokens import Given, all_weighed
 from jquant.calibration.walk import Walk
 from jquant.calibration.weights import Weight
-from jquant.checks import check_finite, check_weights, not_used
+from jquant.checks import check_compared, check_finite, check_weights, not_used
 from jquant.errors import EvidenceError, PlanError
 from jquant.grids.base import Grid
 from jquant.lazy import read
@@ -49,6 +50,7 @@ def adadim(
     batches: Iterable[Any],
     *,
     level: Level = "residual",
+    token_weights: Given = None,
     budget: int | None = None,
     progress: Told | None = None,
 ) -> tuple[Plan, Choices]:
@@ -88,6 +90,7 @@ def adadim(
         plan: what `jq.plan` returned; grid, group size and rounding of its schemes stay.
         batches: calibration batches, each one array or a tuple of `fn`'s inputs.
         level: "residual" (default, the paper's) or "weight".
+        token_weights: what each token counts, in all that is compared; as for `quantize`.
         budget: bytes of activations kept on the device; what exceeds it waits on the host.
         progress: called with a `Progress` after every weight and batch; its `ratio` is the error
             of the better axis relative to "in".
@@ -98,7 +101,8 @@ def adadim(
     Raises:
         PlanError: a plan of other parameters, or with nothing to choose; a level that does not
             exist; GPTQ with dynamic groups in activation order, which exists along "out" only.
-        EvidenceError: no batches, weights that they do not reach, or errors that are not finite.
+        EvidenceError: no batches, weights that they do not reach, errors that are not finite, or
+            values that are compared and whose tokens are not known.
 
     Example:
         >>> import jquant as jq
@@ -122,9 +126,12 @@ def adadim(
     left = {path: why for path in plan if (why := _no_choice(plan.weights[path], plan[path]))}
     _check_any(plan, left)
     planned = {path: w.stack_axes for path in plan if (w := plan.weights[path]).has_inputs}
+    batches, weights = all_weighed(batches, token_weights)
     walk = Walk.start(
-        fn, list(arrays.items()), structure, planned, batches, "weight", budget=budget, level=level
-    )
+        fn, list(arrays.items()), structure, planned, batches, "weight",
+        budget=budget, level=level, weights=weights,
+    )  # fmt: skip
+    check_compared(walk, token_weights)
     reached = {piece.path for stage in walk.stages for piece in stage.pieces}
     for path in planned:
         if path not in reached:

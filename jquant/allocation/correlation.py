@@ -15,7 +15,7 @@ stream. What comes out of the prologue (embeddings) is a state too, but has no s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,9 +26,11 @@ from jaxtyping import Array, Float, PyTree
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.sensitivity import Sensitivity
 from jquant.allocation.trials import Told, outputs
-from jquant.arguments import by_path, inputs_of
+from jquant.arguments import by_path
 from jquant.calibration.flat import Piece
+from jquant.calibration.place import Place
 from jquant.calibration.stages import block_of
+from jquant.calibration.tokens import Given, Weights, all_weighed, chosen
 from jquant.calibration.walk import Walk
 from jquant.checks import check_finite, check_weights, not_used
 from jquant.errors import EvidenceError
@@ -95,6 +97,7 @@ def cmpq(
     batches: Iterable[Any],
     *,
     ridge: float = RIDGE,
+    token_weights: Given = None,
     progress: Told | None = None,
 ) -> Sensitivity:
     """CMPQ: 1 minus the mean canonical correlation of a block's state with all the others.
@@ -106,6 +109,8 @@ def cmpq(
         batches: each one array or a tuple of inputs whose leading axis are sequences. Many short
             sequences say more than few long ones: a sequence is one row.
         ridge: see `canonical_correlation`.
+        token_weights: what each token counts in the mean over a sequence; as for `quantize`.
+            Sequences without any token that counts are left out.
         progress: called with the blocks done and how many there are.
 
     Returns:
@@ -113,8 +118,8 @@ def cmpq(
 
     Raises:
         PlanError, WeightError: the candidates are of other parameters, or these are not finite.
-        EvidenceError: no batches, fewer than 8 sequences in all, states that are not finite, or
-            weights that the batches do not reach.
+        EvidenceError: no batches, fewer than 8 sequences in all, states that are not finite or
+            whose tokens are not known, or weights that the batches do not reach.
 
     Example:
         >>> import jquant as jq
@@ -136,11 +141,14 @@ def cmpq(
     """
     arrays, structure = by_path(params), jax.tree.structure(params)
     check_weights(candidates.plan({}), arrays)
-    batches = [inputs_of(batch, number) for number, batch in enumerate(batches)]
+    batches, counted = all_weighed(batches, token_weights)
     weights = candidates.weights
     # All weights cut, also those that are kept: the head ends the last block.
     planned = {path: w.stack_axes for path, w in weights.items() if w.has_inputs}
-    walk = Walk.start(fn, list(arrays.items()), structure, planned, batches, "block")
+    walk = Walk.start(
+        fn, list(arrays.items()), structure, planned, batches, "block", weights=counted
+    )
+    said = chosen(token_weights)
 
     def current(piece: Piece) -> Array:
         leaf = arrays[piece.path]
@@ -151,16 +159,26 @@ def cmpq(
 
     walk.advance(None, current, current)
     lengths = [next(len(x) for x in jax.tree.leaves(batch) if np.ndim(x)) for batch in batches]
-    states = {-1: _pooled(walk.alive, lengths)}
+
+    def pooled(values: Sequence[Mapping[Any, Any]]) -> Array | None:
+        if counted is None or said is None:
+            return _pooled(values, lengths)
+        places = [cut.places for cut in walk.cuts]
+        return _pooled(values, lengths, places, counted, said.unmatched == "raise")
+
+    states = {-1: pooled(walk.alive)}
     for at in range(len(walk.stages)):
         walk.advance(at, current, current)
         last = at == len(walk.stages) - 1
         if not last:
-            states[at] = _pooled(walk.alive, lengths)
+            states[at] = pooled(walk.alive)
         elif any(piece.path in candidates.free for piece in walk.stages[at].pieces):
             whole = realize(params)
-            found = [outputs(fn, whole, batch) for batch in batches]
-            states[at] = _pooled([dict(enumerate(jax.tree.leaves(x))) for x in found], lengths)
+            found = [jax.tree.leaves(outputs(fn, whole, batch)) for batch in batches]
+            states[at] = pooled([
+                _named(leaves, None if counted is None else cut.flat.outputs)
+                for cut, leaves in zip(walk.cuts, found, strict=True)
+            ])  # fmt: skip
         if progress is not None:
             progress(at + 1, len(walk.stages))
     scores = _scores({at: x for at, x in states.items() if x is not None}, ridge)
@@ -187,25 +205,57 @@ def cmpq(
     )  # fmt: skip
 
 
-def _pooled(alive: list[dict[int, Any]], lengths: list[int]) -> Array | None:
+def _named(leaves: list[Array], numbers: Sequence[Any] | None) -> dict[int, Array]:
+    """What a function returns, by the numbers of the values where these are asked for."""
+    if numbers is None:
+        return dict(enumerate(leaves))
+    return {n: x for n, x in zip(numbers, leaves, strict=True) if isinstance(n, int)}
+
+
+def _pooled(
+    alive: Sequence[Mapping[int, Any]],
+    lengths: Sequence[int],
+    places: Sequence[Mapping[int, Place]] | None = None,
+    weights: Sequence[Weights] = (),
+    strict: bool = False,
+) -> Array | None:
     """One row per sequence: the values alive, averaged over all axes but the first and last.
 
-    Where none has an axis of sequences, tokens `[sequences · length, d]` are taken apart.
+    Where none has an axis of sequences, tokens `[sequences · length, d]` are taken apart. `places`
+    and `weights` are those of the tokens, whose mean it is; `strict`: these must be known.
     """
     found = []
-    for values, length in zip(alive, lengths, strict=True):
-        floats = [
-            jnp.asarray(x, jnp.float32)
-            for _, x in sorted(values.items())
+    for at, (values, length) in enumerate(zip(alive, lengths, strict=True)):
+        floats = {
+            n: jnp.asarray(x, jnp.float32)
+            for n, x in sorted(values.items())
             if x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating)
-        ]
-        whole = [x for x in floats if len(x) == length]
-        flat = [x for x in floats if x.ndim == 2 and len(x) % length == 0]
-        whole = whole or [x.reshape(length, -1, x.shape[-1]) for x in flat]
-        rows = [jnp.mean(x, tuple(range(1, x.ndim - 1))) for x in whole]
+        }
+        whole = [n for n, x in floats.items() if len(x) == length]
+        flat = [n for n, x in floats.items() if x.ndim == 2 and len(x) % length == 0]
+        rows = []
+        for n in whole or flat:
+            x = floats[n]
+            apart = x.shape if whole else (length, -1, x.shape[-1])
+            inner = tuple(range(1, len(apart) - 1))
+            if places is None:
+                rows.append(jnp.mean(x.reshape(apart), inner))
+                continue
+            lost = places[at][n].unknown(weights[at].shape)
+            if lost and strict:
+                raise EvidenceError(
+                    f"a state {list(x.shape)} between blocks has tokens that are not known (lost "
+                    f"in {lost!r}); pass jq.TokenWeights(..., unmatched='count') to count all"
+                )
+            w = places[at][n].over(jnp.asarray(weights[at]), x.shape).reshape(apart)
+            sums = jnp.sum(jnp.where(w > 0, x.reshape(apart), 0.0) * w, inner)
+            rows.append(sums / jnp.maximum(jnp.sum(w, inner), 1e-30))
         if not rows:
             return None
-        found.append(jnp.concatenate(rows, -1))
+        own = jnp.concatenate(rows, -1)
+        if places is not None and len(weights[at]) == length:
+            own = own[np.flatnonzero(weights[at].reshape(length, -1).any(1))]
+        found.append(own)
     return jnp.concatenate(found)
 
 

@@ -20,14 +20,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jquant.allocation.candidates import Candidates
-from jquant.allocation.gradients import Loss, next_token_loss
+from jquant.allocation.gradients import Loss, check_loss, next_token_loss, size, told
 from jquant.allocation.sensitivity import Sensitivity
 from jquant.allocation.trials import Told, Trials, divergence, mean
 from jquant.blocks import Layout
+from jquant.calibration.tokens import Given
 from jquant.errors import PlanError
 from jquant.narrow import as_dtype
 
@@ -44,6 +44,7 @@ def pmpq(
     *,
     fraction: float = 0.3,
     unit: Unit = "block",
+    token_weights: Given = None,
     progress: Told | None = None,
 ) -> Sensitivity:
     """PMPQ: the KL divergence that pruning a block causes, per million weights.
@@ -55,6 +56,7 @@ def pmpq(
             each for itself.
         unit: "block" (the paper's: all weights up to the first numbered key of their paths) or
             "weight".
+        token_weights: what each token counts; as for `quantize`.
         progress: called with the trials done and how many there are.
 
     Returns:
@@ -80,19 +82,19 @@ def pmpq(
     """
     if not (isinstance(fraction, int | float) and 0 <= fraction <= 1):
         raise PlanError(f"fraction must be between 0 and 1, got {fraction!r}")
-    trials = Trials(params, candidates, batches)
+    trials = Trials(params, candidates, batches, token_weights=token_weights)
     units = _units(trials, unit)
     found: dict[str, list[float]] = {name: [] for name in units}
-    counts: list[int] = []
+    counts: list[float] = []
     total, done = len(units) * len(trials.batches), 0
-    for inputs, wanted, count in trials.wanted(fn):
+    for inputs, wanted, count, weights in trials.wanted(fn):
         counts.append(count)
         for name, paths in units.items():
             pruned = {
                 path: _pruned(trials.leaves[path], fraction, candidates.weights[path].layout)
                 for path in paths
             }
-            rise = divergence(fn, trials.swapped(pruned), inputs, wanted)
+            rise = divergence(fn, trials.swapped(pruned), inputs, wanted, weights)
             found[name].append(float(rise))
             done += 1
             if progress is not None:
@@ -118,6 +120,7 @@ def tdmpq(
     key: PRNGKeyArray,
     noise: float = 1.0,
     loss: Loss = next_token_loss,
+    token_weights: Given = None,
     progress: Told | None = None,
 ) -> Sensitivity:
     """TDMPQ as released: the loss with noise in the first matrix of a block.
@@ -131,6 +134,7 @@ def tdmpq(
         key: draws the noise, once per block, by its name.
         noise: standard deviation, in the units of the weights; 1 is the released code's.
         loss: as for `taylor`.
+        token_weights: what each token counts; as for `quantize`.
         progress: called with the trials done and how many there are.
 
     Returns:
@@ -152,7 +156,8 @@ def tdmpq(
     References:
         Nanda et al., CPTQuant, 2024, https://arxiv.org/abs/2412.03599
     """
-    trials = Trials(params, candidates, batches)
+    check_loss(loss, token_weights)
+    trials = Trials(params, candidates, batches, token_weights=token_weights)
     units = _units(trials, "block")
     noisy = {}
     for name, paths in units.items():
@@ -161,12 +166,12 @@ def tdmpq(
         drawn = noise * jax.random.normal(own, w.shape, jnp.float32)
         noisy[name] = {paths[0]: as_dtype(w.astype(jnp.float32) + drawn, w.dtype)}
     found: dict[str, list[float]] = {name: [] for name in units}
-    counts: list[int] = []
+    counts: list[float] = []
     total, done = len(units) * len(trials.batches), 0
-    for inputs in trials.batches:
-        counts.append(np.size(jax.tree.leaves(inputs)[0]))
+    for inputs, weights in trials.pairs():
+        counts.append(size(inputs, weights))
         for name in units:
-            found[name].append(float(_loss(fn, loss, trials.swapped(noisy[name]), inputs)))
+            found[name].append(float(_loss(fn, loss, trials.swapped(noisy[name]), inputs, weights)))
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -199,5 +204,7 @@ def _pruned(w: Array, fraction: float, layout: Layout) -> Array:
 
 
 @partial(jax.jit, static_argnames=("fn", "loss"))
-def _loss(fn: Callable[..., Any], loss: Loss, params: PyTree, inputs: tuple[Any, ...]) -> Array:
-    return loss(fn(params, *inputs), *inputs)
+def _loss(
+    fn: Callable[..., Any], loss: Loss, params: PyTree, inputs: tuple[Any, ...], weights: Any = None
+) -> Array:
+    return loss(fn(params, *inputs), *inputs, **told(weights))

@@ -21,6 +21,7 @@ from jquant.allocation.candidates import Candidates
 from jquant.allocation.sensitivity import Sensitivity
 from jquant.allocation.trials import Told, Trials, divergence, mean
 from jquant.calibration.evidence import Evidence
+from jquant.calibration.tokens import Given
 from jquant.errors import PlanError
 
 
@@ -33,6 +34,7 @@ def exact_kl(
     only: Sequence[int] | None = None,
     evidence: Mapping[str, Evidence] | None = None,
     key: PRNGKeyArray | None = None,
+    token_weights: Given = None,
     progress: Told | None = None,
 ) -> Sensitivity:
     """The KL divergence that each weight causes alone, under each of its candidates.
@@ -46,6 +48,7 @@ def exact_kl(
             scaled (see the module). None: all are run.
         evidence: path → `Evidence`, to round as the schemes say; without it to nearest.
         key: for roundings that are random.
+        token_weights: what each token counts; as for `quantize`.
         progress: called with the trials done and how many there are.
 
     Returns:
@@ -67,17 +70,17 @@ def exact_kl(
         >>> two > 4 * four > 16 * eight > 0
         True
     """
-    trials = Trials(params, candidates, batches, evidence, key)
+    trials = Trials(params, candidates, batches, evidence, key, token_weights)
     run = {path: _positions(path, len(candidates[path]), only) for path in trials.free}
     values = {path: [[] for _ in candidates[path]] for path in trials.free}
-    counts: list[int] = []
+    counts: list[float] = []
     total, done = len(trials.batches) * sum(map(len, run.values())), 0
-    for inputs, wanted, count in trials.wanted(fn):
+    for inputs, wanted, count, weights in trials.wanted(fn):
         counts.append(count)
         for path, positions in run.items():
             for at in positions:
                 w = trials.quantized(path, candidates[path][at])
-                found = divergence(fn, trials.swapped({path: w}), inputs, wanted)
+                found = divergence(fn, trials.swapped({path: w}), inputs, wanted, weights)
                 values[path][at].append(float(found))
                 done += 1
                 if progress is not None:

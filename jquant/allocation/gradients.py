@@ -32,25 +32,61 @@ from jquant.allocation.candidates import Candidates
 from jquant.allocation.exact import scaled
 from jquant.allocation.sensitivity import Sensitivity
 from jquant.allocation.trials import Told, Trials, mean
+from jquant.allocation.trials import tokens as tokens_of
 from jquant.arguments import replaced
 from jquant.calibration.evidence import Evidence
+from jquant.calibration.tokens import Given
 from jquant.errors import PlanError
-from jquant.objectives import KL, logits_of
+from jquant.objectives import KL, logits_of, rows_of_weights
 
 Loss = Callable[..., Array]
 
 LOW = 4  # bits at which the KL gradient is taken where nothing else is said (mlx-lm's low_bits)
 
 
-def next_token_loss(logits: Float[Array, "*b t v"], tokens: Int[Array, "*b t"]) -> Float[Array, ""]:
+def next_token_loss(
+    logits: Float[Array, "*b t v"],
+    tokens: Int[Array, "*b t"],
+    *others: Any,
+    token_weights: Any = None,
+) -> Float[Array, ""]:
     """Mean negative log likelihood of each next token, nats; the last of a row has none.
+
+    With `token_weights[*b, t]` the mean is weighted, by the smaller weight of a token and its next.
+    `others` are inputs that do not matter.
 
     Example:
         >>> round(float(next_token_loss(jnp.zeros((1, 3, 4)), jnp.array([[0, 1, 2]]))), 4)
         1.3863
     """
     log_p = jax.nn.log_softmax(logits[..., :-1, :].astype(jnp.float32))
-    return -jnp.mean(jnp.take_along_axis(log_p, tokens[..., 1:, None], -1))
+    likely = jnp.take_along_axis(log_p, tokens[..., 1:, None], -1)
+    if token_weights is None:
+        return -jnp.mean(likely)
+    wide = jnp.asarray(token_weights).astype(jnp.float32)
+    pairs = jnp.minimum(wide[..., 1:], wide[..., :-1])
+    total = jnp.sum(pairs)
+    summed = jnp.sum(jnp.where(pairs > 0, likely[..., 0], 0.0) * pairs)
+    return -summed / jnp.where(total > 0, total, 1.0)
+
+
+def check_loss(loss: Loss, token_weights: Given) -> None:
+    """Refuse token weights beside a loss that is not told of them."""
+    if token_weights is not None and loss is not next_token_loss:
+        raise PlanError(
+            "token_weights are told to the default loss only; weigh tokens in the loss(outputs, "
+            "*inputs) that you pass, and leave token_weights out"
+        )
+
+
+def told(weights: Any) -> dict[str, Any]:
+    """What a loss is told of the weights of tokens."""
+    return {} if weights is None else {"token_weights": weights}
+
+
+def size(inputs: tuple[Any, ...], weights: Any) -> float:
+    """How many tokens a batch has."""
+    return np.size(jax.tree.leaves(inputs)[0]) if weights is None else tokens_of(weights)
 
 
 def taylor(
@@ -62,6 +98,7 @@ def taylor(
     loss: Loss = next_token_loss,
     evidence: Mapping[str, Evidence] | None = None,
     key: PRNGKeyArray | None = None,
+    token_weights: Given = None,
     progress: Told | None = None,
 ) -> Sensitivity:
     """TDMPQ's first-order term with the actual error: `|<∇L, Q(W) - W>|`, averaged over batches.
@@ -74,6 +111,7 @@ def taylor(
         loss: `loss(outputs, *inputs)`, a scalar; hashable. Default: of each next token, where the
             outputs are logits and the only input is tokens.
         evidence, key: as for `exact_kl`.
+        token_weights: what each token counts; as for `quantize`.
         progress: called with the batches done and how many there are.
 
     Returns:
@@ -90,12 +128,13 @@ def taylor(
         >>> taylor(fn, params, jq.allocation.candidates(plan), [tokens]).units
         'units of the loss'
     """
-    trials = Trials(params, candidates, batches, evidence, key)
+    check_loss(loss, token_weights)
+    trials = Trials(params, candidates, batches, evidence, key, token_weights)
     found = {path: [[] for _ in candidates[path]] for path in trials.free}
     weights, counts = trials.weights(), []
-    for done, inputs in enumerate(trials.batches, start=1):
-        gradient = _gradient(fn, loss, weights, trials.params, inputs)
-        counts.append(np.size(jax.tree.leaves(inputs)[0]))
+    for done, (inputs, own) in enumerate(trials.pairs(), start=1):
+        gradient = _gradient(fn, loss, weights, trials.params, inputs, None, own)
+        counts.append(size(inputs, own))
         for path, g in gradient.items():
             for at, e in enumerate(trials.errors(path)):
                 found[path][at].append(abs(float(jnp.vdot(g, e))))
@@ -117,6 +156,7 @@ def fisher(
     *,
     key: PRNGKeyArray,
     evidence: Mapping[str, Evidence] | None = None,
+    token_weights: Given = None,
     progress: Told | None = None,
 ) -> Sensitivity:
     """The second-order term of KL with the actual error and the diagonal Fisher information.
@@ -126,6 +166,7 @@ def fisher(
         params, candidates, batches: as for `exact_kl`.
         key: draws the labels; a batch draws by what is in it, so their order does not matter.
         evidence: as for `exact_kl`; random roundings use `key`.
+        token_weights: what each token counts; as for `quantize`.
         progress: called with the batches done and how many there are.
 
     Returns:
@@ -150,14 +191,14 @@ def fisher(
         Dong et al., HAWQ-V2, 2019, https://arxiv.org/abs/1911.03852 (traces of the Hessian); Kim et
         al., SqueezeLLM, 2023, https://arxiv.org/abs/2306.07629 (the diagonal Fisher information).
     """
-    trials = Trials(params, candidates, batches, evidence, key)
+    trials = Trials(params, candidates, batches, evidence, key, token_weights)
     weights = trials.weights()
-    total = 0
+    total = 0.0
     information = {path: jnp.zeros(w.shape, jnp.float32) for path, w in weights.items()}
-    for done, inputs in enumerate(trials.batches, start=1):
+    for done, (inputs, counted) in enumerate(trials.pairs(), start=1):
         own = jax.random.fold_in(key, _digest(inputs))
-        gradient, count = _score(fn, weights, trials.params, inputs, own)
-        total += int(count)
+        gradient, count = _score(fn, weights, trials.params, inputs, own, counted)
+        total += float(count)
         # N g² estimates F of one token; batches count by their tokens.
         information = _added(information, gradient, jnp.asarray(count, jnp.float32) ** 2)
         if progress is not None:
@@ -168,7 +209,7 @@ def fisher(
         losses[path] = tuple(float(0.5 * jnp.sum(f * e**2)) for e in trials.errors(path))
     return Sensitivity(
         "Fisher", "nats per token",
-        f"half the diagonal Fisher information times the squared error, {total} tokens",
+        f"half the diagonal Fisher information times the squared error, {total:g} tokens",
         losses, trials.schemes(), trials.blocks, ("dong2020hawq", "kim2024squeezellm"),
     )  # fmt: skip
 
@@ -182,6 +223,7 @@ def kl_gradient(
     low: int | None = None,
     evidence: Mapping[str, Evidence] | None = None,
     key: PRNGKeyArray | None = None,
+    token_weights: Given = None,
     progress: Told | None = None,
 ) -> Sensitivity:
     """mlx-lm's score: the gradient of KL where all weights are coarse, times what finer ones gain.
@@ -193,6 +235,7 @@ def kl_gradient(
             one whose codes have 4 bits or the most below that (mlx-lm's default is 4). A network
             that is broken there says little. The finest candidate is the other end.
         evidence, key: as for `exact_kl`.
+        token_weights: what each token counts; as for `quantize`.
         progress: called with the batches done and how many there are.
 
     Returns:
@@ -216,12 +259,12 @@ def kl_gradient(
     References:
         mlx-lm, dynamic_quant.py, https://github.com/ml-explore/mlx-lm
     """
-    trials = Trials(params, candidates, batches, evidence, key)
+    trials = Trials(params, candidates, batches, evidence, key, token_weights)
     at = {path: _low(path, candidates, low) for path in trials.free}
     coarse = {path: trials.quantized(path, candidates[path][k]) for path, k in at.items()}
     counts, gradients = [], {path: jnp.zeros(w.shape, jnp.float32) for path, w in coarse.items()}
-    for done, (inputs, wanted, count) in enumerate(trials.wanted(fn), start=1):
-        gradient = _gradient(fn, KL(), coarse, trials.params, inputs, wanted)
+    for done, (inputs, wanted, count, own) in enumerate(trials.wanted(fn), start=1):
+        gradient = _gradient(fn, KL(), coarse, trials.params, inputs, wanted, own)
         counts.append(count)
         gradients = _summed(gradients, gradient, jnp.float32(counts[-1]))
         if progress is not None:
@@ -267,13 +310,15 @@ def _gradient(
     params: PyTree,
     inputs: tuple[Any, ...],
     wanted: Any = None,
+    own: Any = None,
 ) -> dict[str, Array]:
     """The gradient of the loss with respect to some weights, float32."""
 
     def at(wide: dict[str, Array]) -> Array:
         now = {path: w.astype(weights[path].dtype) for path, w in wide.items()}
         found = fn(replaced(params, now), *inputs)
-        return loss(found, *inputs) if wanted is None else loss(found, wanted)
+        goal = inputs if wanted is None else (wanted,)
+        return loss(found, *goal, **told(own))
 
     return jax.grad(at)({path: w.astype(jnp.float32) for path, w in weights.items()})
 
@@ -285,16 +330,26 @@ def _score(
     params: PyTree,
     inputs: tuple[Any, ...],
     key: PRNGKeyArray,
-) -> tuple[dict[str, Array], int]:
-    """The gradient of the mean loss of labels drawn from the network, and how many there are."""
+    own: Any = None,
+) -> tuple[dict[str, Array], Array | int]:
+    """The gradient of the mean loss of labels drawn from the network, and how many there are.
 
-    def at(wide: dict[str, Array]) -> tuple[Array, int]:
+    With weights the loss of each counts by their root: the square of the sum's gradient is then, as
+    labels do not depend on each other, the weighted sum of squares.
+    """
+
+    def at(wide: dict[str, Array]) -> tuple[Array, Array | int]:
         now = {path: w.astype(weights[path].dtype) for path, w in wide.items()}
         (logits,) = logits_of(fn(replaced(params, now), *inputs))
         flat = logits.reshape(-1, logits.shape[-1]).astype(jnp.float32)
         labels = jax.random.categorical(key, jax.lax.stop_gradient(flat))
         log_p = jnp.take_along_axis(jax.nn.log_softmax(flat), labels[:, None], -1)
-        return -jnp.mean(log_p), len(flat)
+        if own is None:
+            return -jnp.mean(log_p), len(flat)
+        counted = rows_of_weights(logits, own)
+        total = jnp.sum(counted)
+        summed = jnp.sum(jnp.where(counted > 0, log_p[:, 0], 0.0) * jnp.sqrt(counted))
+        return -summed / jnp.where(total > 0, total, 1.0), total
 
     wide = {path: w.astype(jnp.float32) for path, w in weights.items()}
     return jax.grad(at, has_aux=True)(wide)

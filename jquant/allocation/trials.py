@@ -14,17 +14,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jquant.allocation.candidates import Candidates, draft, key_of_scheme
-from jquant.arguments import Inputs, by_path, inputs_of, replaced
+from jquant.arguments import Inputs, by_path, replaced
 from jquant.blocks import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.stages import block_of
+from jquant.calibration.tokens import Given, all_weighed
 from jquant.checks import check_evidence, check_needs, check_weights
 from jquant.errors import EvidenceError, PlanError
 from jquant.lazy import realize
-from jquant.objectives import KL, logits_of
+from jquant.objectives import KL, logits_of, rows_of_weights
 from jquant.qtensor import dequantize_weight
 from jquant.scheme import Scheme
 from jquant.solve import key_of, quantize_weight
@@ -42,11 +44,12 @@ class Trials:
         evidence: path → `Evidence`. With it weights are rounded as their schemes say, without it to
             nearest (and terms are in the plain metric).
         key: for roundings that are random, used with evidence only.
+        token_weights: what each token counts; see `quantize`.
 
     Raises:
         PlanError: the candidates are of other parameters.
         WeightError: a weight holds NaN or infinite values.
-        EvidenceError: no batches, or evidence that does not fit.
+        EvidenceError: no batches, evidence that does not fit, or token weights that are none.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Trials:
         batches: Iterable[Any],
         evidence: Mapping[str, Evidence] | None = None,
         key: PRNGKeyArray | None = None,
+        token_weights: Given = None,
     ):
         if not isinstance(candidates, Candidates):
             raise PlanError(
@@ -69,23 +73,29 @@ class Trials:
                 check_needs(plan, evidence, key, batches=False, staged=False)
                 check_evidence(plan, evidence)
         self.candidates, self.evidence, self.key = candidates, evidence, key
-        self.batches = [inputs_of(batch, number) for number, batch in enumerate(batches)]
+        self.batches: list[Inputs]
+        self.batches, self.token_weights = all_weighed(batches, token_weights)
         if not self.batches:
             raise EvidenceError("got no batches; pass at least one array or tuple of inputs")
         self.params = realize(params)
         self.leaves = by_path(self.params)
 
-    def wanted(self, fn: Callable[..., Any]) -> Iterator[tuple[Inputs, Any, int]]:
-        """For every batch its inputs, the logits of the network as it came, and their tokens."""
-        for number, inputs in enumerate(self.batches):
+    def pairs(self) -> Iterator[tuple[Inputs, Any]]:
+        """For every batch its inputs, and the weights of its tokens or None."""
+        yield from zip(self.batches, self.token_weights or [None] * len(self.batches), strict=True)
+
+    def wanted(self, fn: Callable[..., Any]) -> Iterator[tuple[Inputs, Any, float, Any]]:
+        """For every batch its inputs, the logits of the network as it came, how many tokens these
+        are of, and the weights of the tokens or None."""
+        for number, (inputs, weights) in enumerate(self.pairs()):
             found = outputs(fn, self.params, inputs)
-            count = rows(found)
-            if _lost(found):  # a divergence from NaN would be taken for zero
+            count = rows(found, weights)
+            if _lost(found, weights):  # a divergence from NaN would be taken for zero
                 raise EvidenceError(
                     f"the logits of batch {number} hold NaN or infinity; look for such weights, "
                     "and for tokens outside the vocabulary"
                 )
-            yield inputs, found, count
+            yield inputs, found, count, weights
 
     @property
     def free(self) -> tuple[str, ...]:
@@ -137,29 +147,40 @@ def outputs(fn: Callable[..., Any], params: PyTree, inputs: Inputs) -> Any:
 
 @partial(jax.jit, static_argnames="fn")
 def divergence(
-    fn: Callable[..., Any], params: PyTree, inputs: Inputs, wanted: Any
+    fn: Callable[..., Any], params: PyTree, inputs: Inputs, wanted: Any, weights: Any = None
 ) -> Float[Array, ""]:
     """KL of the logits from the wanted ones, nats per token."""
-    return KL()(fn(params, *inputs), wanted)
+    return KL()(fn(params, *inputs), wanted, token_weights=weights)
 
 
-def rows(logits: Any) -> int:
-    """How many tokens there are logits of."""
+def rows(logits: Any, weights: Any = None) -> float:
+    """How many tokens there are logits of, by their weights."""
     (leaf,) = logits_of(logits)
-    return leaf.size // leaf.shape[-1]
+    if weights is None:
+        return leaf.size // leaf.shape[-1]
+    return tokens(rows_of_weights(leaf, weights))
 
 
-def mean(values: Sequence[float], counts: Sequence[int]) -> float:
+def tokens(weights: Any) -> float:
+    """How many tokens there are, by their weights: a whole number where that is one."""
+    total = float(np.sum(np.asarray(weights), dtype=np.float64))
+    return int(total) if total.is_integer() else total
+
+
+def mean(values: Sequence[float], counts: Sequence[float]) -> float:
     """The mean over batches by their tokens, in the same bits whatever their order."""
     total = math.fsum(v * n for v, n in zip(values, counts, strict=True))
     return total / math.fsum(counts)
 
 
 @jax.jit
-def _lost(logits: Any) -> Array:
+def _lost(logits: Any, weights: Any = None) -> Array:
     """Whether a logit is NaN or infinite; minus infinity is a word that cannot be."""
     (leaf,) = jax.tree.leaves(logits)
-    return jnp.any(jnp.isnan(leaf) | (leaf == jnp.inf))
+    bad = jnp.isnan(leaf) | (leaf == jnp.inf)
+    if weights is None:
+        return jnp.any(bad)
+    return jnp.any(jnp.any(bad, -1).reshape(-1) & (rows_of_weights(leaf, weights) > 0))
 
 
 @partial(jax.jit, static_argnames=("scheme", "layout"))

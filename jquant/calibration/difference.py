@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jquant.calibration.flat import Piece
 from jquant.calibration.place import Place
+from jquant.calibration.stages import Cut
 from jquant.calibration.tokens import Weights
 
 
@@ -43,3 +45,14 @@ def count(
         return sum(map(math.prod, shapes))
     many = [place.over(jnp.asarray(weights), x) for place, x in zip(places, shapes, strict=True)]
     return sum(float(jnp.sum(w)) for w in many)
+
+
+def uncompared(cuts: Sequence[Cut], weights: Sequence[Weights]) -> dict[Piece, str]:
+    """Weights compared on values whose tokens are not known → why."""
+    found: dict[Piece, str] = {}
+    for cut, own in zip(cuts, weights, strict=True):
+        for piece, one in cut.comparisons.items():
+            for why in (cut.places[n].unknown(own.shape) for n in one.varying.outputs):
+                if why:
+                    found.setdefault(piece, f"output (lost in {why!r})")
+    return found

@@ -157,7 +157,7 @@ class Walk:
 
     @property
     def unmatched(self) -> dict[Piece, str]:
-        """Weights used, or compared, where the tokens of the rows are not known → why."""
+        """Weights used where the tokens of the rows are not known → why."""
         found: dict[Piece, str] = {}
         pairs = zip(self.cuts, self.weights or (), strict=False)
         for cut, weights in {id(cut): (cut, weights) for cut, weights in pairs}.values():
@@ -166,11 +166,6 @@ class Walk:
                 seen = jax.eval_shape(self._reads(cut, segment), None, operands, None, weights)[0]
                 for name, why in seen.unmatched:
                     found.setdefault(cut.flat.pieces[segment.sources[int(name)]], why)
-            for piece, one in cut.comparisons.items():
-                for n in one.varying.outputs:
-                    why = cut.places[n].unknown(weights.shape)
-                    if why:
-                        found.setdefault(piece, f"output (lost in {why!r})")
         return found
 
     def describe(self) -> Iterator[str]:
