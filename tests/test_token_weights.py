@@ -111,6 +111,7 @@ def _close(found: jq.Evidence, wanted: jq.Evidence, factor: float = 1.0) -> None
         one, other = (np.asarray(getattr(e, name)) for e in (found, wanted))
         scale = np.abs(other).max()
         np.testing.assert_allclose(one, factor * other, atol=3e-6 * factor * scale)
+    assert found.abs_max is not None and wanted.abs_max is not None
     np.testing.assert_allclose(found.abs_max, wanted.abs_max, rtol=1e-5)
 
 
@@ -124,9 +125,10 @@ def test_masked_evidence_is_that_of_the_sequences_without_padding(fn: Any) -> No
     for path, evidence in found.items():
         _close(evidence, wanted[path])
         _close(threes[path], wanted[path], 3.0)
-        assert evidence.spread is not None and wanted[path].spread is not None
-        np.testing.assert_allclose(evidence.spread.high, wanted[path].spread.high, rtol=1e-5)
-        assert int(evidence.spread.counts.sum()) == int(wanted[path].spread.counts.sum())
+        one, other = evidence.spread, wanted[path].spread
+        assert one is not None and other is not None
+        np.testing.assert_allclose(one.high, other.high, rtol=1e-5)
+        assert int(one.counts.sum()) == int(other.counts.sum())
 
 
 def test_whole_weights_count_tokens_as_often() -> None:
@@ -407,7 +409,9 @@ def test_adadim_compares_real_tokens_only() -> None:
     )
     assert dict(found_plan) == dict(wanted_plan)
     for path, choice in wanted.items():
-        np.testing.assert_allclose(found[path].losses, choice.losses, rtol=1e-4)
+        losses = found[path].losses
+        assert losses is not None and choice.losses is not None
+        np.testing.assert_allclose(losses, choice.losses, rtol=1e-4)
     routed = _plan(jq.Scheme(jq.grids.Uniform(3), 4), _routed)
     with pytest.raises(EvidenceError, match="lost in 'scatter-add'"):
         jq.allocation.adadim(_routed, P, routed, [(X, MASK)], token_weights=of_mask)

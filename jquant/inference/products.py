@@ -31,7 +31,7 @@ from jquant.inference.codes import on_codes
 from jquant.inference.inputs import round_canonical
 from jquant.inference.views import own_layout
 from jquant.interpreter import bind
-from jquant.narrow import is_coarse
+from jquant.narrow import as_dtype, is_coarse
 from jquant.placement import automatic, typed
 from jquant.qtensor import QTensor
 
@@ -70,7 +70,7 @@ def beside(
         return main
     free: Role = "in" if axes.role == "out" else "out"
     left, right = q.compensation.factors()
-    thin = {"out": left.astype(q.dtype), "in": right.astype(q.dtype)}
+    thin = {"out": as_dtype(left, q.dtype), "in": as_dtype(right, q.dtype)}
     wide = x.dtype if x.dtype.itemsize > 4 else jnp.dtype(jnp.float32)
 
     def product(role: Role, other: jax.Array, dims: Any) -> jax.Array:
