@@ -32,7 +32,7 @@ class Case:
 
 
 def _normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
 
 def _gram(x: Any) -> np.ndarray:

@@ -599,7 +599,7 @@ def _recurrent() -> Network:
             h = gate * h + (1 - gate) * jnp.tanh(new)
             return h, h
 
-        start = jnp.zeros((x.shape[0], 7))
+        start = jnp.zeros((x.shape[0], 7), jnp.float32)
         return jax.lax.scan(step, start, x.swapaxes(0, 1), reverse=reverse)[1].swapaxes(0, 1)
 
     def fn(params: Any, x: jax.Array) -> jax.Array:  # [batch, time, features]

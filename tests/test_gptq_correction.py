@@ -212,7 +212,8 @@ def test_gptaq_lets_later_columns_alone_make_up_for_each():
         later, now = order[j + 1 :], order[j]
         p[now, later] = drift[now, later] @ np.linalg.inv(full[np.ix_(later, later)])
     target = target_of(w, evidence, "gptaq", 0.5, order)
-    np.testing.assert_allclose(target, w @ (np.eye(40) + 0.5 * p), rtol=1e-3, atol=1e-3)
+    wanted = np.asarray(w, float) @ (np.eye(40) + 0.5 * p)
+    np.testing.assert_allclose(target, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_the_target_of_qep_does_not_depend_on_the_order_or_on_padding():
@@ -240,7 +241,7 @@ def test_activation_order_is_a_permutation_of_columns(method):
 def test_layers_together_are_layers_apart_and_a_failure_stays_with_its_own(method):
     w, evidence = case(batch=(3,))
     # No damping up to the cap makes the last one positive definite.
-    moment = evidence.second_moment.at[2].set(3.0 - 2.0 * jnp.eye(40))
+    moment = evidence.second_moment.at[2].set(3.0 - 2.0 * jnp.eye(40, dtype=jnp.float32))
     evidence = Evidence(moment, evidence.count, drift=evidence.drift)
     rounding, blocks = GPTQ(correction=method), Blocks("in", 8)
     together = rounding(w, GRID, blocks, evidence=evidence)

@@ -17,7 +17,7 @@ from jquant.grids import Uniform
 from jquant.rounding import GPTQ
 from tests.functions import CASES, Case, _normal
 
-PARAMS = {"embed": _normal(0, 11, 6), "up": _normal(1, 6, 10), "norm": jnp.ones(6)}
+PARAMS = {"embed": _normal(0, 11, 6), "up": _normal(1, 6, 10), "norm": jnp.ones(6, jnp.float32)}
 
 
 def fn(params, tokens):

@@ -231,9 +231,9 @@ def arrange(width: int, run: int, order: Integer[Array, " in"] | np.ndarray) -> 
     edge = np.minimum(within, np.minimum(run, width - which * run) - 1)
     real = within == edge
     return Arrangement(
-        source=jnp.asarray(order)[which * run + edge],
+        source=jnp.asarray(order, jnp.int32)[which * run + edge],
         real=jnp.asarray(real),
-        edge=jnp.asarray(edge),
+        edge=jnp.asarray(edge, jnp.int32),
         home=jnp.zeros(width, jnp.int32).at[order].set(np.flatnonzero(real).astype(np.int32)),
         sizes=tuple(dict.fromkeys([runs * padded, padded, block, leaf, 1])),
     )
