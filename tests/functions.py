@@ -211,7 +211,7 @@ def _ragged() -> Case:
 
 def _equinox() -> Case:
     params, static = eqx.partition(
-        eqx.nn.MLP(4, 3, 8, 2, key=jax.random.key(0)), eqx.is_inexact_array
+        eqx.nn.MLP(4, 3, 8, 2, key=jax.random.key(0), dtype=jnp.float32), eqx.is_inexact_array
     )
 
     def fn(params: Any, x: jax.Array) -> jax.Array:

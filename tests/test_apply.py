@@ -55,7 +55,7 @@ def test_vmap_over_inputs(case: Case) -> None:
 def test_gradient_with_respect_to_inputs(case: Case) -> None:
     q, x = _quantized(case), case.batches[0]
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        x = jnp.ones(())  # tokens: differentiate by a factor on the output instead
+        x = jnp.float32(1.0)  # tokens: differentiate by a factor on the output instead
 
         def loss(fn, p, x):
             return jnp.sum(jnp.sin(x * fn(p, case.batches[0])))

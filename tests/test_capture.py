@@ -202,7 +202,9 @@ def test_inputs_that_are_not_finite_name_the_weight_and_the_batch() -> None:
     x = _normal(0, 3, 4)
     with pytest.raises(EvidenceError, match=r"'w'.*batch 1"):
         jq.capture(
-            lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}, [x, x.at[1, 1].set(jnp.nan), x]
+            lambda p, x: x @ p["w"],
+            {"w": jnp.ones((4, 2), jnp.float32)},
+            [x, x.at[1, 1].set(jnp.nan), x],
         )
 
 
@@ -216,7 +218,7 @@ def test_batches_of_other_shapes_are_added_up() -> None:
     fn = lambda p, x: x @ p  # noqa: E731
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = jq.capture(fn, jnp.ones((4, 2)), [x[:3], x[3:]])[""]
+        found = jq.capture(fn, jnp.ones((4, 2), jnp.float32), [x[:3], x[3:]])[""]
     np.testing.assert_allclose(found.second_moment, _gram(x), rtol=1e-5)
 
 
@@ -231,9 +233,13 @@ def test_each_branch_has_its_own_uses() -> None:
 
 
 def test_a_later_batch_that_does_not_fit_is_named() -> None:
-    params = {"w": jnp.ones((4, 3))}
+    params = {"w": jnp.ones((4, 3), jnp.float32)}
     with pytest.raises(EvidenceError, match=r"batch 1 has float32\[2, 5\], where batch 0 has"):
-        jq.capture(lambda p, x: x @ p["w"], params, [jnp.ones((2, 4)), jnp.ones((2, 5))])
+        jq.capture(
+            lambda p, x: x @ p["w"],
+            params,
+            [jnp.ones((2, 4), jnp.float32), jnp.ones((2, 5), jnp.float32)],
+        )
 
 
 @pytest.mark.parametrize(
