@@ -190,7 +190,7 @@ def prefix_product(
     flat = columns.reshape(n, m * b)
     size = min(n, CHUNK)
 
-    def chunk(i: Array, total: Array) -> Array:
+    def chunk(i: Array | int, total: Array) -> Array:  # a number under disable_jit
         # The last chunk starts early enough to fit, and leaves out what its predecessor had.
         first = jnp.minimum(i * size, n - size)
         part = lax.dynamic_slice_in_dim(rows, first, size, axis=1)
