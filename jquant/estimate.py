@@ -198,7 +198,7 @@ def _cost(run: Any, operands: tuple[Any, ...]) -> _Cost:
 def _ones(x: Any) -> jax.Array:
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jnp.broadcast_to(jax.random.key(0), x.shape)
-    return jnp.ones(x.shape, x.dtype, device=x.sharding)
+    return jnp.ones(x.shape, x.dtype, device=getattr(x, "sharding", None))
 
 
 def _shape(piece: Piece, plan: Plan) -> tuple[int, ...]:

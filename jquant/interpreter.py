@@ -287,7 +287,7 @@ class Walker:
         return rest(carry)
 
     def _cond(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
-        index, *operands = values
+        (index,), operands = self._plain(values[:1], eqn), values[1:]
         branches = [close(branch) for branch in eqn.params["branches"]]
         passed = self._passed(eqn, values)
         shapes: Emissions = {}

@@ -18,7 +18,8 @@ def as_dtype(x: Float[Array, "*s"], dtype: Any) -> Float[Array, "*s"]:
 
     Args:
         x: float32 or float64, any shape. Infinity is beyond, too; NaN stays where the dtype has it.
-        dtype: floating. One that reaches as far as that of `x` makes this a plain cast. Where it
+        dtype: floating. One that reaches as far as that of `x` makes this a plain cast, and so do
+            integers. Where it
             has neither zero nor a sign (E8M0), what is below 2^-126 becomes that.
 
     Gradients are those of the cast, and zero beyond the range.
@@ -27,6 +28,8 @@ def as_dtype(x: Float[Array, "*s"], dtype: Any) -> Float[Array, "*s"]:
         >>> as_dtype(jnp.array([500.0, -1e9, 1.0]), jnp.float8_e4m3fn).astype(float).tolist()
         [448.0, -448.0, 1.0]
     """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return x.astype(dtype)
     (low, high), own = ends(dtype), jnp.finfo(x.dtype)
     # Not `clip`: it halves the gradient of a number that is the end.
     if high < float(own.max):

@@ -239,7 +239,5 @@ def test_evaluation_takes_a_tuple_of_one_and_lists() -> None:
     tokens = np.arange(8).reshape(2, 4)
     wanted = evaluated(table, tokens)
     assert evaluated(table, (tokens,)) == evaluated(table, tokens.tolist()) == wanted
-    with pytest.raises(ValueError, match="batch 0 has 2 inputs"):
-        evaluated(table, (tokens, tokens))
     with pytest.raises(TreeError, match="batch 0: input 0 is no array but str"):
         evaluated(table, "text")

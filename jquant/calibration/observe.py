@@ -22,7 +22,15 @@ from jax.extend import core
 
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.origin import Origin
-from jquant.calibration.pending import Lookup, Pairs, Pending, Product, reassociated, seen_from
+from jquant.calibration.pending import (
+    Lookup,
+    Pairs,
+    Pending,
+    Product,
+    is_read_so,
+    reassociated,
+    seen_from,
+)
 from jquant.calibration.reading import Kind, Reading, Sighting
 from jquant.calibration.rows import Arrangement, Role, Share
 from jquant.calibration.tagged import (
@@ -226,7 +234,7 @@ class Observer:
             return results
         origins = tuple(o for v in tagged for o in v.origins)
         reach = tuple(sorted({n for v in tagged for n in v.reach}))
-        value = Tagged(jnp.zeros(()), origins, reach)
+        value = Tagged(jnp.zeros((), jnp.float32), origins, reach)
         return [
             replace(v, origins=v.origins[:1])
             for v in (changed(value, r, [None] * len(origins), name) for r in results)
@@ -286,7 +294,7 @@ class Observer:
             })  # fmt: skip
             reading = self.see(walker, (where, k), "dot", origin, roles, way.tokens)
 
-            weights = self._weights_of(walker, origin.path, way, operand)
+            weights = self.tokens and self.tokens.rows(walker.site, operand, origin.path, way)
 
             def compute(
                 x: jax.Array,
@@ -303,18 +311,6 @@ class Observer:
 
             found = walker.share(("dot", way), x, partial(automatic, compute, x))
             walker.emit((origin.path, reading), found)
-
-    def _weights_of(
-        self, walker: Walker, path: str, way: Arrangement, operand: int | None
-    ) -> jax.Array | None:
-        """What the tokens of rows count, `[*batch, tokens]`, if they are weighed."""
-        if self.tokens is None:
-            return None
-        if operand is None or way.cuts:
-            found = self.tokens.nowhere(path, "a product with parameters", *way.outline)
-        else:
-            found = self.tokens.operand(walker.site, operand, path, *way.outline)
-        return found.reshape(*found.shape[: way.batch], way.tokens)
 
     def _follow(
         self,
@@ -334,8 +330,13 @@ class Observer:
             why = "as part of a product of parameters that cannot be taken apart there"
             raise unsupported(self.pending.weight(origin), walker.within[-1], why)
         self.reach([side for side in (product.left, product.right) if not side.good])
-        for k, (step, at) in enumerate(zip(steps, (operand, None), strict=True)):
-            self._meet(walker, (where, k), step.weight, step.x, step.contract, step.batch, at)
+        sides, (near, one, two) = (product.left, product.right), steps
+        if is_read_so(sides[near], product.contract[near], self.uses.values()):
+            pairs = seen_from(near, product.contract), seen_from(near, product.batch)
+            self._meet(walker, (where, 0), sides[near], sides[1 - near].array, *pairs, None)
+        else:
+            self._meet(walker, (where, 0), *one, operand)
+        self._meet(walker, (where, 1), *two, None)
 
     def _dot(self, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> list[Any]:
         contract, batch = eqn.params["dimension_numbers"]
@@ -351,11 +352,7 @@ class Observer:
             left, right = (v if isinstance(v, Tagged) else Tagged(jnp.asarray(v)) for v in values)
             reach = tuple(sorted({*left.reach, *right.reach}))
             if not left.good and not right.good:
-                return (
-                    self.other(eqn, values, True)
-                    if any(tagged)
-                    else [Tagged(results[0], (), reach)]
-                )
+                return self.other(eqn, values, True)
             number = self.pending.add(Product(walker.site, left, right, contract, batch))
             origin = Origin.of("", results[0].shape, number)
             return [Tagged(results[0], (origin,), reach)]

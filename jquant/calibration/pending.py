@@ -114,8 +114,10 @@ class Step(NamedTuple):
 
 def reassociated(
     product: Product, origin: Origin, rank: int, x: jax.Array, contract: Pairs, batch: Pairs
-) -> tuple[Step, Step] | None:
+) -> tuple[int, Step, Step] | None:
     """The two products that `x` times a product of parameters is made of; None if it is not.
+
+    Before them, which factor it meets first: 0 for the left one.
 
     Args:
         product: of the parameters.
@@ -191,7 +193,25 @@ def reassociated(
         (tuple(far_contract), tuple(after[k] for k in range(len(far_contract)))),
         (tuple(far_places[p] for p in runs), tuple(after[p] for p in runs)),
     )  # fmt: skip
-    return one, two
+    return (0 if owners == {"left"} else 1), one, two
+
+
+def is_read_so(side: Tagged, contract: Sequence[int], sightings: Iterable[Sighting]) -> bool:
+    """Whether a weight is contracted elsewhere as it is in its product with another parameter.
+
+    A projection that makes keys of inputs, and queries of parameters, is one weight with one input
+    axis: it sees the rows of both.
+    """
+    rank = side.array.ndim
+    inner = {
+        o.path: {p.axis for dim in contract for p in o.own(rank)[dim]}
+        for o in side.good
+        if o.product is None
+    }
+    return any(
+        s.reading.kind != "lookup" and {p.axis for p in s.reading.inner} == inner.get(s.path)
+        for s in sightings
+    )
 
 
 def _free(side: Tagged, contract: Sequence[int], batch: Sequence[int]) -> list[int]:

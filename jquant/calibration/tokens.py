@@ -22,6 +22,7 @@ from jquant.arguments import inputs_of
 from jquant.calibration.flat import Step
 from jquant.calibration.follow import Follower, Places, Site
 from jquant.calibration.place import Place
+from jquant.calibration.rows import Arrangement
 from jquant.errors import EvidenceError
 
 Weighing = Callable[..., Any] | Iterable[Any]  # of a batch's inputs, or one array for each batch
@@ -219,11 +220,18 @@ class Tokens:
         """The weights of the rows of an equation's operand; see `Place.weights`."""
         return self._rows(self._at(site, 0, number, sizes), path, sizes, turn, kept)
 
-    def nowhere(
-        self, path: str, why: str, sizes: Sequence[int], turn: Sequence[int], kept: int
-    ) -> Array:
-        """The weights of rows that are no operand's, or not all of it: their tokens are lost."""
-        return self._rows(Place.blank(sizes, why), path, sizes, turn, kept)
+    def rows(self, site: Site, number: int | None, path: str, way: Arrangement) -> Array:
+        """The weights of the rows that an operand of an equation is arranged to, `[*batch, rows]`.
+
+        `number`: which operand; None: the rows are made of one and of parameters.
+        """
+        sizes, turn, kept = way.outline
+        if number is None or way.cuts:
+            place = Place.blank(sizes, "a product with parameters")
+            found = self._rows(place, path, sizes, turn, kept)
+        else:
+            found = self.operand(site, number, path, sizes, turn, kept)
+        return found.reshape(*found.shape[: way.batch], way.tokens)
 
     def result(self, site: Site, path: str, like: Any, feature: int) -> Array:
         """The weights of all rows of an equation's result, whose features are along one axis."""
