@@ -19,8 +19,8 @@ def as_dtype(x: Float[Array, "*s"], dtype: Any) -> Float[Array, "*s"]:
     Args:
         x: float32 or float64, any shape. Infinity is beyond, too; NaN stays where the dtype has it.
         dtype: floating. One that reaches as far as that of `x` makes this a plain cast, and so do
-            integers. Where it
-            has neither zero nor a sign (E8M0), what is below 2^-126 becomes that.
+            integers. Where it has neither zero nor a sign (E8M0), what is below 2^-126 becomes
+            that.
 
     Gradients are those of the cast, and zero beyond the range.
 

@@ -51,7 +51,11 @@ def test_such_a_weight_by_itself_is_refused() -> None:
         jq.quantize_weight(jnp.zeros((0, 4)), jq.Scheme(jq.grids.Uniform(4)), layout)
 
 
-@pytest.mark.parametrize("grid", [jq.grids.MX, jq.grids.Uniform, 4, "int4"], ids=str)
+@pytest.mark.parametrize(
+    "grid",
+    [jq.grids.MX, jq.grids.Uniform, 4, "int4"],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
 def test_a_scheme_of_what_is_no_grid_is_refused(grid) -> None:
     with pytest.raises(ValueError, match=r"Scheme\.grid must be a grid, as grids\.Uniform\(4\)"):
         jq.Scheme(grid)
