@@ -24,6 +24,8 @@ from jquant.lazy import Lazy, Window, is_lazy, realize
 from jquant.models import Decoder, DecoderConfig
 from jquant.rounding import GPTQ
 
+pytestmark = pytest.mark.slow
+
 # Heads wider than the width, so that no second moment has a kernel's shape.
 CONFIG = DecoderConfig(vocab=40, width=16, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=6)
 KERNELS = {(16, 24), (16, 12), (24, 16), (16, 32), (32, 16)}

@@ -20,6 +20,8 @@ from jquant.demo import run_demo
 from jquant.models.assembly import sources
 from jquant.models.config import from_hf
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 300,

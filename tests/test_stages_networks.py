@@ -24,6 +24,8 @@ from jquant.grids import Uniform
 from jquant.rounding import GPTQ
 from tests.networks import NETWORKS, Network, Stages
 
+pytestmark = pytest.mark.slow
+
 SCHEME = jq.Scheme(Uniform(3), None, GPTQ())
 
 # Every weight must come out as in the reference. Programs that are cut differently add floats in
