@@ -200,7 +200,7 @@ class Walker:
         init, rest = self._invariants(eqn, closed, init, num_consts, values, passed)
 
         stacked = {name for x in xs if self.client.special(x) for name in self.client.names(x)}
-        row = jax.eval_shape(lambda xs: jax.tree.map(lambda a: a[0], xs), xs)
+        row = jax.eval_shape(lambda xs: jax.tree.map(_row, xs), xs)
         shapes = self._emission_shapes(closed, [*consts, *rest(init), *row])
         summed = [key for key in shapes if key[0] not in stacked]
         zeros = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[key]) for key in summed]
@@ -367,6 +367,11 @@ def trace(fn: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, Any]:
 
 def _variables(atoms: Sequence[Any]) -> list[Any]:
     return [atom for atom in atoms if not isinstance(atom, core.Literal)]
+
+
+def _row(stack: jax.Array) -> jax.Array:
+    """What a loop's body sees of a stack, also of an empty one."""
+    return stack[0] if len(stack) else jnp.zeros(stack.shape[1:], stack.dtype)
 
 
 def _next(count: jax.Array | None) -> jax.Array | None:

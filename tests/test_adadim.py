@@ -773,4 +773,5 @@ def test_dynamic_groups_per_ic_do_not_depend_on_where_columns_stand() -> None:
         w[:, order], A2, jq.Blocks("out", 4), evidence=moment[order][:, order]
     )
     np.testing.assert_array_equal(found.codes[:, order], moved.codes)
-    np.testing.assert_array_equal(found.params["scale"][order], moved.params["scale"])
+    # Updated weights are sums over columns, in another order.
+    np.testing.assert_allclose(found.params["scale"][order], moved.params["scale"], rtol=1e-6)

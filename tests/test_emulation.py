@@ -545,7 +545,7 @@ def test_words_of_steps_and_streams_do_not_correlate():
 def test_the_program_grows_by_what_is_rounded_and_loops_stay():
     fn = lambda x: lax.fori_loop(0, 100, lambda _, x: body(x), x)  # noqa: E731
     few = str(trace(jq.emulate(fn, 10), WIDE)[0])
-    assert few.count("while") + few.count("scan") >= 1 and len(few.splitlines()) < 130
+    assert few.count("while") + few.count("scan") >= 1 and len(few.splitlines()) < 140
 
 
 @pytest.mark.parametrize("format", [10, jnp.float16])
