@@ -223,9 +223,72 @@ def test_every_weight_sees_what_meets_it(name: str) -> None:
     qparams, report = jq.quantize(fn, params, gptq, [X], granularity="all")
     assert set(report) == set(hand)
     np.testing.assert_allclose(jq.apply(fn)(qparams, X), fn(params, X), atol=0.3)
-    staged, _ = jq.quantize(fn, params, gptq, [X])
+    staged, told = jq.quantize(fn, params, gptq, [X])
     for path in hand:
         assert staged[path].shape == params[path].shape
+        assert report[path].tokens == told[path].tokens == int(found[path].count.min())
+
+
+SORTED = jnp.array([2, 0, 1, 3])
+# Values that depend on no input, made by more than arithmetic, on either side of a stage.
+NETS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "latents through a projection": (
+        lambda p, x: jax.nn.relu(p["l"] @ p["q"]) @ jnp.tanh(x @ p["k"]).T,
+        {"l": (3, 4), "q": (4, 5), "k": (4, 5)},
+    ),
+    "positions from a network": (
+        lambda p, x: jnp.tanh(x @ p["w"]) + (jax.nn.relu(jnp.ones((6, 2)) @ p["a"]) @ p["b"])[0],
+        {"w": (4, 6), "a": (2, 5), "b": (5, 6)},
+    ),
+    "a class token through a projection": (
+        lambda p, x: jnp.concatenate([p["c"] @ p["t"], x]) @ p["w"],
+        {"c": (1, 3), "t": (3, 4), "w": (4, 6)},
+    ),
+    "queries and keys without inputs": (
+        lambda p, x: jax.nn.softmax(p["q"] @ p["k"].T) @ (x[:5] @ p["v"]),
+        {"q": (3, 4), "k": (5, 4), "v": (4, 6)},
+    ),
+    "also of constant rows": (
+        lambda p, x: jnp.tanh(x @ p["q"]) + jax.nn.relu(jnp.ones((9, 4)) @ p["q"]).sum(0),
+        {"q": (4, 6)},
+    ),
+    "a mask that was scattered": (
+        lambda p, x: jnp.tanh(x[:1] @ p["w"] + x @ (p["w"] * jnp.ones((4, 6)).at[2].set(0)))
+        @ p["v"],
+        {"w": (4, 6), "v": (6, 3)},
+    ),
+    "a mask by rank": (
+        lambda p, x: jnp.tanh(x @ jnp.where(p["w"] >= jnp.sort(p["w"].ravel())[10], p["w"], 0))
+        @ p["v"],
+        {"w": (4, 6), "v": (6, 3)},
+    ),
+    "rows of an identity": (
+        lambda p, x: jnp.tanh(x @ (p["w"] + jnp.eye(4)[SORTED])) @ p["v"],
+        {"w": (4, 4), "v": (4, 3)},
+    ),
+    "a norm by iteration": (
+        lambda p, x: jnp.tanh(x @ (p["w"] / jnp.linalg.norm(
+            lax.fori_loop(0, 3, lambda _, u: u @ p["w"].T @ p["w"], jnp.ones((1, 4)))
+        ))) @ p["v"],
+        {"w": (5, 4), "v": (4, 3)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*second moment is rank deficient")
+@pytest.mark.parametrize("granularity", ["weight", "all"])
+@pytest.mark.parametrize("name", NETS)
+def test_stages_see_the_rows_that_one_pass_sees(name: str, granularity: Any) -> None:
+    fn, shapes = NETS[name]
+    params = {path: _normal(k, *shape) for k, (path, shape) in enumerate(shapes.items())}
+    x = X if name != "a norm by iteration" else _normal(3, 12, 5)
+    found = jq.capture(fn, params, [x])
+    assert set(found) == set(shapes)
+    plan = jq.plan(jq.find_weights(fn, params, x), {".*": jq.presets.int8_gptq()})
+    qparams, report = jq.quantize(fn, params, plan, [x], granularity=granularity)
+    for path, evidence in found.items():
+        assert report[path].tokens == int(evidence.count.min()), path
+    np.testing.assert_allclose(jq.apply(fn)(qparams, x), fn(params, x), atol=0.3)
 
 
 def test_products_are_calibrated_as_the_function_written_without_them() -> None:
@@ -355,11 +418,27 @@ HIDDEN = {
     ),
     "masked by data": (lambda w, x: x @ jnp.where(x[:4, :4] > 0, w, 0), "select_n"),
     "rows in another order": (lambda w, x: x @ w[jnp.array([3, 1, 0, 2])], "dot_general"),
+    "columns left out, beside another": (
+        lambda w, x: x @ jnp.concatenate([w[:, ::2], jnp.ones((4, 2))], 1),
+        "slice",
+    ),
+    "added after a transform": (
+        lambda w, x: x @ (jnp.eye(4) + jnp.linalg.qr(w)[0]),
+        "qr",
+    ),
     "an iteration": (
         lambda w, x: x @ lax.fori_loop(0, 3, lambda _, w: 1.5 * w - 0.5 * w @ w.T @ w, w),
         "scan",
     ),
 }
+
+
+@pytest.mark.parametrize("join", [lambda a, b: a + b, lambda a, b: jnp.concatenate([a, b], 1)])
+def test_a_weight_lost_beside_another_is_refused(join: Callable[[Any, Any], Any]) -> None:
+    params = {"a": _normal(0, 4, 4), "b": _normal(1, 4, 4)}
+    fn = lambda p, x: x @ join(p["b"], jnp.cumsum(p["a"], 0))  # noqa: E731
+    with pytest.raises(UnsupportedPrimitiveError, match="'a'.*cumsum"):
+        jq.find_weights(fn, params, X)
 
 
 @pytest.mark.parametrize("name", HIDDEN)

@@ -11,7 +11,7 @@ that is not listed here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -67,6 +67,8 @@ class Observer:
         full: the rows another observer has kept.
         spread: whether evidence says how inputs are spread.
         tokens: what every token counts, and where they are; None: each row is a token.
+        roots: positions of the steps that are known to use weights, where only a part of a function
+            is walked.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Observer:
         full: Mapping[Any, jax.Array] | None = None,
         spread: bool = False,
         tokens: Tokens | None = None,
+        roots: Collection[int] | None = None,
     ) -> None:
         self.keep, self.full, self.spread, self.tokens = keep, full, spread, tokens
         self.rows: dict[Any, jax.Array] = {}
@@ -83,7 +86,7 @@ class Observer:
             tuple[tuple[int, ...], Any], Sighting
         ] = {}  # by site and operand: each use once
         self.mixed: dict[str, str] = {}  # path -> the operation that took it in as a plain array
-        self.pending = Pending()
+        self.pending = Pending(roots)
 
     def special(self, value: Any) -> bool:
         return isinstance(value, Tagged)
@@ -361,9 +364,9 @@ class Observer:
             if not isinstance(weight, Tagged) or (isinstance(other, Tagged) and tagged[1 - slot]
                                                   and not tagged[slot]):  # fmt: skip
                 continue
-            if weight.broken and not tagged[1 - slot]:
-                why = f"it has been through {weight.broken.broken!r}"
-                raise unsupported(weight.broken, eqn, why)
+            if weight.lost and not tagged[1 - slot]:
+                why = f"it has been through {weight.lost[0].broken!r}"
+                raise unsupported(weight.lost[0], eqn, why)
             if not weight.dependent:
                 pairs = seen_from(slot, contract), seen_from(slot, batch)
                 self._meet(walker, slot, weight, array_of(other), *pairs, 1 - slot)

@@ -78,6 +78,8 @@ class Origin:
 
     def break_at(self, operation: str) -> Origin:
         """No view any more, since this operation."""
+        if self.broken:
+            return self
         return replace(self, axes=(), fixed=(), offsets=(), broken=self.broken or operation)
 
     def pass_through(self, operation: str) -> Origin:

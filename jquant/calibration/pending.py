@@ -12,7 +12,7 @@ factor whose own axis is contracted sees the input, the other one sees the input
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -51,9 +51,15 @@ class Lookup(NamedTuple):
 
 
 class Pending:
-    """The uses of one walk that are not decided yet, by number."""
+    """The uses of one walk that are not decided yet, by number.
 
-    def __init__(self) -> None:
+    Args:
+        roots: where the whole function is known, the positions of its steps that use weights; what
+            a part of it does with a value does not tell.
+    """
+
+    def __init__(self, roots: Collection[int] | None = None) -> None:
+        self._roots = roots
         self._items: dict[int, Product | Lookup] = {}
         self._reached: set[int] = set()  # those whose value met an input
         self._count = 0
@@ -100,7 +106,10 @@ class Pending:
 
     def end(self, number: int) -> tuple[Product | Lookup, bool]:
         """Take one out, and whether it counts."""
-        return self._items.pop(number), number in self._reached
+        item = self._items.pop(number)
+        if self._roots is not None and len(item.site) == 1:
+            return item, item.site[0] in self._roots
+        return item, number in self._reached
 
 
 class Step(NamedTuple):

@@ -24,13 +24,11 @@ class Found(NamedTuple):
             weights that are looked up only.
         nested: weights that are used inside a step's own loop or branch, and its name.
         fixed: values that depend on no input.
-        effective: those of them that stand for weights: they change when the weights do.
     """
 
     uses: Uses
     nested: dict[Piece, str]
     fixed: frozenset[int]
-    effective: frozenset[int]
 
 
 def find_uses(flat: Flat, planned: Callable[[str], bool]) -> Found:
@@ -40,7 +38,6 @@ def find_uses(flat: Flat, planned: Callable[[str], bool]) -> Found:
     numbers = {str(piece): number for number, piece in wanted.items()}
     known = {*flat.pieces, *flat.consts, *(n for n in flat.inputs if is_key(flat.shapes[n]))}
     fixed: set[int] = set()
-    effective: set[int] = set()
 
     def probe(values: dict[int, Any]) -> int:
         tagged = {
@@ -51,7 +48,6 @@ def find_uses(flat: Flat, planned: Callable[[str], bool]) -> Found:
         evaluate(walker, flat.steps, tagged)
         observer.leave([tagged[n] for n in flat.outputs if isinstance(n, int)], walker)
         fixed.update(n for n, v in tagged.items() if isinstance(v, Tagged) and not v.dependent)
-        effective.update(n for n in fixed if tagged[n].good)
         return 0
 
     sources = [*flat.pieces, *flat.inputs, *flat.consts]
@@ -70,7 +66,7 @@ def find_uses(flat: Flat, planned: Callable[[str], bool]) -> Found:
         for at, by in found.items()
     }
     uses = {at: numbers for at, numbers in sorted(uses.items()) if numbers}
-    return Found(uses, nested, frozenset(fixed), frozenset(effective))
+    return Found(uses, nested, frozenset(fixed))
 
 
 def evaluate(

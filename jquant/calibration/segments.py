@@ -59,7 +59,7 @@ def segment_key(segment: Segment, shapes: Mapping[int, jax.ShapeDtypeStruct]) ->
     head = tuple((x.shape, str(x.dtype), str(x.sharding)) for x in sources)
     body = tuple((equation_key(s.eqn), name(s.ins), name(s.outs)) for s in segment.steps)
     ends = name(segment.outputs), name(segment.watched), name(segment.fixed)
-    return head, body, ends, segment.shared
+    return head, body, ends, segment.roots, segment.shared
 
 
 def advance(segment: Segment, key: Hashable) -> Callable[[list[Array]], list[Array]]:
@@ -143,10 +143,10 @@ def gather(
             known = dict(zip(segment.sources, places, strict=True))
             tokens = Tokens.of(weights, lambda to: follow_steps(to, segment.steps, known))
         if full is not None:
-            observer = Observer(keep=True)
+            observer = Observer(keep=True, roots=segment.roots)
             _, seen = _watch(observer, segment, full)
             rows = observer.rows
-        observer = Observer(full=rows, spread=spread, tokens=tokens)
+        observer = Observer(full=rows, spread=spread, tokens=tokens, roots=segment.roots)
         walker, _ = _watch(observer, segment, operands, seen)
         shapes = [(str(k), tuple(x.shape)) for k, x in enumerate(operands)]
         return accumulate(total, sightings(walker, observer, shapes))

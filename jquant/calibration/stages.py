@@ -63,6 +63,7 @@ class Segment:
     outputs: tuple[int, ...]
     watched: tuple[int, ...] = ()  # weights whose inputs are evidence
     fixed: tuple[int, ...] = ()  # sources that depend on no input
+    roots: tuple[int, ...] = ()  # positions of the steps that use what is watched
     shared: tuple[int, ...] = ()  # positions of steps in which two networks choose alike
 
 
@@ -140,10 +141,14 @@ def _needed(steps: Sequence[Step], uses: Uses, values: Iterable[int]) -> set[int
 
 
 def _light(flat: Flat, found: Found) -> set[int]:
-    """Values to be made again from parameters and inputs: cheap ones, and effective weights."""
+    """Values to be made again from parameters and inputs, whenever they are needed.
+
+    Cheap ones; and what depends on no input, since a weight that it goes into is followed only
+    where all of that is seen, and changes when the weight does.
+    """
     light = {*flat.pieces, *flat.inputs, *flat.consts}
     for at, step in enumerate(flat.steps):
-        cheap = step.eqn.primitive.name not in _HEAVY or not found.effective.isdisjoint(step.outs)
+        cheap = step.eqn.primitive.name not in _HEAVY or found.fixed.issuperset(step.outs)
         again = cheap and not step.eqn.effects and at not in found.uses
         if again and light.issuperset(step.reads):
             light.update(step.outs)
@@ -307,8 +312,9 @@ class _Cutter:
         chosen = tuple(steps[at] for at in kept)
         sources = _sources(chosen)
         fixed = tuple(n for n in sources if n in self.found.fixed) if watched else ()
+        using = tuple(k for k, at in enumerate(kept) if at in roots)
         shared = tuple(k for k, at in enumerate(kept) if at in self.choices.shared)
-        return Segment(chosen, sources, tuple(outputs), tuple(watched), fixed, shared)
+        return Segment(chosen, sources, tuple(outputs), tuple(watched), fixed, using, shared)
 
 
 def _sources(steps: Sequence[Step]) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jaxtyping import Array
 
-from jquant.calibration.origin import GONE, Origin
+from jquant.calibration.origin import GONE, Origin, Part
 from jquant.interpreter import bind
 
 # One operand (or several, each for itself), the same array out.
@@ -74,9 +74,10 @@ class Tagged:
         return tuple(origin for origin in self.origins if origin.broken is None)
 
     @property
-    def broken(self) -> Origin | None:
-        """An origin that is no view any more, where it has no other."""
-        return self.origins[0] if self.origins and not self.good else None
+    def lost(self) -> tuple[Origin, ...]:
+        """Those of weights that it has no view of any more."""
+        seen = {origin.path for origin in self.good if origin.product is None}
+        return tuple(o for o in self.origins if o.broken is not None and o.path not in seen)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -148,8 +149,9 @@ def combined(name: str, values: Sequence[Any], result: Array) -> tuple[Tagged, t
     after = [o if through else o.pass_through(name) for o in kept]
     if name not in _LINEAR:  # what it makes of a product is an activation that nothing flows into
         after = [o if o.product is None else o.break_at(name) for o in after]
-    if not after:
-        after = [o for v in tagged for o in v.origins if o.broken is not None][:1]
+    # What is left of a weight that fills the shape is a summand or factor like others.
+    whole = [o for v in full for o in v.lost if not o.stretched or not after]
+    after += [o for o in whole if o.path not in [kept.path for kept in after]]
     reach = {number for v in tagged for number in v.reach}
     reach |= {o.product for v in tagged for o in v.good if o.product is not None and o not in kept}
     origins, numbers = settled(_distinct(after), reach)
@@ -184,13 +186,21 @@ def view(eqn: core.JaxprEqn, values: list[Any]) -> list[Tagged] | None:
     value = replace(value, uniform=value.uniform or value.array.size == 1)
     results = bind(eqn, list(map(array_of, values)))
     by_origin = [
-        [None] * len(results) if o.broken else rule(o, value.array.shape, eqn.params)
+        [_still_broken(o, value.array, r) for r in results]
+        if o.broken
+        else rule(o, value.array.shape, eqn.params)
         for o in value.origins
     ]
     return [
         changed(value, result, [origins[k] for origins in by_origin], eqn.primitive.name)
         for k, result in enumerate(results)
     ]
+
+
+def _still_broken(origin: Origin, before: Array, after: Array) -> Origin:
+    """What is no view any more, maybe stretched."""
+    stretched = replace(origin, axes=((Part(-1, 1, 2, 0, 2),),))
+    return stretched if after.size > before.size else origin
 
 
 def joined(eqn: core.JaxprEqn, values: list[Any]) -> Tagged:
@@ -212,9 +222,7 @@ def joined(eqn: core.JaxprEqn, values: list[Any]) -> Tagged:
             origins += changed(value, result, placed, eqn.primitive.name).origins
             reach |= set(value.reach)
         offset += 1 if stack else shape[dim]
-    kept, numbers = settled(origins, reach)
-    good = tuple(o for o in kept if o.broken is None)
-    return Tagged(result, good or kept[:1], numbers)
+    return Tagged(result, *settled(origins, reach))
 
 
 def _with_axis(origin: Origin, shape: tuple[int, ...], dim: int, new: bool) -> Origin:

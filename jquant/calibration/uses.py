@@ -71,8 +71,8 @@ def _ordered(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 def _weights(eqn: core.JaxprEqn, weight: Tagged) -> tuple[Origin, ...]:
     """The origins of an operand that is used other than by a `dot_general`."""
-    if weight.broken:
-        raise unsupported(weight.broken, eqn, f"it has been through {weight.broken.broken!r}")
+    if weight.lost:
+        raise unsupported(weight.lost[0], eqn, f"it has been through {weight.lost[0].broken!r}")
     for origin in weight.good:
         if origin.product is not None:
             raise unsupported(origin, eqn, "it is a product of parameters")
