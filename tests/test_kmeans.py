@@ -19,6 +19,8 @@ from jquant.distortion import bits_per_weight
 from jquant.grids import NF4, KMeans, Uniform, code_dtype
 from jquant.rounding import GPTQ, Nearest
 
+pytestmark = pytest.mark.slow
+
 fit_weighed = jax.jit(lambda w, importance, grid: grid.fit(w, importance), static_argnames="grid")
 
 

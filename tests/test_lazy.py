@@ -21,6 +21,8 @@ from jquant.grids import Uniform
 from jquant.io.leaves import JAX_DTYPES
 from jquant.lazy import Lazy, abstract, is_lazy, read, realize, span, stack
 
+pytestmark = pytest.mark.slow
+
 
 def lazy_of(array: np.ndarray, log: list[Any] | None = None, name: str = "test") -> Lazy:
     """A `Lazy` of an array, which logs the windows it is asked for."""

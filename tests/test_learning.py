@@ -20,6 +20,8 @@ from jquant.objectives import KL, MSE, Stagewise
 from jquant.qtensor import QTensor
 from jquant.rounding import NUPES, AdaRound, Descent, DiscQuant, Nearest, SignRound
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(7)
 SHORT = Descent(40, 0.1, checks=4)
 DISC = DiscQuant(rho=1.0, unit="nearest", descent=SHORT)

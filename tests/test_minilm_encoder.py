@@ -11,6 +11,8 @@ import pytest
 
 import jquant as jq
 
+pytestmark = pytest.mark.slow
+
 encoder = pytest.importorskip("benchmarks.minilm_encoder")  # not part of the source distribution
 
 LENGTHS = np.array([9, 4, 4])

@@ -29,6 +29,8 @@ from jquant.rounding import GPTQ
 from tests import trained
 from tests.functions import _normal
 
+pytestmark = pytest.mark.slow
+
 GRID = Uniform(4, scale_dtype="float16")
 KEY = jax.random.key(0)
 VOCAB, WIDTH = 12, 8

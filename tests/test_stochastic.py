@@ -12,6 +12,8 @@ from jquant.blocks import from_blocks, to_blocks
 from jquant.grids import Float, Uniform
 from jquant.rounding import Stochastic
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 DTYPES = [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
