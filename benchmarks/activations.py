@@ -32,10 +32,10 @@ import jquant as jq
 from benchmarks.harness import RESULTS, machine
 from benchmarks.quality import LINEARS, digest
 from jquant.grids import MSE, Float, Uniform
+from jquant.learning.objectives import Stagewise
 from jquant.models import smollm2
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
-from jquant.objectives import Stagewise
 from jquant.rounding import GPTQ, Descent, SignRound
 
 BYTES = Uniform(8, symmetric=True)

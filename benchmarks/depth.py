@@ -40,11 +40,11 @@ import numpy as np
 import jquant as jq
 from benchmarks.harness import write
 from jquant.grids import Uniform
-from jquant.lazy import Lazy, Window
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
 from jquant.models.quantized import is_quantized, save_quantized
 from jquant.rounding import GPTQ
+from jquant.trees.lazy import Lazy, Window
 
 WORK = Path(__file__).parent.parent / ".cache" / "depth"
 DEPTHS = (4, 8, 16, 32)

@@ -34,9 +34,10 @@ import numpy as np
 
 import jquant as jq
 from benchmarks import harness
-from jquant import grids, noise
-from jquant.blocks import Blocks, to_blocks
+from jquant import grids
+from jquant.axes.groups import Blocks, to_blocks
 from jquant.grids import MX, NF4, NV, Codebook, Float, Grid, KMeans, Power, Uniform, nearest
+from jquant.numerics import noise
 from jquant.rounding.elementwise import _round
 
 Array = np.ndarray

@@ -28,8 +28,8 @@ import jquant as jq
 from benchmarks.harness import RESULTS, machine
 from benchmarks.train_bytes import WINDOW, split
 from jquant.grids import Power, Uniform
+from jquant.learning.objectives import KL, Stagewise
 from jquant.models import smollm2
-from jquant.objectives import KL, Stagewise
 from jquant.rounding import GPTQ, NUPES, AdaRound, Descent, DiscQuant, Nearest, SignRound
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the network lies with the tests

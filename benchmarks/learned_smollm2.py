@@ -34,8 +34,8 @@ import jquant as jq
 from benchmarks.harness import RESULTS, machine
 from benchmarks.quality import LINEARS
 from jquant.grids import Uniform
+from jquant.learning.objectives import KL, Stagewise
 from jquant.models import smollm2
-from jquant.objectives import KL, Stagewise
 from jquant.rounding import GPTQ, NUPES, Descent, DiscQuant, Nearest, SignRound
 
 PATH = RESULTS / "learned_smollm2.json"

@@ -33,7 +33,7 @@ from safetensors.numpy import save_file
 
 from benchmarks.harness import machine
 from jquant import evaluate
-from jquant.calibration.weights import path_of
+from jquant.calibration.find import path_of
 from jquant.models import smollm2
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder

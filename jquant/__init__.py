@@ -4,37 +4,30 @@ A quantized weight is a grid × a rounding × an optional compensation, chosen p
 informed by evidence that jquant reads out of any JAX function, and run by that same function.
 """
 
-from jquant import (
-    allocation,
-    distances,
-    errors,
-    evaluate,
-    grids,
-    io,
-    models,
-    objectives,
-    presets,
-    rounding,
-)
-from jquant.activations import Activations, Percentile
+import sys
+
+from jquant import allocation, errors, evaluate, grids, io, models, rounding
 from jquant.allocation import plan
-from jquant.blocks import Blocks, Layout
+from jquant.arithmetic import distances, emulate
+from jquant.axes import Blocks, Layout
 from jquant.calibration import Evidence, TokenWeights, Weight, capture, find_weights
-from jquant.citations import cite
-from jquant.compensation import LoRC
-from jquant.emulation import emulate
-from jquant.estimate import Estimate, estimate
 from jquant.inference import apply
 from jquant.io import load, save
-from jquant.lazy import Lazy, realize
-from jquant.progress import Progress
-from jquant.qtensor import LowRank, QTensor, dequantize, tree_map_weights
-from jquant.quantize import quantize
-from jquant.report import Report
+from jquant.jobs.estimate import Estimate, estimate
+from jquant.jobs.progress import Progress
+from jquant.jobs.quantize import quantize
+from jquant.jobs.report import Report
+from jquant.layerwise.weight import quantize_weight
+from jquant.learning import objectives
+from jquant.learning.scales import tune_scales
 from jquant.rounding import stochastic_round
-from jquant.scheme import Plan, Scheme, keep
-from jquant.solve import quantize_weight
-from jquant.tuning import tune_scales
+from jquant.schemes import presets
+from jquant.schemes.cite import cite
+from jquant.schemes.lorc import LoRC
+from jquant.schemes.scheme import Plan, Scheme, keep
+from jquant.trees.lazy import Lazy, realize
+from jquant.weights.activations import Activations, Percentile
+from jquant.weights.qtensor import LowRank, QTensor, dequantize, tree_map_weights
 
 __all__ = [
     "Activations",
@@ -81,3 +74,26 @@ __all__ = [
     "tree_map_weights",
     "tune_scales",
 ]
+
+# Where modules with public names lay before: imports from there find what they found.
+_MOVED = {
+    "activations": "weights.activations",
+    "blocks": "axes",
+    "citations": "schemes.cite",
+    "compensation": "schemes.lorc",
+    "distances": "arithmetic.distances",
+    "emulation": "arithmetic",
+    "estimate": "jobs.estimate",
+    "lazy": "trees.lazy",
+    "objectives": "learning.objectives",
+    "presets": "schemes.presets",
+    "progress": "jobs.progress",
+    "qtensor": "weights.qtensor",
+    "quantize": "jobs.quantize",
+    "report": "jobs.report",
+    "scheme": "schemes.scheme",
+    "solve": "layerwise.weight",
+    "tuning": "learning.scales",
+}
+for _old, _new in _MOVED.items():
+    sys.modules[f"{__name__}.{_old}"] = sys.modules[f"{__name__}.{_new}"]

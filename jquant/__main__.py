@@ -1,6 +1,6 @@
 """`python -m jquant` is the command `jquant`."""
 
-from jquant.cli import main
+from jquant.app.cli import main
 
 if __name__ == "__main__":
     main()

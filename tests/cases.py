@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.blocks import Blocks
+from jquant.axes.groups import Blocks
 from jquant.grids import AF4, HQQ, MSE, MX, NF4, NV, Codebook, Float, Grid, KMeans, Power, Uniform
 from jquant.rounding import (
     GPTQ,

@@ -1,4 +1,10 @@
-"""How every test runs: on the CPU, with JAX as strict as it can be, and compiling things once."""
+"""How every test runs: on the CPU, with JAX as strict as it can be, and compiling fast and once.
+
+Three quarters of the suite's time were XLA's. Programs are compiled without optimizations, which
+takes a third of the time and changes no law; tests of what the compiler makes of a program (fusion,
+memory, the order of sums) and those that run for minutes are marked `optimized`: they are
+skipped, unless `OPTIMIZED=1` asks for the whole run to be compiled as users compile.
+"""
 
 import contextlib
 import gc
@@ -12,6 +18,12 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if os.environ.get("OPTIMIZED", "0") == "0":
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    os.environ["XLA_FLAGS"] = (
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+        + os.environ.get("XLA_FLAGS", "")
+    )
 
 import hypothesis
 import jax
@@ -19,8 +31,10 @@ import pytest
 
 from jquant.io.files import FileState
 
-# Most of the suite's time is compilation. Programs are kept between runs, and shared by workers:
-# all of them, since seven in ten compile in less than 0.1 s, JAX's least for keeping one.
+OPTIMIZED = os.environ.get("OPTIMIZED", "0") != "0"
+
+# Programs are kept between runs, and shared by workers: all of them, since seven in ten compile in
+# less than 0.1 s, JAX's least for keeping one.
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -39,6 +53,14 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("jquant")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not OPTIMIZED:
+        skip = pytest.mark.skip(reason="of what the compiler makes: OPTIMIZED=1 ./run tests")
+        for item in items:
+            if item.get_closest_marker("optimized"):
+                item.add_marker(skip)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,9 +13,9 @@ from jquant import Activations, LoRC, Percentile
 from jquant.errors import EvidenceError, PlanError, UnsupportedPrimitiveError
 from jquant.grids import HQQ, MSE, MX, NF4, Float, Power, Uniform
 from jquant.inference import codes as products
-from jquant.qtensor import weight_bits
+from jquant.layerwise.weight import stored_bits
 from jquant.rounding import GPTQ
-from jquant.solve import stored_bits
+from jquant.weights.qtensor import weight_bits
 from tests.functions import CASES, _normal
 
 BYTES = Uniform(8, symmetric=True, convention="S3")

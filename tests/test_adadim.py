@@ -20,8 +20,8 @@ from oracles.adadim import a2_fit, a2_round, fake_quantize
 
 import jquant as jq
 from jquant.calibration import segments
+from jquant.calibration.find import path_of
 from jquant.calibration.walk import Walk
-from jquant.calibration.weights import path_of
 from jquant.errors import EvidenceError, PlanError, WeightError
 from jquant.grids import Uniform
 from jquant.models.config import DecoderConfig

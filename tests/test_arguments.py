@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 
 import jquant as jq
-from jquant.arguments import by_path, inputs_of
 from jquant.errors import TreeError
+from jquant.weights.arguments import by_path, inputs_of
 
 W = jax.random.normal(jax.random.key(0), (8, 8))
 X = jax.random.normal(jax.random.key(1), (16, 8))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jquant as jq
-from jquant.distances import wasserstein
+from jquant.arithmetic.distances import wasserstein
 
 pytest.importorskip("benchmarks.arithmetic")  # not part of the source distribution
 from benchmarks.arithmetic import heat, lorenz, shallow_water, speedy, tables  # noqa: E402

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 import jquant as jq
-from jquant.calibration.weights import path_of
+from jquant.calibration.find import path_of
 from jquant.grids import Uniform
-from jquant.lazy import Lazy, Window, is_lazy, realize
 from jquant.models import Decoder, DecoderConfig
 from jquant.rounding import GPTQ
+from jquant.trees.lazy import Lazy, Window, is_lazy, realize
 
 pytestmark = pytest.mark.slow
 

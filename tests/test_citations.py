@@ -11,7 +11,7 @@ import pytest
 from cases import GRIDS, ROUNDINGS
 
 import jquant as jq
-from jquant.citations import entries
+from jquant.schemes.cite import entries
 
 SCORES = ("nanda2024cptquant", "raghu2017svcca", "dong2020hawq", "hannun2023mlx")
 CHOICES = [*GRIDS.values(), *ROUNDINGS.values(), jq.Blocks("out", 4)]
@@ -71,6 +71,6 @@ def test_what_is_no_choice_is_refused(wrong):
 
 
 def test_the_file_is_part_of_what_is_installed():
-    code = "import json, jquant.citations as c; print(json.dumps(list(c.entries())))"
+    code = "import json, jquant.schemes.cite as c; print(json.dumps(list(c.entries())))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "jquant" in json.loads(said.stdout)

@@ -14,9 +14,9 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import jquant as jq
-from jquant import cli
-from jquant.console import Narrator, megabytes
-from jquant.demo import run_demo
+from jquant.app import cli
+from jquant.app.console import Narrator, megabytes
+from jquant.app.demo import run_demo
 from jquant.models.assembly import sources
 from jquant.models.config import from_hf
 
@@ -74,7 +74,7 @@ def quantized(model: Path) -> Path:
 
 
 def test_quantize_says_what_it_did(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("jquant.console.EVERY", 0.0)
+    monkeypatch.setattr("jquant.app.console.EVERY", 0.0)
     status = run(
         "quantize", model, "--output", tmp_path / "out", "--report",
         "--rule", ".*mlp/down/kernel=int8-nearest", "--rule", ".*attention/v.*=int4-gptq:8",
@@ -98,7 +98,7 @@ def test_quantize_says_what_it_did(model: Path, tmp_path: Path, capsys, monkeypa
 def test_what_is_worse_than_nearest_is_a_warning(
     model: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr("jquant.job.WORSE", 0.5)  # so that nearest rounding itself is
+    monkeypatch.setattr("jquant.jobs.stages.WORSE", 0.5)  # so that nearest rounding itself is
     assert run("quantize", model, "-o", tmp_path / "out", "-r", "int8-nearest", "-q") == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -472,7 +472,7 @@ def test_the_installed_command_is_the_module(quantized: Path) -> None:
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys, monkeypatch) -> None:
-    monkeypatch.setattr("jquant.console.EVERY", 0.0)
+    monkeypatch.setattr("jquant.app.console.EVERY", 0.0)
     with Narrator().stage("one", 2) as update:
         update(1)
         update(2)

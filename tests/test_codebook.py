@@ -15,10 +15,10 @@ from scipy import integrate, stats
 from test_grid_laws import all_codes, bracket, code, decode, extreme, fit, weights
 
 import jquant as jq
-from jquant.blocks import Blocks
-from jquant.distortion import bits_per_weight
+from jquant.axes.groups import Blocks
 from jquant.grids import AF4, MSE, NF4, Codebook, Uniform, code_dtype
 from jquant.grids.codebook import count
+from jquant.numerics.distortion import bits_per_weight
 from jquant.rounding import Nearest
 
 # Figure 4 of bitsandbytes' kernels (dQuantizeNF4): the thresholds between codes 7, 8 and 9.

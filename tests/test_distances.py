@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from scipy.stats import wasserstein_distance
 
 from jquant import distances
-from jquant.distances import assignment, band, histogram, sinkhorn, transport, wasserstein
+from jquant.arithmetic.distances import (
+    assignment,
+    band,
+    histogram,
+    sinkhorn,
+    transport,
+    wasserstein,
+)
 
 # The tests of EarthMover.jl, the code of the paper.
 PAIRS = [

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from jax import lax
 
 import jquant as jq
-from jquant import noise
-from jquant.emulation import Operation
+from jquant.arithmetic import Operation
 from jquant.errors import FormatError, UnsupportedPrimitiveError
 from jquant.grids import Float
-from jquant.interpreter import trace
+from jquant.numerics import noise
+from jquant.programs.walker import trace
 
 KEY = jax.random.key(0)
 BFLOAT16, FLOAT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)

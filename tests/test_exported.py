@@ -12,10 +12,10 @@ from cases import GRIDS
 from jax import export
 
 import jquant as jq
-from jquant.activations import Activations
 from jquant.errors import CheckpointError
 from jquant.grids import Float, Uniform
 from jquant.io.exported import read_static, write_static
+from jquant.weights.activations import Activations
 
 W = jax.random.normal(jax.random.key(0), (16, 8))
 X = jax.random.normal(jax.random.key(1), (12, 16))
@@ -47,7 +47,7 @@ def statics(tree: Any) -> list[tuple[type, Any]]:
     found: list[tuple[type, Any]] = []
 
     def look(node: Any) -> bool:
-        if type(node).__module__ == "jquant.qtensor":
+        if type(node).__module__ == "jquant.weights.qtensor":
             found.append((type(node), jax.tree_util.default_registry.flatten_one_level(node)[1]))
         return False
 

@@ -7,13 +7,13 @@ import pytest
 from cases import GRIDS
 
 import jquant as jq
-from jquant.activations import encode, rounded
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.spread import Spread
 from jquant.errors import EvidenceError
-from jquant.extremes import all_finite, largest, least
 from jquant.grids import Float, Uniform, nearest
-from jquant.objectives import KL
+from jquant.learning.objectives import KL
+from jquant.numerics.extremes import all_finite, largest, least
+from jquant.weights.activations import encode, rounded
 
 # XLA's CPU compiler forgets NaN from 4096 elements on: below, at, and beyond it, in rows and whole.
 SHAPES = [(63, 65), (64, 64), (1, 5000), (2, 64, 65), (0, 5)]

@@ -10,10 +10,10 @@ import pytest
 import jquant as jq
 from jquant.calibration.onepass import OnePass
 from jquant.errors import WorkDirError
-from jquant.fingerprint import fingerprint
 from jquant.grids import Uniform
-from jquant.objectives import KL, MSE, Fisher, Stagewise
-from jquant.quantize import prepare
+from jquant.jobs.fingerprint import fingerprint
+from jquant.jobs.quantize import prepare
+from jquant.learning.objectives import KL, MSE, Fisher, Stagewise
 from jquant.rounding import Descent, DiscQuant
 from tests.functions import _normal
 

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles.microscaling import mx, nv
 
-from jquant.blocks import Blocks
-from jquant.distortion import bits_per_weight
+from jquant.axes.groups import Blocks
 from jquant.grids import MSE, MX, NV, Float, MinMax, Uniform, code_dtype, nearest
-from jquant.grids.formats import FORMATS
+from jquant.numerics.distortion import bits_per_weight
+from jquant.numerics.formats import FORMATS
 from jquant.rounding import GPTQ, Nearest
-from jquant.scheme import Scheme
+from jquant.schemes.scheme import Scheme
 
 # Every format that has a NumPy type, and those of other tools that are a row of no table.
 TYPES = {

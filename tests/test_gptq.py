@@ -10,7 +10,7 @@ import pytest
 from cases import layer
 from oracles import gptq as oracle
 
-from jquant.blocks import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Blocks, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError
 from jquant.grids import MSE, MX, NF4, NV, Float, KMeans, Power, Uniform, nearest

@@ -8,10 +8,11 @@ from cases import layer
 from oracles import gptq as oracle
 from test_gptq import a1_fit, a1_round, loss, same, values
 
-from jquant.blocks import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Blocks, from_blocks, to_blocks
+from jquant.axes.origin import Part
+from jquant.axes.roles import Reading
+from jquant.calibration.assemble import assemble
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.origin import Part
-from jquant.calibration.reading import Reading, assemble
 from jquant.errors import EvidenceError
 from jquant.grids import Uniform
 from jquant.rounding import GPTQ, Nearest, gptq

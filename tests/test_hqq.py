@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_grid_laws import code, decode, fit, weights
 
-from jquant.distortion import bits_per_weight
 from jquant.grids import HQQ, MSE, Uniform
+from jquant.numerics.distortion import bits_per_weight
 from jquant.rounding import Nearest
 
 fit_weighed = jax.jit(lambda w, importance, grid: grid.fit(w, importance), static_argnames="grid")

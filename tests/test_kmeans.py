@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from oracles.kmeans import least_error
 from test_grid_laws import GROUPS, SIZE, code, decode, extreme, fit, weights
 
-from jquant.blocks import Blocks
-from jquant.distortion import bits_per_weight
+from jquant.axes.groups import Blocks
 from jquant.grids import NF4, KMeans, Uniform, code_dtype
+from jquant.numerics.distortion import bits_per_weight
 from jquant.rounding import GPTQ, Nearest
 
 pytestmark = pytest.mark.slow

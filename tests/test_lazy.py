@@ -19,7 +19,7 @@ from jquant import io
 from jquant.errors import CheckpointError
 from jquant.grids import Uniform
 from jquant.io.leaves import JAX_DTYPES
-from jquant.lazy import Lazy, abstract, is_lazy, read, realize, span, stack
+from jquant.trees.lazy import Lazy, abstract, is_lazy, read, realize, span, stack
 
 pytestmark = pytest.mark.slow
 

@@ -18,9 +18,9 @@ import jquant as jq
 from jquant import models
 from jquant.errors import CheckpointError
 from jquant.grids import Uniform
-from jquant.lazy import is_lazy, realize
 from jquant.models import loading
 from jquant.models.assembly import sources
+from jquant.trees.lazy import is_lazy, realize
 
 pytestmark = pytest.mark.slow
 

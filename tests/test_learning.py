@@ -13,12 +13,12 @@ import pytest
 from cases import floats
 
 import jquant as jq
-from jquant.blocks import to_blocks
+from jquant.axes.groups import to_blocks
 from jquant.errors import EvidenceError, ObjectiveError, PlanError
 from jquant.grids import Uniform
-from jquant.objectives import KL, MSE, Stagewise
-from jquant.qtensor import QTensor
+from jquant.learning.objectives import KL, MSE, Stagewise
 from jquant.rounding import NUPES, AdaRound, Descent, DiscQuant, Nearest, SignRound
+from jquant.weights.qtensor import QTensor
 
 pytestmark = pytest.mark.slow
 
@@ -316,7 +316,7 @@ import sys; sys.path.insert(0, {here!r})
 import jax, numpy as np, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 import jquant as jq
-from jquant.learning import _programs
+from jquant.learning.descend import _programs
 from test_learning import KEY, DISC, KL, fn, network, planned
 params, batches = network(width=32)
 plan = planned(params, batches[0], DISC)

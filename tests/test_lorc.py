@@ -12,12 +12,12 @@ from oracles import lorc as oracle
 
 import jquant as jq
 from jquant import Blocks, Evidence, LoRC
-from jquant.compensation import ITERATIONS, root
-from jquant.distortion import output_error
 from jquant.errors import EvidenceError, PlanError, WeightError
 from jquant.grids import MX, NV, KMeans, Uniform
+from jquant.layerwise.weight import quantize_weight, stored_bits
+from jquant.numerics.distortion import output_error
 from jquant.rounding import GPTQ, Nearest, Stochastic
-from jquant.solve import quantize_weight, stored_bits
+from jquant.schemes.lorc import ITERATIONS, root
 
 FULL = {"dtype": "float32"}
 BYTES = Uniform(8, symmetric=True)

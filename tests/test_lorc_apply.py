@@ -15,9 +15,9 @@ import jquant as jq
 from jquant import LoRC, LowRank, io
 from jquant.errors import CheckpointError
 from jquant.grids import Uniform
-from jquant.lazy import realize
-from jquant.qtensor import QTensor, dequantize_weight, weight_bits
 from jquant.rounding import GPTQ
+from jquant.trees.lazy import realize
+from jquant.weights.qtensor import QTensor, dequantize_weight, weight_bits
 from tests.functions import CASES, Case, _normal
 
 COARSE = Uniform(2)

@@ -14,9 +14,9 @@ from jquant.allocation import lorc_ranks
 from jquant.allocation.ranks import Offer, _buy
 from jquant.errors import EvidenceError, PlanError
 from jquant.grids import NV, Uniform
-from jquant.qtensor import factor_bits
+from jquant.layerwise.weight import quantize_weight
 from jquant.rounding import GPTQ
-from jquant.solve import quantize_weight
+from jquant.weights.qtensor import factor_bits
 from tests.functions import _normal
 
 GRID = Uniform(2)

@@ -8,7 +8,7 @@ import pytest
 
 import jquant as jq
 from jquant.grids import MX, NF4, Float, Uniform
-from jquant.narrow import as_dtype
+from jquant.numerics.narrow import as_dtype
 from jquant.rounding import GPTQ, Descent, DiscQuant, Nearest, Stochastic
 from tests.functions import _normal
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant import noise
+from jquant.numerics import noise
 
 SIDE = 1 << 10
 KEYS = [jax.random.key(seed) for seed in range(4)]

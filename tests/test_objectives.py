@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from jquant.objectives import KL, MSE, TOKENS_AT_ONCE, Fisher, Stagewise
+from jquant.learning.objectives import KL, MSE, TOKENS_AT_ONCE, Fisher, Stagewise
 
 RANDOM = np.random.default_rng(0)
 WANTED = 2 * RANDOM.normal(size=(3, 7, 11)).astype(np.float32)

@@ -12,9 +12,9 @@ import pytest
 from jax.extend import core
 
 import jquant as jq
-from jquant.job import _joined
-from jquant.packed import joined, unpacked
-from jquant.solve import quantize_weight
+from jquant.jobs.stages import _joined
+from jquant.layerwise.weight import quantize_weight
+from jquant.numerics.packed import joined, unpacked
 from tests.functions import _normal
 
 KINDS = ["int2", "uint2", "int4", "uint4", "int8", "uint8", "float32", "bfloat16"]

@@ -21,11 +21,11 @@ from cases import GRIDS
 from conftest import CACHE
 
 import jquant as jq
-from jquant.activations import Activations
 from jquant.errors import CheckpointError, TreeError
 from jquant.grids import Uniform
 from jquant.io.leaves import JAX_DTYPES
-from jquant.lazy import Lazy
+from jquant.trees.lazy import Lazy
+from jquant.weights.activations import Activations
 
 
 def same(a: Any, b: Any) -> None:

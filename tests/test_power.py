@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from test_grid_laws import GROUPS, SIZE, all_codes, code, decode, extreme, fit, weights
 
 from jquant.allocation import power_exponent
-from jquant.blocks import Blocks
-from jquant.distortion import bits_per_weight
+from jquant.axes.groups import Blocks
 from jquant.grids import MSE, MinMax, Power, Uniform, code_dtype, nearest
+from jquant.numerics.distortion import bits_per_weight
 from jquant.rounding import Nearest
 
 ROUNDED = [Power(4, 0.6), Power(3, 0.5), Power(8, 0.3), Power(2, 0.7), Power(5, 1.1)]

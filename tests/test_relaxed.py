@@ -9,10 +9,10 @@ import pytest
 from cases import GRIDS, floats, layer
 from scipy import optimize
 
-from jquant.blocks import Blocks
-from jquant.distortion import output_error
+from jquant.axes.groups import Blocks
 from jquant.errors import EvidenceError
 from jquant.grids import KMeans, Power, Uniform
+from jquant.numerics.distortion import output_error
 from jquant.rounding import GPTQ, NUPES, AdaRound, Descent, DiscQuant, Nearest, SignRound
 from jquant.rounding.elementwise import fit_grid
 from jquant.rounding.relaxed import Target, Unit, beta_at, corners

@@ -24,12 +24,13 @@ import numpy as np
 import pytest
 
 import jquant as jq
-from jquant import cli, work
+from jquant.app import cli
 from jquant.calibration import Evidence
 from jquant.calibration.walk import Walk
 from jquant.errors import CheckpointError, WorkDirError
 from jquant.grids import Uniform
 from jquant.io import container
+from jquant.jobs import work
 from jquant.rounding import GPTQ
 from tests.kill_job import BATCHES, PARAMS, STAGES, fn, job, plan
 from tests.test_cli import model, options, run
@@ -81,7 +82,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return call
 
     monkeypatch.setattr(Walk, "gather", counting("gather", Walk.gather))
-    monkeypatch.setattr("jquant.job.quantize_weight", counting("round", jq.quantize_weight))
+    monkeypatch.setattr("jquant.jobs.stages.quantize_weight", counting("round", jq.quantize_weight))
     return counts
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from cases import BLOCKS, GRIDS, LEARNED, ROUNDINGS, floats, layer
 
-from jquant.blocks import Blocks, from_blocks, to_blocks
-from jquant.distortion import bits_per_weight, mse, output_error, sqnr_db
+from jquant.axes.groups import Blocks, from_blocks, to_blocks
 from jquant.grids import MSE, Uniform, code_dtype, nearest
+from jquant.numerics.distortion import bits_per_weight, mse, output_error, sqnr_db
 from jquant.rounding import Nearest
 
 # Every rounding meets every shape on one grid, and every grid on one shape; GPTQ, which takes

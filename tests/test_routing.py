@@ -10,11 +10,11 @@ import pytest
 from jax import lax
 
 import jquant as jq
-from jquant.calibration.flat import Piece, flatten
 from jquant.calibration.routing import routing
 from jquant.calibration.stages import cut_at_weights
 from jquant.calibration.walk import Walk
-from jquant.estimate import estimate
+from jquant.jobs.estimate import estimate
+from jquant.programs.straight import Piece, flatten
 
 TOKENS, WIDTH, EXPERTS, SLOTS = 24, 6, 3, 12
 

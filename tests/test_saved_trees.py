@@ -19,8 +19,8 @@ from flax import nnx
 
 import jquant as jq
 from jquant import io
-from jquant.arguments import by_path
 from jquant.errors import CheckpointError, TreeError
+from jquant.weights.arguments import by_path
 
 X = jax.random.normal(jax.random.key(1), (16, 8))
 

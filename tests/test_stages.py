@@ -22,14 +22,14 @@ from jax import lax
 
 import jquant as jq
 from jquant.calibration import segments
-from jquant.calibration.canonical import const_key, equation_key, jaxpr_key, text
-from jquant.calibration.flat import Flat, Piece, flatten
+from jquant.calibration.find import path_of
 from jquant.calibration.running import evaluate
 from jquant.calibration.walk import Store, Walk
-from jquant.calibration.weights import path_of
 from jquant.errors import EvidenceError, PlanError
 from jquant.grids import Uniform
-from jquant.interpreter import Walker
+from jquant.programs.keys import const_key, equation_key, jaxpr_key, text
+from jquant.programs.straight import Flat, Piece, flatten
+from jquant.programs.walker import Walker
 from jquant.rounding import GPTQ
 
 GPTQ3 = jq.Scheme(Uniform(3), 4, GPTQ())

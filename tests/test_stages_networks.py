@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 import jquant as jq
+from jquant.calibration.find import path_of
 from jquant.calibration.stages import Granularity
-from jquant.calibration.weights import path_of
 from jquant.grids import Uniform
 from jquant.rounding import GPTQ
 from tests.networks import NETWORKS, Network, Stages

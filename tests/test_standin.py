@@ -10,13 +10,13 @@ import pytest
 from jax import lax
 
 import jquant as jq
-from jquant.activations import Activations
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError
 from jquant.grids import Uniform
-from jquant.report import WORSE
+from jquant.jobs.report import WORSE
 from jquant.rounding import GPTQ, AdaRound, Stochastic
-from jquant.scheme import Scheme
+from jquant.schemes.scheme import Scheme
+from jquant.weights.activations import Activations
 
 WIDTH = 8
 X = jax.random.normal(jax.random.key(0), (64, WIDTH))
@@ -125,7 +125,7 @@ def test_a_branch_that_no_batch_takes() -> None:
 def test_every_unseen_weight_of_a_stage_is_refused_before_any_is_rounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from jquant import job
+    from jquant.jobs import job
 
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a weight was rounded")

@@ -8,7 +8,7 @@ import pytest
 from cases import BLOCKS, GRIDS, layer
 
 import jquant as jq
-from jquant.blocks import from_blocks, to_blocks
+from jquant.axes.groups import from_blocks, to_blocks
 from jquant.grids import Float, Uniform
 from jquant.rounding import Stochastic
 

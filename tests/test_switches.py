@@ -27,12 +27,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jquant as jq
-from jquant.blocks import Blocks, Layout
+from jquant.axes.groups import Blocks
+from jquant.axes.layout import Layout
 from jquant.calibration.evidence import Evidence
-from jquant.qtensor import dequantize_weight
+from jquant.layerwise.weight import quantize_weight
 from jquant.rounding import GPTQ, Descent, DiscQuant, Nearest
-from jquant.scheme import Scheme
-from jquant.solve import quantize_weight
+from jquant.schemes.scheme import Scheme
+from jquant.weights.qtensor import dequantize_weight
 
 ALL = os.environ.get("SWITCHES") == "all"
 slow = pytest.mark.skipif(not ALL, reason="a leg of .ci/run: SWITCHES=all")

@@ -10,9 +10,9 @@ from test_learning import SIGN, fn, loss_of, network, planned
 import jquant as jq
 from jquant.errors import EvidenceError, ObjectiveError, PlanError
 from jquant.grids import HQQ, MX, NF4, NV, KMeans, Power, Uniform
-from jquant.objectives import KL, MSE
-from jquant.qtensor import QTensor, is_qtensor
+from jquant.learning.objectives import KL, MSE
 from jquant.rounding import GPTQ, Descent, Nearest
+from jquant.weights.qtensor import QTensor, is_qtensor
 
 SHORT = Descent(30, 5e-3, checks=3)
 HALF = {"scale_dtype": "float16"}

@@ -18,8 +18,8 @@ import numpy as np
 
 import jquant as jq
 from benchmarks.arithmetic import lorenz, shallow_water
-from jquant.emulation.operations import ARITHMETIC
-from jquant.interpreter import DESCENDED, Walker, bind, trace
+from jquant.arithmetic.operations import ARITHMETIC
+from jquant.programs.walker import DESCENDED, Walker, bind, trace
 
 BITS, ROUNDS = 10, 3
 

@@ -1,6 +1,6 @@
 """Choosing a scheme for every weight: by rules, its axis, its rank, and who gets the bits."""
 
-from jquant.allocation.axes import adadim
+from jquant.allocation.adadim import adadim
 from jquant.allocation.bits import Allocation, Share, allocate
 from jquant.allocation.candidates import Candidates, candidates
 from jquant.allocation.choices import Choice, Choices
@@ -11,8 +11,8 @@ from jquant.allocation.exact import exact_kl
 from jquant.allocation.exponents import power_exponent
 from jquant.allocation.gradients import fisher, kl_gradient, next_token_loss, taylor
 from jquant.allocation.ranks import lorc_ranks
-from jquant.allocation.rules import plan
 from jquant.allocation.sensitivity import Sensitivity
+from jquant.schemes.plan import plan
 
 __all__ = [
     "Allocation",

@@ -24,7 +24,7 @@ from jquant.allocation.candidates import Candidates
 from jquant.allocation.clusters import clusters as cluster
 from jquant.allocation.sensitivity import Sensitivity
 from jquant.errors import EvidenceError, PlanError
-from jquant.scheme import Plan, Scheme
+from jquant.schemes.scheme import Plan, Scheme
 
 Method = Literal["auto", "dynamic", "greedy", "lagrange", "clusters"]
 METHODS = ("auto", "dynamic", "greedy", "lagrange", "clusters")

@@ -13,11 +13,11 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
-from jquant.calibration.weights import Weight
+from jquant.calibration.find import Weight
 from jquant.errors import PlanError, near
+from jquant.layerwise.weight import stored_bytes
 from jquant.rounding.elementwise import Nearest
-from jquant.scheme import Plan, Scheme
-from jquant.solve import stored_bytes
+from jquant.schemes.scheme import Plan, Scheme
 
 Options = Sequence[int] | Sequence[Scheme] | Callable[[Scheme], Sequence[Scheme]]
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from rich.table import Table
 
-from jquant.calibration.subnets import Level
+from jquant.calibration.comparison import Level
 
 Axis = Literal["in", "out"]
 

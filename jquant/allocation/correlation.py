@@ -26,15 +26,15 @@ from jaxtyping import Array, Float, PyTree
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.sensitivity import Sensitivity
 from jquant.allocation.trials import Told, outputs
-from jquant.arguments import by_path
-from jquant.calibration.flat import Piece
 from jquant.calibration.place import Place
 from jquant.calibration.stages import block_of
 from jquant.calibration.tokens import Given, Weights, all_weighed, chosen
 from jquant.calibration.walk import Walk
-from jquant.checks import check_finite, check_weights, not_used
 from jquant.errors import EvidenceError
-from jquant.lazy import read, realize
+from jquant.layerwise.checks import check_finite, check_weights, not_used
+from jquant.programs.straight import Piece
+from jquant.trees.lazy import read, realize
+from jquant.weights.arguments import by_path
 
 RIDGE = 1e-3
 ROWS_PER_FEATURE = 4

@@ -26,10 +26,10 @@ from jquant.allocation.candidates import Candidates
 from jquant.allocation.gradients import Loss, check_loss, next_token_loss, size, told
 from jquant.allocation.sensitivity import Sensitivity
 from jquant.allocation.trials import Told, Trials, divergence, mean
-from jquant.blocks import Layout
+from jquant.axes.layout import Layout
 from jquant.calibration.tokens import Given
 from jquant.errors import PlanError
-from jquant.narrow import as_dtype
+from jquant.numerics.narrow import as_dtype
 
 Unit = Literal["block", "weight"]
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jquant.extremes import largest
 from jquant.grids.exponents import Loss, best_exponent, losses, summed
 from jquant.grids.power import Power
+from jquant.numerics.extremes import largest
 
 
 def power_exponent(

@@ -33,11 +33,11 @@ from jquant.allocation.exact import scaled
 from jquant.allocation.sensitivity import Sensitivity
 from jquant.allocation.trials import Told, Trials, mean
 from jquant.allocation.trials import tokens as tokens_of
-from jquant.arguments import replaced
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.tokens import Given
 from jquant.errors import PlanError
-from jquant.objectives import KL, logits_of, rows_of_weights
+from jquant.learning.objectives import KL, logits_of, rows_of_weights
+from jquant.weights.arguments import replaced
 
 Loss = Callable[..., Array]
 

@@ -1,6 +1,6 @@
 """Which weight gets how much of a budget of bytes for low-rank terms: greedy, by singular values.
 
-The i-th rank of a weight's term takes `σ_i²` off its squared error (see `compensation.py`) and
+The i-th rank of a weight's term takes `σ_i²` off its squared error (see `schemes/lorc.py`) and
 costs a column and a row. Ranks are bought one by one, the next always where
 
     σ_i² / power / bytes        power: the squared output of the weight (plain: its squared norm)
@@ -25,16 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from jquant.arguments import by_path
 from jquant.calibration.evidence import Evidence
-from jquant.checks import check_evidence, check_finite, check_needs, check_weights
-from jquant.compensation import LoRC
-from jquant.distortion import output_error
 from jquant.errors import PlanError
-from jquant.lazy import read
-from jquant.qtensor import array_bits
-from jquant.scheme import Plan, Scheme
-from jquant.solve import remainder
+from jquant.layerwise.checks import check_evidence, check_finite, check_needs, check_weights
+from jquant.layerwise.weight import remainder
+from jquant.numerics.distortion import output_error
+from jquant.schemes.lorc import LoRC
+from jquant.schemes.scheme import Plan, Scheme
+from jquant.trees.lazy import read
+from jquant.weights.arguments import by_path
+from jquant.weights.qtensor import array_bits
 
 
 def lorc_ranks(

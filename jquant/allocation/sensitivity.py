@@ -22,7 +22,7 @@ from rich.table import Table
 
 from jquant.allocation.candidates import Candidates, key_of_scheme
 from jquant.errors import EvidenceError, PlanError, near
-from jquant.scheme import Scheme
+from jquant.schemes.scheme import Scheme
 
 FORMAT = 1
 

@@ -18,18 +18,18 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jquant.allocation.candidates import Candidates, draft, key_of_scheme
-from jquant.arguments import Inputs, by_path, replaced
-from jquant.blocks import Layout
+from jquant.axes.layout import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.stages import block_of
 from jquant.calibration.tokens import Given, all_weighed
-from jquant.checks import check_evidence, check_needs, check_weights
 from jquant.errors import EvidenceError, PlanError
-from jquant.lazy import realize
-from jquant.objectives import KL, logits_of, rows_of_weights
-from jquant.qtensor import dequantize_weight
-from jquant.scheme import Scheme
-from jquant.solve import key_of, quantize_weight
+from jquant.layerwise.checks import check_evidence, check_needs, check_weights
+from jquant.layerwise.weight import key_of, quantize_weight
+from jquant.learning.objectives import KL, logits_of, rows_of_weights
+from jquant.schemes.scheme import Scheme
+from jquant.trees.lazy import realize
+from jquant.weights.arguments import Inputs, by_path, replaced
+from jquant.weights.qtensor import dequantize_weight
 
 Told = Callable[[int, int], None]  # called with the trials done, and how many there are
 

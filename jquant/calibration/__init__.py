@@ -2,7 +2,7 @@
 
 from jquant.calibration.capture import capture
 from jquant.calibration.evidence import Evidence
+from jquant.calibration.find import Use, Weight, Weights, find_weights
 from jquant.calibration.tokens import TokenWeights
-from jquant.calibration.weights import Use, Weight, Weights, find_weights
 
 __all__ = ["Evidence", "TokenWeights", "Use", "Weight", "Weights", "capture", "find_weights"]

@@ -17,14 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, UInt8
 
-from jquant.arguments import by_path, shape_of
+from jquant.axes.roles import Reading, decisive
+from jquant.calibration.assemble import assemble
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.reading import Reading, assemble, decisive
+from jquant.calibration.find import Sightings, observe
 from jquant.calibration.tokens import Given, check_any, chosen, refuse, weighed
-from jquant.calibration.weights import Sightings, observe
 from jquant.errors import EvidenceError
-from jquant.lazy import realize
-from jquant.placement import transferring
+from jquant.trees.lazy import realize
+from jquant.trees.placement import transferring
+from jquant.weights.arguments import by_path, shape_of
 
 
 @transferring

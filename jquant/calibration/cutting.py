@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 
-from jquant.arguments import shape_of
-from jquant.calibration.flat import Flat, flatten
+from jquant.calibration.comparison import Level
 from jquant.calibration.follow import Follower
 from jquant.calibration.place import Place
 from jquant.calibration.stages import Cut, Granularity, cut_at_weights
-from jquant.calibration.subnets import Level
 from jquant.calibration.tokens import follow_steps, input_places
+from jquant.programs.straight import Flat, flatten
+from jquant.weights.arguments import shape_of
 
 
 def cut_for(

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jquant.calibration.flat import Piece
 from jquant.calibration.place import Place
 from jquant.calibration.stages import Cut
 from jquant.calibration.tokens import Weights
+from jquant.programs.straight import Piece
 
 
 @partial(jax.jit, static_argnames="places")

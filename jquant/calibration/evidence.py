@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from jquant.calibration.spread import Spread
-from jquant.extremes import largest
+from jquant.numerics.extremes import largest
 
 
 @jax.tree_util.register_dataclass

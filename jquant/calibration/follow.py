@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend import core
 
 from jquant.calibration.place import Place, joined, settled
-from jquant.interpreter import callee, close, scan_parts
+from jquant.programs.walker import callee, close, scan_parts
 
 Site = tuple[int, ...]
 Places = tuple[Place, ...]

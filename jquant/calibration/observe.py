@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from jquant.axes.origin import Origin
+from jquant.axes.roles import Kind, Reading, Sighting
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.origin import Origin
 from jquant.calibration.pending import (
     Lookup,
     Pairs,
@@ -31,7 +32,6 @@ from jquant.calibration.pending import (
     reassociated,
     seen_from,
 )
-from jquant.calibration.reading import Kind, Reading, Sighting
 from jquant.calibration.rows import Arrangement, Role, Share
 from jquant.calibration.tagged import (
     ELEMENTWISE,
@@ -49,8 +49,8 @@ from jquant.calibration.tagged import (
 )
 from jquant.calibration.tokens import Tokens
 from jquant.calibration.uses import RULES, floats, reading_of, unsupported
-from jquant.interpreter import DESCENDED, LOOPS, Walker, bind, scan_parts
-from jquant.placement import automatic
+from jquant.programs.walker import DESCENDED, LOOPS, Walker, bind, scan_parts
+from jquant.trees.placement import automatic
 
 # Where a parameter may meet an input without being a weight: biases, scales, positions, masks.
 _MIXERS = ELEMENTWISE | {"concatenate", "dynamic_update_slice", "pad", "stack"}

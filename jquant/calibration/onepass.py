@@ -9,16 +9,16 @@ from typing import Any
 
 import jax
 
-from jquant.arguments import inputs_of, shape_of, value_of
-from jquant.calibration.canonical import jaxpr_key, text
 from jquant.calibration.capture import capture_step, kinds, read
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.flat import Piece
 from jquant.calibration.segments import Task
 from jquant.calibration.stages import Stage
 from jquant.calibration.tokens import Given, chosen, weighed
-from jquant.interpreter import trace
-from jquant.lazy import abstract
+from jquant.programs.keys import jaxpr_key, text
+from jquant.programs.straight import Piece
+from jquant.programs.walker import trace
+from jquant.trees.lazy import abstract
+from jquant.weights.arguments import inputs_of, shape_of, value_of
 
 
 @dataclass(frozen=True)

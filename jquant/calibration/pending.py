@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jquant.calibration.origin import Axis, Origin, Part
-from jquant.calibration.reading import Sighting
+from jquant.axes.origin import Axis, Origin, Part
+from jquant.axes.roles import Sighting
 from jquant.calibration.tagged import Tagged
-from jquant.placement import automatic
+from jquant.trees.placement import automatic
 
 Pairs = tuple[tuple[int, ...], tuple[int, ...]]
 

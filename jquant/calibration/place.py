@@ -1,4 +1,4 @@
-"""Which tokens an array's axes run over: an account of axes, as `origin.py` keeps it for weights.
+"""Which tokens an array's axes run over: an account of axes, as `axes/origin.py` is of weights.
 
 Token weights have axes of their own, `[batch, time]` as a rule. A `Place` says of every axis of an
 activation which of them it runs along, or a digit or window of which, so that a row's token is

@@ -29,8 +29,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from jquant.calibration.flat import Atom, Flat, Step
-from jquant.interpreter import close, scan_parts
+from jquant.programs.straight import Atom, Flat, Step
+from jquant.programs.walker import close, scan_parts
 
 # Which operands are places.
 _INDICES = {

@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jquant.calibration.origin import Axis, Part
-from jquant.calibration.reading import order
+from jquant.axes.origin import Axis, Part
+from jquant.axes.roles import order
 
 Role = Literal["batch", "in", "out"]
 

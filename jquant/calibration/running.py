@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jquant.calibration.flat import Atom, Flat, Piece, Step
 from jquant.calibration.observe import Observer
 from jquant.calibration.routing import alike
 from jquant.calibration.tagged import Tagged, array_of, constant, is_key
-from jquant.interpreter import Walker
+from jquant.programs.straight import Atom, Flat, Piece, Step
+from jquant.programs.walker import Walker
 
 Uses = dict[int, tuple[int, ...]]  # step → the weights it uses
 

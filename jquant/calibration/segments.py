@@ -16,17 +16,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jaxtyping import Array, UInt8
 
-from jquant.calibration.canonical import equation_key, literal_key
 from jquant.calibration.capture import accumulate
-from jquant.calibration.flat import Atom
+from jquant.calibration.find import Sightings, sightings
 from jquant.calibration.observe import Observer
 from jquant.calibration.place import Place
 from jquant.calibration.running import evaluate, read
 from jquant.calibration.stages import Segment
 from jquant.calibration.tagged import Tagged, array_of, constant
 from jquant.calibration.tokens import Tokens, follow_steps
-from jquant.calibration.weights import Sightings, sightings
-from jquant.interpreter import Walker, bind
+from jquant.programs.keys import equation_key, literal_key
+from jquant.programs.straight import Atom
+from jquant.programs.walker import Walker, bind
 
 Doing = Literal["reading", "rounding", "advancing", "learning"]
 

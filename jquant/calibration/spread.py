@@ -17,10 +17,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jquant.activations import Activations, Percentile, even
-from jquant.extremes import largest, least
 from jquant.grids.base import Params
 from jquant.grids.ranges import MinMax
+from jquant.numerics.extremes import largest, least
+from jquant.weights.activations import Activations, Percentile, even
 
 _DROP = 19  # bits of a float32's mantissa below a bin's
 _FIRST, _LAST = (127 - 40) << 4, (127 + 40) << 4

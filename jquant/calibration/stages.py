@@ -14,9 +14,9 @@ Values that take no more than arithmetic on the inputs (masks, positions) are no
 made again where they are needed. What makes no value (prints, callbacks for their effect) is needed
 by none: a walk leaves it out, unless a weight is used in it.
 
-Where weights are to be compared (`subnets.py`), what that takes is kept alive too, and cut out: a
-`Comparison` starts where the weight's stage starts, and so does the reconstruction of a stage,
-which ends in all that its weights are compared on.
+Where weights are to be compared (`calibration/comparison.py`), what that takes is kept alive too,
+and cut out: a `Comparison` starts where the weight's stage starts, and so does the reconstruction
+of a stage, which ends in all that its weights are compared on.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jquant.calibration.flat import Flat, Piece, Step
+from jquant.calibration.comparison import Level, compared
 from jquant.calibration.place import Place
 from jquant.calibration.routing import Routing, routing
 from jquant.calibration.running import Found, Uses, find_uses
-from jquant.calibration.subnets import Level, compared
+from jquant.programs.straight import Flat, Piece, Step
 
 Granularity = Literal["weight", "block", "all"]
 

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jaxtyping import Array
 
-from jquant.calibration.origin import GONE, Origin, Part
-from jquant.interpreter import bind
+from jquant.axes.origin import GONE, Origin, Part
+from jquant.programs.walker import bind
 
 # One operand (or several, each for itself), the same array out.
 IDENTITIES = frozenset(

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jquant.arguments import inputs_of
-from jquant.calibration.flat import Step
 from jquant.calibration.follow import Follower, Places, Site
 from jquant.calibration.place import Place
 from jquant.calibration.rows import Arrangement
 from jquant.errors import EvidenceError
+from jquant.programs.straight import Step
+from jquant.weights.arguments import inputs_of
 
 Weighing = Callable[..., Any] | Iterable[Any]  # of a batch's inputs, or one array for each batch
 _END = object()

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from jquant.axes.origin import Origin, Part
+from jquant.axes.roles import Kind, Reading, order
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.origin import Origin, Part
-from jquant.calibration.reading import Kind, Reading, order
 from jquant.calibration.rows import Arrangement, Role, Share
 from jquant.calibration.tagged import Tagged, array_of, changed, is_independent
 from jquant.errors import UnsupportedPrimitiveError
-from jquant.interpreter import Walker, bind
-from jquant.placement import automatic
+from jquant.programs.walker import Walker, bind
+from jquant.trees.placement import automatic
 
 
 def unsupported(origin: Origin, eqn: core.JaxprEqn, why: str) -> UnsupportedPrimitiveError:

@@ -19,20 +19,20 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from jquant.arguments import inputs_of, shape_of, value_of
 from jquant.calibration import segments
-from jquant.calibration.canonical import const_key, equation_key, literal_key, text
 from jquant.calibration.capture import Tally, in_words, kinds, not_taken
+from jquant.calibration.comparison import Level
 from jquant.calibration.cutting import cut_for
 from jquant.calibration.difference import count, squares
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.flat import Piece
 from jquant.calibration.segments import Reconstruction, Task, segment_key
 from jquant.calibration.stages import Cut, Granularity, Segment, Stage
 from jquant.calibration.store import Store
-from jquant.calibration.subnets import Level
 from jquant.calibration.tokens import Weights
 from jquant.errors import EvidenceError
+from jquant.programs.keys import const_key, equation_key, literal_key, text
+from jquant.programs.straight import Piece
+from jquant.weights.arguments import inputs_of, shape_of, value_of
 
 Current = Callable[[Piece], Array]  # the array that a piece of the parameters is at the moment
 Told = Callable[[int], None]  # called with the number of batches done

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from jquant.extremes import largest
 from jquant.grids.base import Params
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax, best_of
+from jquant.numerics.extremes import largest
 
 # Magnitudes a table may hold, so that scale * value neither overflows nor vanishes in float32, and
 # how near two neighbours may be, relative to their size, and still differ after that product.

@@ -1,8 +1,8 @@
 """Floating point grids: `value = scale * (a number of the format)`, MX and NV blocks among them.
 
 A code is the rank of a magnitude with the sign of the number, so codes increase with values, E2M1
-has the codes -7 ... 7, and `|code|` is the bit pattern of the format (`formats.py`). Two numbers
-make the rest: what a format can hold and how the scale of a group is stored.
+has the codes -7 ... 7, and `|code|` is the bit pattern of the format (`numerics/formats.py`). Two
+numbers make the rest: what a format can hold and how the scale of a group is stored.
 
     MX  scale 2^k in one byte (E8M0), groups of 32    k = floor(log2 max |w|) - floor(log2 largest)
     NV  scale in E4M3, groups of 16, and one float32  tensor = max |W| / (448 * 6)
@@ -26,11 +26,11 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32, Integer
 from jaxtyping import Float as Real
 
-from jquant.extremes import largest
 from jquant.grids.base import Params
-from jquant.grids.formats import FORMATS, Format, Overflow, Special, find_format
 from jquant.grids.ranges import MSE, MinMax, best_of
 from jquant.grids.scales import CAP, SCALES, Rule, as_stored, power_of_two
+from jquant.numerics.extremes import largest
+from jquant.numerics.formats import FORMATS, Format, Overflow, Special, find_format
 
 MX_FORMATS = ("E2M1", "E2M3", "E3M2", "E4M3", "E5M2", "INT8")
 

@@ -29,10 +29,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from jquant.extremes import largest
 from jquant.grids.base import Params
 from jquant.grids.exponents import SEARCHED, best_exponent, losses, power, summed
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax, best_of
+from jquant.numerics.extremes import largest
 
 # Exponents that can be given: outside, neighbouring values of an 8-bit grid meet in float32.
 BOUNDS = (0.125, 8.0)

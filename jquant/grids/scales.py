@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jquant.grids.formats import FORMATS, Format
 from jquant.grids.ranges import LEAST_SCALE
+from jquant.numerics.formats import FORMATS, Format
 
 Rule = Literal["floor", "even", "ceil"]
 

@@ -30,10 +30,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from jquant.extremes import largest, least
 from jquant.grids.base import Params, code_dtype
 from jquant.grids.hqq import HQQ, best_zero
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax, best_of
+from jquant.numerics.extremes import largest, least
 
 
 class Convention(NamedTuple):
@@ -42,7 +42,7 @@ class Convention(NamedTuple):
     range: Literal["zero inside", "as found", "even"]
     fewer: int  # steps = 2**bits - fewer
     zero: Literal["code", "any", "real", "none"]
-    paper: str  # see `citations.py`
+    paper: str  # see `schemes/cite.py`
     floor: float = 0.0  # least width of the range
 
     @property

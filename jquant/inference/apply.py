@@ -23,14 +23,14 @@ import jax
 from jax.extend import core
 from jaxtyping import PyTree
 
-from jquant.calls import RULED
 from jquant.errors import UnsupportedPrimitiveError
 from jquant.inference.inputs import rounded_inputs
 from jquant.inference.late import held
 from jquant.inference.products import beside
 from jquant.inference.views import view
-from jquant.interpreter import DESCENDED, VIEWS, Walker, bind, trace
-from jquant.qtensor import (
+from jquant.programs.calls import RULED
+from jquant.programs.walker import DESCENDED, VIEWS, Walker, bind, trace
+from jquant.weights.qtensor import (
     Inputs,
     QTensor,
     dequantize_weight,

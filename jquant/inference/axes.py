@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import jax
 from jax.extend import core
 
-from jquant.blocks import Layout
+from jquant.axes.layout import Layout
 
 Role = Literal["out", "in"]
 

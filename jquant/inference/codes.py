@@ -22,14 +22,14 @@ from jax import lax
 from jax.extend import core
 from jaxtyping import Array, Float
 
-from jquant.activations import encode, numbers, rounded
-from jquant.blocks import Layout
+from jquant.axes.layout import Layout
 from jquant.errors import UnsupportedPrimitiveError
 from jquant.grids import Grid
-from jquant.grids.formats import FORMATS
 from jquant.inference.axes import Axes, as_result, in_order
 from jquant.inference.late import held_codes
-from jquant.qtensor import QTensor, canonical_weight
+from jquant.numerics.formats import FORMATS
+from jquant.weights.activations import encode, numbers, rounded
+from jquant.weights.qtensor import QTensor, canonical_weight
 
 # Sums of products of int8 are below 2^31 for inputs of this length, with zero points or without.
 LONGEST, LONGEST_WITH_ZEROS = 2**17 - 1, 2**15

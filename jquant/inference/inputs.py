@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jquant.activations import rounded
-from jquant.blocks import Layout
+from jquant.axes.layout import Layout
 from jquant.errors import UnsupportedPrimitiveError
 from jquant.inference.axes import Axes, Places, in_order
 from jquant.inference.codes import no_integers
-from jquant.narrow import as_dtype
-from jquant.qtensor import Inputs, QTensor
+from jquant.numerics.narrow import as_dtype
+from jquant.weights.activations import rounded
+from jquant.weights.qtensor import Inputs, QTensor
 
 
 def round_canonical(

@@ -2,7 +2,7 @@
 
 A compiler is free to decode all weights of a network first, and some do. What is computed from a
 weight's parameters waits for the other operand of its product by adding a zero to them that only
-that operand can tell (`opaque.py`).
+that operand can tell (`numerics/opaque.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
 
-from jquant.opaque import zero
-from jquant.qtensor import QTensor
+from jquant.numerics.opaque import zero
+from jquant.weights.qtensor import QTensor
 
 
 def held(q: QTensor, after: jax.Array) -> QTensor:

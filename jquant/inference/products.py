@@ -25,15 +25,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from jquant.blocks import Factor, Layout
+from jquant.axes.layout import Factor, Layout
 from jquant.inference.axes import Axes, Role, axes_of
 from jquant.inference.codes import on_codes
 from jquant.inference.inputs import round_canonical
 from jquant.inference.views import own_layout
-from jquant.interpreter import bind
-from jquant.narrow import as_dtype, is_coarse
-from jquant.placement import automatic, typed
-from jquant.qtensor import QTensor
+from jquant.numerics.narrow import as_dtype, is_coarse
+from jquant.programs.walker import bind
+from jquant.trees.placement import automatic, typed
+from jquant.weights.qtensor import QTensor
 
 
 def beside(

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from jquant.blocks import Factor, Layout, from_blocks, to_blocks
-from jquant.narrow import as_dtype
-from jquant.qtensor import QTensor
+from jquant.axes.groups import from_blocks, to_blocks
+from jquant.axes.layout import Factor, Layout
+from jquant.numerics.narrow import as_dtype
+from jquant.weights.qtensor import QTensor
 
 
 def view(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any | None:

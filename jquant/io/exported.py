@@ -18,7 +18,7 @@ from jquant.calibration.spread import Spread
 from jquant.errors import CheckpointError
 from jquant.io.container import parse_json
 from jquant.io.schemes import from_json, to_json
-from jquant.qtensor import Inputs, LowRank, QTensor
+from jquant.weights.qtensor import Inputs, LowRank, QTensor
 
 
 def write_static(static: tuple[Any, ...]) -> bytes:

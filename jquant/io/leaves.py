@@ -27,7 +27,7 @@ import numpy as np
 from jquant.errors import CheckpointError
 from jquant.io.bitstream import pack_bits, stream_bytes, unpack_bits
 from jquant.io.container import DTYPES, Entry, naturals
-from jquant.lazy import Lazy, Window, read, span
+from jquant.trees.lazy import Lazy, Window, read, span
 
 # Every dtype JAX can make arrays of, by name: versions differ. The excluded ones it only names.
 JAX_DTYPES: Mapping[str, np.dtype] = {

@@ -34,14 +34,14 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from jquant.arguments import by_path, replaced, value_of
 from jquant.errors import CheckpointError, TreeError, near
 from jquant.io.container import parse_json, read_container, render_header, replace_file
 from jquant.io.files import FileState, naming
 from jquant.io.leaves import Reader
 from jquant.io.tree import Decoder, Encoder
-from jquant.placement import transferring
-from jquant.qtensor import QTensor
+from jquant.trees.placement import transferring
+from jquant.weights.arguments import by_path, replaced, value_of
+from jquant.weights.qtensor import QTensor
 
 VERSION = 1
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from jquant.errors import CheckpointError
 from jquant.io.files import FileState
-from jquant.lazy import Lazy, Window
+from jquant.trees.lazy import Lazy, Window
 
 
 def lazy_orbax(path: str | os.PathLike[str]) -> Any:

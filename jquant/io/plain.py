@@ -26,7 +26,7 @@ from jquant.errors import CheckpointError
 from jquant.io.container import naturals, parse_json
 from jquant.io.leaves import JAX_DTYPES
 from jquant.io.tree import Decoder, Encoder
-from jquant.lazy import read
+from jquant.trees.lazy import read
 
 VERSION = 1
 _SAID = "jquant"  # the entry that holds the JSON

@@ -2,9 +2,9 @@
 
 A choice is a frozen dataclass of plain values, so it is written as `{"ClassName": {field: value}}`,
 a tuple as a list, a dtype as `{"dtype": name}`, and scalars as they are. Reading looks the name up
-in a fixed table (the grids jquant exports, the classes of `blocks.py` and `activations.py`): a file
-can name a class only if it stands there, and can only call it with values of the kinds above. Every
-field is written, defaults too, so a file means the same when a default changes.
+in a fixed table (the grids jquant exports, the classes of `axes/` and `weights/activations.py`): a
+file can name a class only if it stands there, and can only call it with values of the kinds above.
+Every field is written, defaults too, so a file means the same when a default changes.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant import grids
-from jquant.activations import Activations, Percentile
-from jquant.blocks import Blocks, Factor, Layout
+from jquant.axes.groups import Blocks
+from jquant.axes.layout import Factor, Layout
 from jquant.errors import CheckpointError, near
 from jquant.io.leaves import JAX_DTYPES
+from jquant.weights.activations import Activations, Percentile
 
 FLOATS = tuple(name for name, dtype in JAX_DTYPES.items() if jnp.issubdtype(dtype, jnp.floating))
 
 
 @functools.cache
 def classes() -> Mapping[str, type]:
-    """The classes a file may name: dataclasses of `jquant.grids`, `blocks.py`, `activations.py`."""
+    """The classes a file may name: dataclasses of grids, `axes/groups.py`, `activations.py`."""
     exported = [getattr(grids, name) for name in grids.__all__]
     found = [c for c in exported if isinstance(c, type) and dataclasses.is_dataclass(c)]
     return {c.__name__: c for c in (*found, Blocks, Factor, Layout, Activations, Percentile)}

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jquant import qtensor
-from jquant.activations import Activations
+from jquant.weights import qtensor
+from jquant.weights.activations import Activations
 
 # What the code of grids and layouts may raise when it is traced with a hostile file's values.
 REFUSALS = (

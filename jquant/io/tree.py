@@ -1,7 +1,7 @@
 """The tree of a checkpoint: from a pytree to JSON nodes and tensors, and back with every check.
 
 Trees are made of dicts, lists, tuples, None, arrays, numbers, random keys, and the dataclasses of
-`qtensor.py`; nothing else is written, so nothing else can be read. Any other pytree node (a
+`weights/qtensor.py`; nothing else is written, so nothing else can be read. Any other pytree node (a
 FrozenDict, an NNX State, a module, a NamedTuple) is written as the dict of its children by their
 keys. Reading runs twice over the same nodes with another function at the leaves: first with
 abstract arrays, which verifies the whole file without reading or allocating, then with the arrays
@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant import qtensor
-from jquant.arguments import named_leaf, path_of, refusal_of
 from jquant.errors import CheckpointError, TreeError
 from jquant.io.leaves import claim, describe
 from jquant.io.schemes import from_json, to_json
 from jquant.io.soundness import REFUSALS, check_weight
-from jquant.lazy import Lazy
+from jquant.trees.lazy import Lazy
+from jquant.weights import qtensor
+from jquant.weights.arguments import named_leaf, path_of, refusal_of
 
 _MAX_DEPTH = 64
 _SEQUENCES = {"list": list, "tuple": tuple}

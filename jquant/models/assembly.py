@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from jquant.errors import CheckpointError, near
-from jquant.lazy import Lazy, stack
 from jquant.models.config import DecoderConfig
+from jquant.trees.lazy import Lazy, stack
 
 Format = Literal["gguf", "hf"]
 

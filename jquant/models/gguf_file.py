@@ -28,7 +28,7 @@ from jaxtyping import Float
 
 from jquant.errors import CheckpointError
 from jquant.io.files import FileState
-from jquant.lazy import Lazy, Window, span
+from jquant.trees.lazy import Lazy, Window, span
 
 VERSIONS = (2, 3)
 # No vocabulary, merge list or network comes near these; a larger count is an attack or damage.

@@ -20,13 +20,13 @@ from safetensors import SafetensorError, safe_open
 
 from jquant.errors import CheckpointError
 from jquant.io.files import FileState
-from jquant.lazy import Lazy, Window, realize
 from jquant.models.assembly import assemble
 from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf, from_hf
 from jquant.models.decoder import Decoder
 from jquant.models.gguf_file import GGUFFile, read_gguf
 from jquant.models.quantized import CHECKPOINT, is_quantized, load_quantized
 from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_from_hf, tokenizer_named
+from jquant.trees.lazy import Lazy, Window, realize
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _DTYPES = ("F32", "F16", "BF16")

@@ -21,7 +21,7 @@ from jquant.io import save as save_checkpoint
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
 from jquant.models.tokenizing import tokenizer_from_hf, tokenizer_named
-from jquant.qtensor import is_qtensor
+from jquant.weights.qtensor import is_qtensor
 
 CHECKPOINT = "jquant.safetensors"
 

@@ -3,7 +3,7 @@
 A rounding is a frozen dataclass registered static. It is called with a weight in the canonical view
 `[*batch, out, in]`, and says by `needs` what it must be told beyond the weight: `"moment"` (the
 second moment of its inputs), `"drift"` (how far those inputs are from the unquantized network's) or
-`"key"` (randomness). By `papers` it may say what to cite (see `citations.py`).
+`"key"` (randomness). By `papers` it may say what to cite (see `schemes/cite.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from jquant.blocks import Blocks
+from jquant.axes.groups import Blocks
 from jquant.calibration.evidence import Evidence
 from jquant.grids.base import Grid, Params
 

@@ -2,7 +2,8 @@
 
 `Descent` is numbers and names only, so that schemes which hold one print, compare, hash and are
 written into checkpoints. `learned.py` runs it for one weight inside one compiled program, for the
-objective that needs no data beyond the weight's second moment; `learning.py` runs it over batches.
+objective that needs no data beyond the weight's second moment; `learning/descend.py` runs it over
+batches.
 """
 
 from __future__ import annotations

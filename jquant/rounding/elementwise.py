@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jquant.blocks import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Blocks, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
 from jquant.grids.base import Grid, Params, code_dtype, nearest
 from jquant.rounding.base import Rounded

@@ -31,11 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from jquant.blocks import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Blocks, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError
 from jquant.grids.base import Grid, Params, code_dtype, nearest, shares
-from jquant.packed import unpacked
+from jquant.numerics.packed import unpacked
 from jquant.rounding.base import Rounded
 from jquant.rounding.correction import STRENGTH, Correction, corrected
 from jquant.rounding.elementwise import fit_grid, second_moment

@@ -20,7 +20,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from jquant.blocks import Blocks
+from jquant.axes.groups import Blocks
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError
 from jquant.grids.base import Grid, Params, code_dtype

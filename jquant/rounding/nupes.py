@@ -61,8 +61,8 @@ class NUPES(Learned):
 
     Example:
         >>> from jquant.grids import Power
-        >>> x = jax.random.normal(jax.random.key(0), (64, 8)) @ jnp.tri(8)
-        >>> w = jax.random.normal(jax.random.key(1), (4, 8))
+        >>> x = jax.random.normal(jax.random.key(0), (64, 32)) @ jnp.tri(32)
+        >>> w = jax.random.normal(jax.random.key(1), (16, 32))
         >>> result = NUPES()(w, Power(3), evidence=x.T @ x)
         >>> bool(result.info["kept_at"] > 0)
         True

@@ -12,7 +12,7 @@ what is learned, as in NUPES, the weight may walk over the whole grid: the formu
 Grid points are computed from the weight and its group parameters whenever they are needed, never
 kept. A `Target` holds both; arrays are in the canonical view `[*batch, out, in]`. Static: the grid,
 the blocks, the relaxation. How the gradient steps are taken is `descent.py`'s, what they descend
-`objectives.py`'s.
+`learning/objectives.py`'s.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from jquant.blocks import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Blocks, from_blocks, to_blocks
 from jquant.grids.base import Grid, Params, nearest
 from jquant.rounding.descent import Descent
 

@@ -22,14 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from jquant import noise
-from jquant.blocks import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Blocks, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
 from jquant.grids.base import Grid, Params, code_dtype
-from jquant.narrow import ends
+from jquant.numerics import noise
+from jquant.numerics.narrow import ends
+from jquant.numerics.significand import cut, onto_steps, share_of, with_sign
 from jquant.rounding.base import Rounded
 from jquant.rounding.elementwise import fit_grid, second_moment
-from jquant.significand import cut, onto_steps, share_of, with_sign
 
 
 @jax.tree_util.register_static
@@ -41,7 +41,7 @@ class Stochastic:
     `Nearest`. Needs a key: `quantize(..., key=)` derives one per path.
 
     Args:
-        source: where random words come from, see `jquant.noise`; `"hash"` or `"threefry"`.
+        source: where random words come from, see `jquant.numerics.noise`; `"hash"` or `"threefry"`.
 
     Raises:
         ValueError: there is no such source; when called, without a key.

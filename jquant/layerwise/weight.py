@@ -1,0 +1,384 @@
+"""One weight: a grid, a rounding and a compensation meet here, and nowhere else.
+
+`quantize_weight` turns one array into a `QTensor`: canonical view, rounding, what makes up for its
+error, packing. `Outcome` is what the report needs to know of it, as plain numbers, so that it can
+wait in a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jquant.axes.groups import from_blocks, to_blocks
+from jquant.axes.layout import Layout
+from jquant.calibration.evidence import Evidence
+from jquant.calibration.spread import Spread
+from jquant.errors import WeightError
+from jquant.grids.base import nearest
+from jquant.numerics.distortion import output_error
+from jquant.numerics.extremes import largest
+from jquant.numerics.narrow import as_dtype, ends, is_coarse
+from jquant.rounding.base import Rounded
+from jquant.rounding.elementwise import Nearest, fit_grid
+from jquant.schemes.scheme import Scheme, check_inputs
+from jquant.weights.qtensor import (
+    Inputs,
+    LowRank,
+    QTensor,
+    canonical_weight,
+    weight_bits,
+    weight_bytes,
+)
+
+# Values of weights do not get there: a dtype that goes on so far holds them all.
+FAR = 2.0**100
+
+
+def quantize_weight(
+    w: Float[Array, ...],
+    scheme: Scheme,
+    layout: Layout,
+    *,
+    evidence: Evidence | None = None,
+    key: PRNGKeyArray | None = None,
+) -> tuple[QTensor, dict[str, Array]]:
+    """Quantize one weight.
+
+    Args:
+        w: the weight, in its own shape.
+        scheme: what to do.
+        layout: how `w` is read as `[*batch, out, in]`; see `Weight.layout`.
+        evidence: what is known of its inputs.
+        key: randomness, for roundings that need it; later rounds of a compensation fold in their
+            number.
+
+    Returns:
+        the quantized weight, and numbers per `[*batch]`: `error`, `nearest_error` and `power` (the
+        output error of this and of nearest rounding, and of leaving the weight out; without
+        evidence those of the weights themselves), and what the rounding reports. The error is that
+        of codes and compensation together, nearest rounding has none.
+
+    Raises:
+        WeightError: the weight has no elements.
+        PlanError, EvidenceError: what rounding and compensation raise; static ranges of inputs that
+            `evidence` does not tell.
+    """
+    if w.size == 0:
+        raise WeightError(f"a weight of shape {w.shape} has no elements to quantize; keep it")
+    canonical = layout.canonical(w)
+    if is_coarse(w.dtype):  # exact, and a dtype that all arithmetic and all checks of types know
+        canonical = canonical.astype(jnp.float32)
+    rounded = scheme.rounding(canonical, scheme.grid, scheme.groups, evidence=evidence, key=key)
+    return stored(canonical, rounded, scheme, layout, w.dtype, evidence, key)
+
+
+def stored(
+    canonical: Float[Array, "*batch out in"],
+    rounded: Rounded,
+    scheme: Scheme,
+    layout: Layout,
+    dtype: Any,
+    evidence: Evidence | None,
+    key: PRNGKeyArray | None = None,
+) -> tuple[QTensor, dict[str, Array]]:
+    """What `quantize_weight` returns of a weight that has been rounded."""
+    moment = None if evidence is None else evidence.second_moment
+    info = dict(_errors(canonical, rounded, moment, scheme), **rounded.info)
+    low = None
+    if scheme.compensation is not None:
+        rounded, low, found = _compensated(canonical, rounded, scheme, evidence, key)
+        info |= found
+    q = QTensor(
+        rounded.codes, dict(rounded.params), scheme.grid, scheme.groups, layout,
+        jnp.dtype(dtype), low, _inputs(scheme, evidence),
+    )  # fmt: skip
+    if is_coarse(dtype) or ends(dtype)[1] < FAR:
+        known = {name: info[name] for name in ("error", "nearest_error")}
+        info |= _errors_as_kept(canonical, q, moment, known)
+    return q, info
+
+
+def _inputs(scheme: Scheme, evidence: Evidence | None) -> Inputs | None:
+    """What is stored of how inputs are quantized, with the ranges that evidence gives."""
+    choice = scheme.activations
+    if choice is None or choice.granularity != "static":
+        return None if choice is None else Inputs(choice)
+    check_inputs("", choice, evidence)
+    assert evidence is not None
+    if evidence.spread is not None:
+        return Inputs(choice, dict(_ranges(evidence.spread, choice)))
+    assert evidence.abs_max is not None
+    most = largest(evidence.abs_max, axis=-1)
+    return Inputs(choice, dict(choice.fit(-most, most)))
+
+
+_ranges = jax.jit(Spread.params, static_argnums=1)
+
+
+def key_of(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
+    """The key of one weight, from its name: adding a weight changes no other's."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def remainder(
+    w: Float[Array, ...],
+    scheme: Scheme,
+    layout: Layout,
+    *,
+    evidence: Evidence | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "*batch out in"]:
+    """What the codes of a scheme leave of a weight for a compensation, float32; see above."""
+    canonical = layout.canonical(w)
+    rounded = scheme.rounding(canonical, scheme.grid, scheme.groups, evidence=evidence, key=key)
+    return _left(canonical if rounded.target is None else rounded.target, rounded, scheme)
+
+
+def _compensated(
+    w: Float[Array, "*batch out in"],
+    rounded: Rounded,
+    scheme: Scheme,
+    evidence: Evidence | None,
+    key: PRNGKeyArray | None,
+) -> tuple[Rounded, LowRank, dict[str, Array]]:
+    """Codes and the term beside them after the best round, and what that changes in the report.
+
+    Codes of later rounds are those of what the term leaves of the weight. What they and the term
+    together are to come near to stays the first round's target.
+    """
+    choice = scheme.compensation
+    assert choice is not None
+    moment = None if evidence is None else evidence.second_moment
+    target = w if rounded.target is None else rounded.target
+
+    def measured(rounded: Rounded) -> tuple[Rounded, LowRank, Array, Array]:
+        """With the term, and the squared error from the weight and from the target."""
+        low = choice(_left(target, rounded, scheme), evidence)
+        error = _size_left(w, rounded, low, moment, scheme)
+        aim = error if target is w else _size_left(target, rounded, low, moment, scheme)
+        return rounded, low, error, aim
+
+    best = last = measured(rounded)
+    for turn in range(1, choice.rounds):
+        own = None if key is None else jax.random.fold_in(key, turn)
+        rest = w.astype(jnp.float32) - last[1].product()
+        last = measured(
+            scheme.rounding(rest, scheme.grid, scheme.groups, evidence=evidence, key=own)
+        )
+        best = _better(last[3] < best[3], last, best)
+    rounded, low, error, _ = best
+    told = {name: value for name, value in rounded.info.items() if name != "nearest_error"}
+    if "failed" in told:  # such a moment measures nothing
+        error = jnp.where(told["failed"] > 0, jnp.nan, error)
+    return rounded, low, {**told, "error": error}
+
+
+@jax.jit(static_argnames="scheme")
+def _left(
+    target: Float[Array, "*batch out in"], rounded: Rounded, scheme: Scheme
+) -> Float[Array, "*batch out in"]:
+    """What codes leave of a target."""
+    blocks = scheme.groups
+    length = target.shape[-1 if blocks.axis == "in" else -2]
+    values = scheme.grid.decode(to_blocks(rounded.codes.astype(jnp.int32), blocks), rounded.params)
+    return target.astype(jnp.float32) - from_blocks(values, blocks, length)
+
+
+@jax.jit(static_argnames="scheme")
+def _size_left(
+    target: Float[Array, "*batch out in"],
+    rounded: Rounded,
+    low: LowRank,
+    moment: Float[Array, "*batch in in"] | None,
+    scheme: Scheme,
+) -> Float[Array, "*batch"]:
+    """The squared error of codes and compensation together."""
+    return _size(_left(target, rounded, scheme) - low.product(), moment)
+
+
+@jax.jit
+def _better(first: Float[Array, "*batch"], one: Any, two: Any) -> Any:
+    """For every weight of a batch `one` where `first` says so, else `two`."""
+
+    def pick(a: Array, b: Array) -> Array:
+        return jnp.where(first.reshape(first.shape + (1,) * (a.ndim - first.ndim)), a, b)
+
+    return jax.tree.map(pick, one, two)
+
+
+def _size(
+    e: Float[Array, "*batch out in"], moment: Float[Array, "*batch in in"] | None
+) -> Float[Array, "*batch"]:
+    return jnp.sum(e**2, (-2, -1)) if moment is None else output_error(e, moment)
+
+
+def stored_bits(shape: Sequence[int], scheme: Scheme, layout: Layout | None = None) -> float:
+    """Bits per weight that a scheme stores of a weight, group parameters counted; nothing is run.
+
+    Args:
+        shape: of the weight.
+        scheme: grid, blocks, compensation and static ranges count, the rounding does not.
+        layout: how the weight is read; default as `[..., out, in]`.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> stored_bits((8, 128), Scheme(Uniform(4, scale_dtype="float16"), 64))
+        4.3125
+    """
+    return weight_bits(_abstract(tuple(shape), scheme, layout))
+
+
+@functools.lru_cache(maxsize=4096)
+def stored_bytes(shape: tuple[int, ...], scheme: Scheme, layout: Layout | None = None) -> int:
+    """Bytes that a checkpoint takes for a weight of this scheme; arguments as for `stored_bits`.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> stored_bytes((8, 128), Scheme(Uniform(4, scale_dtype="float16"), 64))
+        552
+    """
+    return weight_bytes(_abstract(shape, scheme, layout))
+
+
+def _abstract(shape: tuple[int, ...], scheme: Scheme, layout: Layout | None) -> QTensor:
+    """The shapes of a quantized weight."""
+    rank = len(shape)
+    layout = layout or Layout.of(shape, in_axes=(rank - 1,), batch_axes=tuple(range(rank - 2)))
+    choice = scheme.compensation
+    if choice is not None:
+        choice = dataclasses.replace(choice, metric="plain", rounds=1)
+    nearest_only = dataclasses.replace(scheme, rounding=Nearest(), compensation=choice)
+    told = bool({"inputs", "spread"} & scheme.needs)
+
+    def run(w: Array) -> QTensor:
+        evidence = None
+        if told:
+            *batch, _, width = jax.eval_shape(layout.canonical, w).shape
+            evidence = Evidence.of(jnp.zeros((*batch, 1, width), jnp.float32), spread=True)
+        return quantize_weight(w, nearest_only, layout, evidence=evidence)[0]
+
+    return jax.eval_shape(run, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+@jax.jit(static_argnames="scheme")
+def _errors(
+    w: Float[Array, "*batch out in"],
+    rounded: Rounded,
+    moment: Float[Array, "*batch in in"] | None,
+    scheme: Scheme,
+) -> dict[str, Array]:
+    """Squared errors that the rounding has not reported itself."""
+    grid, blocks = scheme.grid, scheme.groups
+    length = w.shape[-1 if blocks.axis == "in" else -2]
+    w = w.astype(jnp.float32)
+    found = {"power": _size(w, moment)}
+    if "error" not in rounded.info:
+        found["error"] = _size(_left(w, rounded, scheme), moment)
+    if "nearest_error" not in rounded.info:
+        codes = nearest(grid, to_blocks(w, blocks), rounded.params)
+        values = from_blocks(grid.decode(codes, rounded.params), blocks, length)
+        found["nearest_error"] = _size(w - values, moment)
+    return found
+
+
+@jax.jit
+def _errors_as_kept(
+    w: Float[Array, "*batch out in"],
+    q: QTensor,
+    moment: Float[Array, "*batch in in"] | None,
+    known: dict[str, Array],
+) -> dict[str, Array]:
+    """Squared errors of values in the weight's own dtype, which is coarse or does not reach far.
+
+    NaN where those `known` are. In sixteen bits they stand unless a value is beyond the dtype.
+    """
+    w, blocks, values = w.astype(jnp.float32), q.blocks, canonical_weight(q)
+
+    def of(values: Array, known: Array) -> Array:
+        found = _size(w - as_dtype(values, q.dtype).astype(jnp.float32), moment)
+        return jnp.where(jnp.isnan(known), known, found)
+
+    def measured() -> dict[str, Array]:
+        params = fit_grid(w, q.grid, blocks, moment)
+        codes = nearest(q.grid, to_blocks(w, blocks), params)
+        length = w.shape[-1 if blocks.axis == "in" else -2]
+        plain = from_blocks(q.grid.decode(codes, params), blocks, length)
+        return {
+            "error": of(values, known["error"]),
+            "nearest_error": of(plain, known["nearest_error"]),
+        }
+
+    if is_coarse(q.dtype):
+        return measured()
+    return lax.cond(jnp.any(jnp.abs(values) > ends(q.dtype)[1]), measured, lambda: known)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a weight, or of one layer of a stacked one; errors are not yet relative."""
+
+    error: float
+    nearest_error: float
+    power: float
+    tokens: int | None
+    damping: float | None
+    dead: int
+    failed: bool
+    seconds: float
+    kept_at: int | None = None  # of a learned one, the step its codes are of
+    rounded: float | None = None  # the share of weights that needed no rounding at the end
+    told: tuple[str, ...] = ()  # what was less than asked
+
+    @staticmethod
+    def of(info: Mapping[str, Array], evidence: Evidence | None, seconds: float) -> Outcome:
+        """The outcome that `quantize_weight`'s numbers tell."""
+        found = {name: np.asarray(value) for name, value in info.items()}
+        return Outcome(
+            error=float(found["error"].sum()),
+            nearest_error=float(found["nearest_error"].sum()),
+            power=float(found["power"].sum()),
+            tokens=None if evidence is None else int(np.asarray(evidence.count).min()),
+            damping=float(found["damping"].max()) if "damping" in found else None,
+            dead=int(found["dead"].sum()) if "dead" in found else 0,
+            failed=bool(np.any(found.get("failed", 0))),
+            seconds=seconds,
+            kept_at=int(found["kept_at"].min()) if "kept_at" in found else None,
+            rounded=float(found["rounded"].mean()) if "rounded" in found else None,
+        )
+
+    @staticmethod
+    def sum(parts: Sequence[Outcome]) -> Outcome:
+        """The outcome of a weight from those of its layers."""
+        tokens = [part.tokens for part in parts if part.tokens is not None]
+        damping = [part.damping for part in parts if part.damping is not None]
+        kept_at = [part.kept_at for part in parts if part.kept_at is not None]
+        rounded = [part.rounded for part in parts if part.rounded is not None]
+        return Outcome(
+            error=sum(part.error for part in parts),
+            nearest_error=sum(part.nearest_error for part in parts),
+            power=sum(part.power for part in parts),
+            tokens=min(tokens) if tokens else None,
+            damping=max(damping) if damping else None,
+            dead=sum(part.dead for part in parts),
+            failed=any(part.failed for part in parts),
+            seconds=sum(part.seconds for part in parts),
+            kept_at=min(kept_at) if kept_at else None,
+            rounded=sum(rounded) / len(rounded) if rounded else None,
+            told=tuple(dict.fromkeys(line for part in parts for line in part.told)),
+        )
+
+    @property
+    def ratio(self) -> float:
+        """Error relative to nearest rounding; 1 where both are exact."""
+        return self.error / self.nearest_error if self.nearest_error > 0 else 1.0

@@ -1,0 +1,140 @@
+"""What to do with each weight: a `Scheme` per path, gathered in a `Plan`.
+
+A scheme is a grid × a rounding × an optional compensation, for groups of weights, and may ask for
+quantized inputs too. Everything here is static: schemes print, compare, hash, and are written into
+checkpoints as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import jax
+
+from jquant.axes.groups import Blocks
+from jquant.calibration.evidence import Evidence
+from jquant.calibration.find import Weight
+from jquant.errors import EvidenceError
+from jquant.grids.base import Grid
+from jquant.rounding.base import Rounding
+from jquant.rounding.elementwise import Nearest
+from jquant.schemes.lorc import LoRC
+from jquant.weights.activations import Activations
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Scheme:
+    """How one weight is quantized.
+
+    Args:
+        grid: the values a weight may take, e.g. `grids.Uniform(4)`.
+        blocks: groups that share grid parameters: None (the group size the grid's format fixes, as
+            of MX and NV; else the whole input axis, one group per output channel), an int (groups
+            along the input axis) or `Blocks(axis, size)`.
+        rounding: how codes are chosen, e.g. `rounding.GPTQ()`.
+        compensation: what makes up for the error that is left, `LoRC(rank)`, or None.
+        activations: how the inputs of the weight's products are quantized, `Activations(grid)`, or
+            None: not at all.
+        fallback: whether nearest rounding may stand in where the rounding's factorisation fails at
+            every damping, and where no token reaches the weight, or one of its experts or layers;
+            the report says where it did. Otherwise that is an error.
+
+    Raises:
+        ValueError: `grid`, `compensation` or `activations` is something else.
+        PlanError: `activations` ask for a product of integers that grid and blocks do not have.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> Scheme(Uniform(4), 64).blocks
+        Blocks(axis='in', size=64)
+    """
+
+    grid: Grid
+    blocks: Blocks | int | None = None
+    rounding: Rounding = Nearest()
+    compensation: LoRC | None = None
+    activations: Activations | None = None
+    fallback: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.grid, type) or not isinstance(self.grid, Grid):
+            raise ValueError(
+                "Scheme.grid must be a grid, as grids.Uniform(4), grids.MX() or grids.NF4 are, got "
+                f"{self.grid!r}" + ("; call it" if callable(self.grid) else "")
+            )
+        if self.blocks is None:
+            object.__setattr__(self, "blocks", Blocks("in", getattr(self.grid, "group", None)))
+        elif not isinstance(self.blocks, Blocks):
+            object.__setattr__(self, "blocks", Blocks("in", self.blocks))
+        if not isinstance(self.compensation, LoRC | None):
+            raise ValueError(
+                f"Scheme.compensation must be a jq.LoRC or None, got {self.compensation!r}"
+            )
+        if not isinstance(self.activations, Activations | None):
+            raise ValueError(
+                f"Scheme.activations must be a jq.Activations or None, got {self.activations!r}"
+            )
+        if self.activations is not None:
+            self.activations.way(self.grid, self.groups)
+
+    @property
+    def groups(self) -> Blocks:
+        """The blocks, as `Blocks`."""
+        assert isinstance(self.blocks, Blocks)
+        return self.blocks
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be told: a subset of `{"moment", "drift", "key", "inputs", "spread"}`."""
+        more = (part.needs for part in (self.compensation, self.activations) if part is not None)
+        return self.rounding.needs.union(*more)
+
+
+def check_inputs(name: str, choice: Activations, evidence: Evidence | None) -> None:
+    """Refuse static ranges of inputs that evidence (None: there is none) does not tell.
+
+    Raises:
+        EvidenceError: names the weight, what is missing, and what to pass.
+    """
+    who = f"weight {name!r}: " if name else ""
+    if evidence is None:
+        raise EvidenceError(
+            f"{who}static ranges of its inputs need evidence of them; pass calibration batches or "
+            "evidence=, or Activations(granularity='token')"
+        )
+    if evidence.spread is None and ("spread" in choice.needs or evidence.abs_max is None):
+        raise EvidenceError(
+            f"{who}{choice} needs the spread of the inputs, which this evidence has not; pass "
+            "jq.capture(..., spread=True) or batches, or a symmetric grid with range=MinMax()"
+        )
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Keep:
+    """The choice to leave a weight as it is. Use the value `keep`."""
+
+
+keep = Keep()
+
+
+@dataclass(frozen=True)
+class Plan(Mapping[str, Scheme]):
+    """Path → `Scheme` for every weight that is to be quantized, with what is known of the weights.
+
+    Weights that are kept are in `weights` but not in the mapping.
+    """
+
+    schemes: Mapping[str, Scheme]
+    weights: Mapping[str, Weight]
+
+    def __getitem__(self, path: str) -> Scheme:
+        return self.schemes[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.schemes)
+
+    def __len__(self) -> int:
+        return len(self.schemes)

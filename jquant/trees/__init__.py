@@ -1,0 +1,1 @@
+"""Parameter trees whose leaves are read when they are needed, and where arrays lie."""

@@ -1,0 +1,1 @@
+"""A quantized weight as an array of a tree, and the choice of what is done to its inputs."""

@@ -1,0 +1,306 @@
+"""A quantized weight as one pytree leaf group: codes, group parameters, how to read them.
+
+`QTensor` holds integer codes `[*batch, out, in]` in the narrowest JAX type (XLA packs int2 and int4
+on every backend; `nbytes` does not know), and the grid's parameters per group. Static: the grid,
+the blocks, the layout that leads back to the original array, and the dtype it had. None of them
+stores a batch size, so a `QTensor` may be sliced by `scan`, `vmap` or `jax.tree.map(lambda a: a[0],
+q)`. Codes of 2 bits are joined by `packed.joined` and never as they are. A weight with a low-rank
+`compensation` stands for the sum of both; its factors have the same batch axes, so they are sliced
+along. How the inputs of its products are quantized is not part of what it stands for, but stays
+with it (`Inputs`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Integer
+
+from jquant.axes.groups import Blocks, from_blocks, to_blocks
+from jquant.axes.layout import Layout
+from jquant.errors import QuantizedWeightError
+from jquant.grids.base import Grid, Params
+from jquant.numerics.distortion import bits_per_weight
+from jquant.numerics.narrow import as_dtype
+from jquant.trees.placement import automatic, entries_of, fitting, put, typed
+from jquant.weights.activations import Activations
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def _no_array(cls: _Class) -> _Class:
+    """Have a class refuse all that arrays can do, in words.
+
+    It looks like an array (`shape`, `dtype`), so it ends up where one is wanted, most often in a
+    function that was called without `apply`. Pytrees, `==`, `bool` and the attributes it has are
+    left as they are.
+    """
+
+    def refused(what: str) -> Callable[..., Any]:
+        def refuse(self: Any, *_: Any, **__: Any) -> Any:
+            raise QuantizedWeightError(
+                f"a quantized weight {self.dtype}{list(self.shape)} was used as an array ({what}): "
+                "call jq.apply(fn)(qparams, ...) in place of fn(qparams, ...), or take plain "
+                "arrays from jq.dequantize(qparams)"
+            )
+
+        return refuse
+
+    def missing(self: Any, name: str) -> Any:
+        if name not in _OF_ARRAYS:
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        refused(f".{name}")(self)
+
+    for name in _OPERATORS:
+        setattr(cls, f"__{name}__", refused(f"__{name}__"))
+    setattr(cls, "__getattr__", missing)  # noqa: B010
+    return cls
+
+
+_BINARY = "add sub mul truediv floordiv mod divmod pow matmul lshift rshift and or xor".split()
+_OPERATORS = (
+    *_BINARY, *(f"r{name}" for name in _BINARY),
+    *"lt le gt ge neg pos abs invert getitem array jax_array float int complex index".split(),
+)  # fmt: skip
+_OF_BOTH = {"shape", "ndim", "size", "dtype"}
+_OF_ARRAYS = {name for name in dir(jax.Array) if not name.startswith("_")} - _OF_BOTH
+
+
+@_no_array
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QTensor:
+    """A weight on a grid. `shape`, `ndim` and `dtype` are those of the array it stands for.
+
+    Used as an array itself it raises `QuantizedWeightError`, a `TypeError`: `apply` runs a function
+    on it, `dequantize` gives the array.
+    """
+
+    codes: Integer[Array, "*batch out in"]
+    params: Params
+    grid: Grid = field(metadata={"static": True})
+    blocks: Blocks = field(metadata={"static": True})
+    layout: Layout = field(metadata={"static": True})
+    dtype: Any = field(metadata={"static": True})
+    compensation: LowRank | None = None
+    activations: Inputs | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layout.shape(self.codes.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return self.codes.size
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank:
+    """A term `left @ right` of a weight in the canonical view, `[*batch, out, in]`.
+
+    Attributes:
+        left: `[*batch, out, rank]`, a float array or a `QTensor` that stands for one.
+        right: `[*batch, rank, in]`, likewise.
+    """
+
+    left: Float[Array, "*batch out rank"] | QTensor
+    right: Float[Array, "*batch rank in"] | QTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.left.shape[:-1], self.right.shape[-1])
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(jnp.float32)
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[-1]
+
+    def factors(self) -> tuple[Float[Array, "*batch out rank"], Float[Array, "*batch rank in"]]:
+        """Both factors as float32 arrays."""
+        left, right = (
+            dequantize_weight(factor) if isinstance(factor, QTensor) else factor
+            for factor in (self.left, self.right)
+        )
+        return left.astype(jnp.float32), right.astype(jnp.float32)
+
+    def product(self) -> Float[Array, "*batch out in"]:
+        """The whole term, float32."""
+        return jnp.matmul(*self.factors(), precision=lax.Precision.HIGHEST)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Inputs:
+    """How the inputs of a weight are quantized where it is multiplied.
+
+    Attributes:
+        choice: the scheme's.
+        params: of the inputs' grid, leaves `[*batch]`, where ranges are static; else None.
+    """
+
+    choice: Activations = field(metadata={"static": True})
+    params: Params | None = None
+
+
+def is_qtensor(leaf: object) -> bool:
+    return isinstance(leaf, QTensor)
+
+
+def tree_map_weights(function: Callable[[Any], Any], tree: Any) -> Any:
+    """`jax.tree.map` in which a `QTensor` is one leaf."""
+    return jax.tree.map(function, tree, is_leaf=is_qtensor)
+
+
+def canonical_weight(q: QTensor) -> Float[Array, "*batch out in"]:
+    """The array a `QTensor` stands for in its canonical view, float32."""
+    codes = to_blocks(q.codes.astype(jnp.int32), q.blocks)
+    length = q.codes.shape[-1 if q.blocks.axis == "in" else -2]
+    canonical = from_blocks(q.grid.decode(codes, q.params), q.blocks, length)
+    if q.compensation is not None:
+        canonical = canonical + q.compensation.product()
+    return canonical
+
+
+def dequantize_weight(q: QTensor) -> Float[Array, ...]:
+    """The array a `QTensor` stands for, in its original shape and dtype, and finite in that.
+
+    It lies as the codes do.
+    """
+
+    def decoded(q: QTensor) -> Array:
+        return as_dtype(q.layout.original(canonical_weight(q)), q.dtype)
+
+    return automatic(decoded, q, out=type_of(q).sharding)
+
+
+def type_of(q: QTensor) -> jax.ShapeDtypeStruct:
+    """The type of the array a `QTensor` stands for."""
+    sharding = typed(q.codes)
+    if sharding is not None:
+        layout, entries = q.layout.trimmed(q.codes.ndim - 2), entries_of(q.codes)
+        marks = layout.original_marks(entries or ())
+        sharding = NamedSharding(sharding.mesh, fitting(sharding.mesh, marks, q.shape))
+    return jax.ShapeDtypeStruct(q.shape, q.dtype, sharding=sharding)
+
+
+def placed(q: QTensor, like: Any) -> QTensor:
+    """The quantized weight on the devices of the array it stands for, spread as that is.
+
+    Axes of codes and group parameters are, where the mesh divides them; the rest lies everywhere.
+    Nothing moves where the array is on no mesh.
+    """
+    entries = entries_of(like)
+    if entries is None:
+        return q
+    *batch, rows, inner = q.layout.canonical_marks(entries)
+    groups = (rows, inner) if q.blocks.axis == "in" else (inner, rows)
+
+    def put_as(marks: Sequence[Any]) -> Callable[[Array], Array]:
+        return lambda leaf: put(leaf, like.sharding.mesh, marks)
+
+    everywhere = jax.tree.map(put_as(()), (q.compensation, q.activations))
+    return replace(
+        q,
+        codes=put_as((*batch, rows, inner))(q.codes),
+        params=jax.tree.map(put_as((*batch, *groups)), q.params),
+        compensation=everywhere[0],
+        activations=everywhere[1],
+    )
+
+
+def dequantize(qparams: Any) -> Any:
+    """Every `QTensor` of a pytree as the array it stands for; other leaves are left as they are.
+
+    Quantized inputs are nothing of a weight's: `fn(dequantize(qparams), x)` has them in full
+    precision, `apply(fn)(qparams, x)` has not.
+
+    Example:
+        >>> import jquant as jq
+        >>> params = {"w": jnp.linspace(-1.0, 1.0, 32).reshape(8, 4), "b": jnp.zeros(4)}
+        >>> fn = lambda p, x: x @ p["w"] + p["b"]
+        >>> weights = jq.find_weights(fn, params, jnp.ones((2, 8)))
+        >>> plan = jq.plan(weights, {".*": jq.Scheme(jq.grids.Uniform(8))})
+        >>> qparams, _ = jq.quantize(fn, params, plan)
+        >>> float(jnp.abs(dequantize(qparams)["w"] - params["w"]).max()) < 0.01
+        True
+    """
+    return tree_map_weights(
+        lambda leaf: dequantize_weight(leaf) if is_qtensor(leaf) else leaf, qparams
+    )
+
+
+def weight_bits(q: QTensor) -> float:
+    """Stored bits per weight: codes, group parameters, factors of a compensation, static
+    ranges of inputs.
+
+    Works on all that has shapes and dtypes.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> layout = Layout.of((4, 8), in_axes=(1,))
+        >>> params = {"scale": jnp.ones((4, 1), jnp.float16)}
+        >>> low = LowRank(jnp.ones((4, 1), jnp.float16), jnp.ones((1, 8), jnp.float16))
+        >>> q = QTensor(jnp.zeros((4, 8), jnp.int4), params, Uniform(4, True), Blocks(), layout,
+        ...             jnp.dtype("float32"), low)
+        >>> weight_bits(q)  # 4, a float16 for 8 of them, 12 float16 for 32 of them
+        12.0
+    """
+    plain = bits_per_weight(q.codes, q.params, q.grid.bits)
+    more = 0.0 if q.compensation is None else factor_bits(q.compensation)
+    if q.activations is not None:
+        more += sum(8 * x.dtype.itemsize * x.size for x in jax.tree.leaves(q.activations.params))
+    return plain + more / q.size
+
+
+def factor_bits(low: LowRank) -> float:
+    """Stored bits of both factors."""
+    return sum(
+        weight_bits(f) * f.size if isinstance(f, QTensor) else f.size * jnp.finfo(f.dtype).bits
+        for f in (low.left, low.right)
+    )
+
+
+def array_bits(stored: QTensor | Array) -> list[float]:
+    """Stored bits of every array of a quantized weight, or of a factor; codes first."""
+    if not isinstance(stored, QTensor):
+        return [float(stored.size * jnp.finfo(stored.dtype).bits)]
+    plain = replace(stored, compensation=None, activations=None)
+    found = [float(plain.codes.size * plain.grid.bits)]
+    for name in plain.params:
+        alone = replace(plain, params={name: plain.params[name]})
+        found.append(weight_bits(alone) * plain.size - found[0])
+    ranges = [] if stored.activations is None else jax.tree.leaves(stored.activations.params)
+    found += [8.0 * leaf.dtype.itemsize * leaf.size for leaf in ranges]
+    low = stored.compensation
+    return found if low is None else found + array_bits(low.left) + array_bits(low.right)
+
+
+def weight_bytes(q: QTensor) -> int:
+    """Bytes that a checkpoint takes for a quantized weight: each array is a stream of its own.
+
+    Works on all that has shapes and dtypes.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> params = {"scale": jnp.ones((1, 1), jnp.float16)}
+        >>> q = QTensor(jnp.zeros((1, 3), jnp.int4), params, Uniform(3, True), Blocks(),
+        ...             Layout.of((1, 3), in_axes=(1,)), jnp.dtype("float32"))
+        >>> weight_bytes(q)  # 9 bits of codes, 16 of the scale
+        4
+    """
+    return sum(math.ceil(round(bits, 3) / 8) for bits in array_bits(q))
