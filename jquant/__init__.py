@@ -97,3 +97,4 @@ _MOVED = {
 }
 for _old, _new in _MOVED.items():
     sys.modules[f"{__name__}.{_old}"] = sys.modules[f"{__name__}.{_new}"]
+    globals().setdefault(_old, sys.modules[f"{__name__}.{_new}"])  # `jq.quantize` is the function

@@ -187,3 +187,33 @@ def test_arrays_are_made_of_a_dtype(path: Path) -> Iterator[str]:
             told = len(node.args) > place or any(key.arg == "dtype" for key in node.keywords)
             if place and not told:
                 yield f"{ast.unparse(node)}: its dtype depends on jax_enable_x64"
+
+
+# Where public names lay before the folders were ranked.
+FORMERLY = {
+    "activations": ("Activations", "Percentile"),
+    "blocks": ("Blocks", "Layout"),
+    "citations": ("cite",),
+    "compensation": ("LoRC",),
+    "emulation": ("emulate",),
+    "estimate": ("Estimate", "estimate"),
+    "lazy": ("Lazy", "realize"),
+    "progress": ("Progress",),
+    "qtensor": ("LowRank", "QTensor", "dequantize", "tree_map_weights"),
+    "quantize": ("quantize",),
+    "report": ("Report",),
+    "scheme": ("Plan", "Scheme", "keep"),
+    "solve": ("quantize_weight",),
+    "tuning": ("tune_scales",),
+}
+
+
+def test_old_paths_of_public_names_lead_to_them() -> None:
+    package = importlib.import_module("jquant")
+    for module, names in FORMERLY.items():
+        for name in names:
+            old = getattr(importlib.import_module(f"jquant.{module}"), name)
+            assert old is getattr(package, name), f"jquant.{module}.{name}"
+    for module in ("distances", "objectives", "presets"):
+        assert importlib.import_module(f"jquant.{module}") is getattr(package, module)
+    assert isinstance(package.quantize, types.FunctionType)

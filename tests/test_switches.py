@@ -1,17 +1,15 @@
 """Other people's switches: JAX's strictest settings change no result, and no type.
 
-A few tests run with all others. The whole of it is a leg of `.ci/run`, as it compiles everything
-once more for every switch, on eight devices that the host pretends to be:
+Most of it is slow, as it compiles everything once more for every switch, and a leg of `.ci/run`, on
+eight devices that the host pretends to be:
 
-    export SWITCHES=all XLA_FLAGS=--xla_force_host_platform_device_count=8
-    ./run tests tests/test_switches.py
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 ./run tests -m "" tests/test_switches.py
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,8 +33,7 @@ from jquant.rounding import GPTQ, Descent, DiscQuant, Nearest
 from jquant.schemes.scheme import Scheme
 from jquant.weights.qtensor import dequantize_weight
 
-ALL = os.environ.get("SWITCHES") == "all"
-slow = pytest.mark.skipif(not ALL, reason="a leg of .ci/run: SWITCHES=all")
+slow = pytest.mark.slow
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -59,7 +56,7 @@ ACTIVATIONS = {
     "token": jq.Activations(jq.grids.Uniform(8)),
     "static": jq.Activations(jq.grids.Uniform(8), granularity="static"),
     "percentile": jq.Activations(
-        jq.grids.Uniform(8), granularity="static", range=jq.activations.Percentile(99.0)
+        jq.grids.Uniform(8), granularity="static", range=jq.Percentile(99.0)
     ),
     "mse": jq.Activations(jq.grids.Uniform(8), granularity="static", range=jq.grids.MSE()),
 }
@@ -68,7 +65,7 @@ SCHEMES: dict[str, Scheme] = {
     **{
         f"{name} {blocks}": Scheme(GRIDS["A1-4"], BLOCKS[blocks][1], rounding)
         for name, rounding in ROUNDINGS.items()
-        for blocks in (BLOCKS if ALL else ["in-8"])
+        for blocks in BLOCKS
     },
     "gptq out": Scheme(GRIDS["A1-4"], Blocks("out", 4), ROUNDINGS["gptq-dynamic"]),
     "qep": Scheme(GRIDS["A1-4"], IN, GPTQ(correction="qep")),
@@ -88,7 +85,9 @@ FEW = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SCHEMES if ALL else FEW)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FEW else slow) for name in SCHEMES]
+)
 def test_strict_switches_change_no_type(name: str) -> None:
     """64-bit types that nobody asked for, promoted ranks and dtypes: of all grids and roundings."""
 
