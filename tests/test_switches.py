@@ -203,9 +203,9 @@ def test_switches_change_no_code(switch: str, name: str, tmp_path: Path) -> None
     assert evidence["b"].second_moment.dtype == jnp.float32
 
 
-# Without jit JAX lowers nothing; and estimates run programs on made-up numbers, which may be NaN.
+# Without jit JAX lowers nothing.
 @slow
-@pytest.mark.parametrize("switch", sorted(SWITCHES.keys() - {"no jit", "nan"}))
+@pytest.mark.parametrize("switch", sorted(SWITCHES.keys() - {"no jit"}))
 def test_switches_and_estimates(switch: str) -> None:
     params, batches = jax.tree.map(jnp.asarray, (PARAMS, BATCHES))
     plan = jq.plan(jq.find_weights(network, params, batches[0]), {".*": VALUES["gptq"]})

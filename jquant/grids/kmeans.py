@@ -99,7 +99,7 @@ class KMeans:
         table = _tables(w.astype(jnp.float32), importance, 2**self.bits, self.iterations)
         table = _increasing(table, self.table_dtype)
         bad = jnp.any(jnp.isnan(w), axis=-1, keepdims=True)  # the ranks of values know no NaN
-        return {"table": jnp.where(bad, jnp.array(jnp.nan, table.dtype), table)}
+        return {"table": jnp.where(bad, np.asarray(np.nan, table.dtype), table)}
 
     def bracket(
         self, w: Float[Array, "*g b"], params: Params

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 Axis = int | tuple[int, ...] | None
@@ -62,4 +63,5 @@ def _of(
 ) -> Array:
     found = extreme(x, axis=axis, initial=initial, keepdims=keepdims)
     bad = jnp.any(jnp.isnan(x), axis=axis, keepdims=keepdims)
-    return jnp.where(bad, jnp.array(jnp.nan, x.dtype), found)
+    # NumPy's NaN: JAX would make the constant at once, which `jax_debug_nans` takes for a result.
+    return jnp.where(bad, np.asarray(np.nan, x.dtype), found)
