@@ -104,6 +104,7 @@ def test_water_at_rest_stays_and_mass_is_kept(monkeypatch: pytest.MonkeyPatch) -
     assert 1e-4 < float(jnp.abs(later.eta).max()) < 0.2  # waves have carried it away
 
 
+@pytest.mark.optimized
 def test_the_wind_makes_a_flow_that_rounding_changes_little() -> None:
     def water():
         return shallow_water.integrate(shallow_water.rest(), 3, shallow_water.STEPS_PER_DAY)

@@ -38,7 +38,9 @@ def planned(params: dict, rounding=None) -> jq.Plan:
     return jq.plan(jq.find_weights(network, params, BATCHES[0]), {".*": scheme})
 
 
-@pytest.mark.parametrize("granularity", ["weight", "block", "all"])
+@pytest.mark.parametrize(
+    "granularity", [pytest.param("weight", marks=pytest.mark.slow), "block", "all"]
+)
 def test_stages_evidence_and_disk_are_those_of_the_job(granularity, tmp_path) -> None:
     params = parameters(2)
     plan = planned(params)
@@ -54,6 +56,7 @@ def test_stages_evidence_and_disk_are_those_of_the_job(granularity, tmp_path) ->
     assert "about" in str(list(said.table().columns[1].cells))
 
 
+@pytest.mark.slow
 def test_equal_stages_are_compiled_once(compiles) -> None:
     """As many programs for six layers as for three."""
     counted = []

@@ -121,6 +121,7 @@ def test_codes_are_bit_patterns(name):
     assert grid.bits == ml_dtypes.finfo(dtype).bits
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", [*TYPES, *FINITE])
 def test_nearest_codes_are_those_of_the_rounded_numbers(name):
     grid, dtype = {**TYPES, **FINITE}[name]
@@ -159,6 +160,7 @@ def test_narrow_arrays_are_rounded_exactly(dtype):
     np.testing.assert_array_equal(jax.vmap(Float(4, 3).round)(x), wanted)
 
 
+@pytest.mark.optimized
 @given(e=st.integers(1, 8), m=st.integers(0, 23), special=st.sampled_from(["none", "nan", "ieee"]))
 def test_numbers_of_any_format_increase_and_stay_themselves(e, m, special):
     try:

@@ -163,6 +163,7 @@ def test_the_relaxed_problem_of_one_layer_is_the_quadratic_program():
     np.testing.assert_allclose(variables["x"].ravel()[inside], wanted.x[inside], atol=0.02)
 
 
+@pytest.mark.optimized
 def test_adaround_presses_to_the_ends_and_its_penalty_is_the_paper_s():
     x = jnp.array([0.0, 0.25, 0.5, 0.75, 1.0])
     np.testing.assert_allclose(corners(x, 2.0), [0, 0.75, 1, 0.75, 0], atol=1e-6)

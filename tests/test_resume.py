@@ -30,7 +30,7 @@ from jquant.calibration.walk import Walk
 from jquant.errors import CheckpointError, WorkDirError
 from jquant.grids import Uniform
 from jquant.io import container
-from jquant.jobs import work
+from jquant.jobs import records as work_files
 from jquant.rounding import GPTQ
 from tests.kill_job import BATCHES, PARAMS, STAGES, fn, job, plan
 from tests.test_cli import model, options, run
@@ -225,6 +225,7 @@ def restore(folder: Path, files: dict[str, bytes] | None) -> None:
             (folder / name).write_bytes(content)
 
 
+@pytest.mark.slow
 def test_death_at_every_operation_on_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Any, calls: dict[str, int]
 ) -> None:
@@ -249,6 +250,7 @@ def test_death_at_every_operation_on_files(
             assert_same(job(tmp_path / f"again-{at}"), undisturbed)
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_every_moment_says_how_to_go_on(tmp_path: Path, undisturbed: Any) -> None:
     total = 0
 
@@ -328,6 +330,7 @@ def killed(folder: Path, share: float) -> bool:
     return "done" not in rest
 
 
+@pytest.mark.slow
 def test_killed_processes_go_on_to_the_same_bits(tmp_path: Path, undisturbed: Any) -> None:
     random.seed(KILLS)
     found: list[int | None] = []
@@ -491,7 +494,7 @@ def test_any_damage_to_the_job_file_is_told(tmp_path: Path) -> None:
     file = tmp_path / "job.json"
     good = file.read_bytes()
     fingerprint = json.loads(good)["fingerprint"]
-    work.open_work_dir(tmp_path, fingerprint)
+    work_files.open_work_dir(tmp_path, fingerprint)
     raws = [good[:at] for at in range(len(good) - 2)]
     for at in range(len(good)):
         raw = bytearray(good)
@@ -503,7 +506,7 @@ def test_any_damage_to_the_job_file_is_told(tmp_path: Path) -> None:
             if json.loads(raw) == json.loads(good):
                 continue  # white space
         with pytest.raises(WorkDirError, match="pass a new work_dir") as error:
-            work.open_work_dir(tmp_path, fingerprint)
+            work_files.open_work_dir(tmp_path, fingerprint)
         assert str(tmp_path) in str(error.value)
 
 
@@ -626,6 +629,7 @@ def test_a_full_disk_keeps_what_is_done(
 # The command line.
 
 
+@pytest.mark.slow
 def test_the_command_line_says_how_to_go_on_and_goes_on(
     model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,12 +125,12 @@ def test_a_branch_that_no_batch_takes() -> None:
 def test_every_unseen_weight_of_a_stage_is_refused_before_any_is_rounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from jquant.jobs import job
+    from jquant.jobs import stages
 
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a weight was rounded")
 
-    monkeypatch.setattr(job, "quantize_weight", never)
+    monkeypatch.setattr(stages, "quantize_weight", never)
     with pytest.raises(
         EvidenceError, match="'w' has seen no tokens in 1 of 3 experts .* layers.*1"
     ):

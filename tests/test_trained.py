@@ -35,6 +35,7 @@ def test_it_is_small() -> None:
     assert sum(leaf.size for leaf in jax.tree.leaves(trained.load()[1])) <= 2_000_000
 
 
+@pytest.mark.optimized
 def test_it_predicts_text_it_has_not_seen() -> None:
     fn, params, calibration, evaluation = trained.load()
     loss = math.log(jq.evaluate.perplexity(fn, params, [evaluation]))
@@ -53,6 +54,7 @@ def test_evaluation_repeats_nothing_of_calibration() -> None:
     assert all(runs) and not runs[0] & runs[1]
 
 
+@pytest.mark.optimized
 def test_fewer_bits_cost_more() -> None:
     fn, params, _, evaluation = trained.load()
     weights = jq.find_weights(fn, params, evaluation[:1])

@@ -25,7 +25,13 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize(
+    "grid",
+    [
+        pytest.param(grid, id=name, marks=() if name == "uniform" else pytest.mark.slow)
+        for name, grid in GRIDS.items()
+    ],
+)
 def test_codes_stay_and_the_loss_falls(grid):
     params, batches = network()
     qparams, _ = jq.quantize(fn, params, planned(params, batches[0], Nearest(), grid))
@@ -46,6 +52,7 @@ def test_codes_stay_and_the_loss_falls(grid):
         )
 
 
+@pytest.mark.slow
 def test_it_composes_after_gptq_and_survives_a_checkpoint(tmp_path):
     params, batches = network()
     plan = planned(params, batches[0], GPTQ(), Uniform(3, **HALF), head=jq.keep)
