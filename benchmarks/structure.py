@@ -4,10 +4,10 @@ Each folder is a package's, such as `jquant`, or the same package in another che
 column. Nothing is imported: files are read and parsed.
 
 Branches of a function: `if`, conditional expressions, loops, `except`, `case`, every `and` and
-`or`, comprehensions and their conditions, of inner functions too. Parameters are counted without `self`
-and `cls`. Units are what lies directly in the package: folders and modules. Levels are the rows of
-the shortest table in which every unit imports only from rows above its own; 0 means that units
-import each other.
+`or`, comprehensions and their conditions, of inner functions too. Parameters are counted without
+`self` and `cls`. Units are what lies directly in the package: folders and modules. Levels are the
+rows of the shortest table in which every unit imports only from rows above its own; 0 means that
+units import each other.
 """
 
 from __future__ import annotations
