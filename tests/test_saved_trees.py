@@ -12,6 +12,7 @@ import flax
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
