@@ -1,0 +1,75 @@
+"""README and docs: figures are what `benchmarks/results/` says, and what is public is described.
+
+That the pages build, and that their links lead somewhere, is what `./run docs` tells.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from benchmarks.pages import ROOT, SECTIONS, pages, parts, render
+
+import jquant as jq
+
+DOCS = ROOT / "docs"
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_figures_are_generated_from_the_results(page: Path) -> None:
+    assert page.read_text("utf-8") == render(page), "run: python -m benchmarks.pages"
+
+
+def test_every_section_stands_in_a_page() -> None:
+    assert {name for page in pages() for name in parts(page)} == set(SECTIONS)
+
+
+def test_the_readme_is_a_door_not_a_house() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
+
+
+def test_every_public_name_has_an_entry() -> None:
+    described = set()
+    for page in (DOCS / "api").glob("*.md"):
+        entries = re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.MULTILINE)
+        described |= {entry.rpartition(".")[2] for entry in entries}
+    spaces = ("allocation", "errors", "evaluate", "grids", "io", "models", "objectives", "presets")
+    spaces = (*spaces, "distances", "rounding")
+    public = set(jq.__all__) - set(spaces)
+    for space in spaces:
+        names = getattr(getattr(jq, space), "__all__", ())
+        public |= {name for name in names if name != "smollm2"}
+    assert public <= described, f"no entry in docs/api: {sorted(public - described)}"
+
+
+def messages() -> Iterator[str]:
+    """Every text that the library's code holds, with `…` for what is filled in."""
+    for path in (ROOT / "jquant").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            elif isinstance(node, ast.JoinedStr):
+                yield "".join(
+                    str(value.value) if isinstance(value, ast.Constant) else "…"
+                    for value in node.values
+                )
+
+
+def test_error_messages_are_those_that_the_library_gives() -> None:
+    text = (DOCS / "errors.md").read_text("utf-8")
+    told = re.findall(r"^### `(.+)`$", text, re.MULTILINE)
+    given = list(messages())
+    assert told
+    for message in told:
+        fragments = [part for part in re.split(r"\s*…\s*", message) if part]
+        pattern = re.compile(".*".join(map(re.escape, fragments)), re.DOTALL)
+        assert any(map(pattern.search, given)), f"no such message: {message}"
+
+
+def test_every_error_has_its_messages() -> None:
+    text = (DOCS / "errors.md").read_text("utf-8")
+    kinds = [name for name, kind in vars(jq.errors).items() if isinstance(kind, type)]
+    assert [name for name in kinds if f"## `{name}`" not in text] == []
