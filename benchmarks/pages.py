@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
 }
 
 
-def pages() -> Iterator[Path]:
+def pages() -> list[Path]:
     """Every page that may hold generated parts."""
-    yield ROOT / "README.md"
-    yield from sorted((ROOT / "docs").rglob("*.md"))
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def parts(page: Path) -> list[str]:

@@ -8,19 +8,16 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-from benchmarks.pages import ROOT, SECTIONS, pages, parts, render
 
 import jquant as jq
+from benchmarks.pages import ROOT, SECTIONS, pages, parts, render
 
 DOCS = ROOT / "docs"
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_figures_are_generated_from_the_results(page: Path) -> None:
-    assert page.read_text("utf-8") == render(page), "run: python -m benchmarks.pages"
+def test_figures_are_generated_from_the_results() -> None:
+    stale = [str(page) for page in pages() if page.read_text("utf-8") != render(page)]
+    assert stale == [], "run: python -m benchmarks.pages"
 
 
 def test_every_section_stands_in_a_page() -> None:
@@ -71,5 +68,5 @@ def test_error_messages_are_those_that_the_library_gives() -> None:
 
 def test_every_error_has_its_messages() -> None:
     text = (DOCS / "errors.md").read_text("utf-8")
-    kinds = [name for name, kind in vars(jq.errors).items() if isinstance(kind, type)]
+    kinds = [name for name in vars(jq.errors) if name.endswith("Error")]
     assert [name for name in kinds if f"## `{name}`" not in text] == []

@@ -81,11 +81,11 @@ def headline(result: dict[str, Any]) -> str:
             rows,
         )
         + "\nKL to the full SmolLM2-135M in nats per token, on held-out text; the same tokens and "
-        "grid in all columns, ranges by min-max. *Elsewhere* is the best of HQQ and GPTQ as others run "
-        "them (*block by block*: the published loop); llm-compressor and GPTQModel were run at W3 g64 only ("
-        f"{settings['llm-compressor 0.14']:.3f} and {settings['GPTQModel 7.2']:.3f}). The presets "
-        f"search ranges too: {' and '.join(searched)}. Plain GPTQ is as good elsewhere; what it "
-        "gains here is QEP's correction for inputs that have drifted.\n"
+        "grid in all columns, ranges by min-max. *Elsewhere* is the best of HQQ and GPTQ as others "
+        "run them (*block by block*: the published loop); llm-compressor and GPTQModel were run at "
+        f"W3 g64 only ({settings['llm-compressor 0.14']:.3f} and {settings['GPTQModel 7.2']:.3f}). "
+        f"The presets search ranges too: {' and '.join(searched)}. Plain GPTQ is as good "
+        "elsewhere; what it gains here is QEP's correction for inputs that have drifted.\n"
     )
 
 
