@@ -1,7 +1,7 @@
 """What mkdocstrings is to make of our docstrings beyond Google's style.
 
-`Example:` is a section of code, as `Examples:` is there. The idea that opens a file (formula, paper,
-conventions) is shown with the noun of that file, since readers of the site do not see modules.
+`Example:` is a section of code, as `Examples:` is there. The idea that opens a file (formula,
+paper, conventions) is shown with the noun of that file, since readers of the site see no modules.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import griffe
 NOUNS = {
     "Activations", "AdaRound", "Codebook", "DiscQuant", "Evidence", "Float", "GPTQ", "Grid", "HQQ",
     "KMeans", "LoRC", "NUPES", "Power", "Rounding", "SignRound", "Stochastic", "Uniform", "adadim",
-    "allocate", "cmpq", "emulate", "exact_kl", "fisher", "lorc_ranks", "plain", "save", "wasserstein",
+    "allocate", "cmpq", "emulate", "exact_kl", "fisher", "lorc_ranks", "plain", "save",
+    "wasserstein",
 }  # fmt: skip
 
 

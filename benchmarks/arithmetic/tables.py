@@ -1,4 +1,4 @@
-"""Tables of the README from `results/arithmetic.json`: a part of it → `(head, rows)`.
+"""Tables from `results/arithmetic.json`: a part of it → `(head, rows)`.
 
 The `band` goes from the least to the largest distance of any two double-precision runs from other
 starts. Lorenz 96 and the atmosphere forget their starts, so distances are to such runs, and
