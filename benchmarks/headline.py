@@ -28,7 +28,7 @@ def main() -> None:
     series = [
         ("rounded to nearest", GREY, [one_pass[name]["Nearest"]["kl"] for name in names]),
         ("best of other tools", ORANGE, [min(OTHERS[name].values()) for name in names]),
-        ("jquant, GPTQ + QEP", BLUE, [stages[name]["weight + QEP"]["kl"] for name in names]),
+        ("jquant, QEP", BLUE, [stages[name]["weight + QEP"]["kl"] for name in names]),
     ]
     figure, axis = pyplot.subplots(figsize=(7.6, 3.2), layout="constrained")
     for label, color, losses in series:

@@ -28,6 +28,15 @@ def test_the_readme_is_a_door_not_a_house() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
 
 
+def test_links_between_files_lead_somewhere() -> None:
+    broken = []
+    for page in (*pages(), ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
+            if "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert broken == []
+
+
 def test_every_public_name_has_an_entry() -> None:
     described = set()
     for page in (DOCS / "api").glob("*.md"):

@@ -129,6 +129,16 @@ def bits(result: dict[str, Any]) -> str:
     )
 
 
+def worth(result: dict[str, Any]) -> str:
+    """What a budget is worth, of `bits.json`."""
+    rows = result["rows"]["GPTQ"]["3.5"]
+    kl = {name: f"{rows[name]['kl']:.3f}" for name in ("uniform", "Fisher", "exact KL")}
+    return (
+        f"SmolLM2-135M at 3.5 bits on average: the uniform choice costs a KL of {kl['uniform']}, "
+        f"`fisher` {kl['Fisher']}, `exact_kl` {kl['exact KL']} ([results](../results/bits.md)).\n"
+    )
+
+
 def activations(result: dict[str, Any]) -> str:
     lines = [
         [name, f"{row['bits_per_weight']:.2f}", f"{row['kl']:.4f}", f"{row['agreement']:.3f}"]

@@ -50,6 +50,16 @@ def quality(result: dict[str, Any]) -> str:
     )
 
 
+def times(result: dict[str, Any], method: str) -> str:
+    """How many times the processor time of plain GPTQ a method takes, over the settings."""
+    ratios = [
+        row[method]["processor_seconds"] / row["weight"]["processor_seconds"]
+        for row in result["rows"].values()
+        if method in row
+    ]
+    return f"{min(ratios):.1f} to {max(ratios):.1f}"
+
+
 def headline(result: dict[str, Any]) -> str:
     """The README's table, of `stages.json`: four settings, other tools beside."""
     one_pass = json.loads((RESULTS / "quality.json").read_text())["rows"]
@@ -68,25 +78,41 @@ def headline(result: dict[str, Any]) -> str:
         )
         if best := row.get("weight + QEP, searched range"):
             searched.append(f"{best['kl']:.3f} at {name}")
-    settings = OTHERS["W3 g64"]
+    w3 = OTHERS["W3 g64"]
+    took = json.loads((RESULTS / "total_time.json").read_text())["rows"]
+    seconds = {tool: f"{row['median_s']:.0f}" for tool, row in took.items() if "median_s" in row}
+    head = ["setting, stored bits", "nearest", "best elsewhere", "jquant, GPTQ", "jquant, QEP"]
     return (
-        table(
-            [
-                "stored bits per weight",
-                "nearest",
-                "best elsewhere",
-                "jquant, GPTQ",
-                "GPTQ with QEP",
-            ],
-            rows,
-        )
+        table(head, rows)
         + "\nKL to the full SmolLM2-135M in nats per token, on held-out text; the same tokens and "
         "grid in all columns, ranges by min-max. *Elsewhere* is the best of HQQ and GPTQ as others "
         "run them (*block by block*: the published loop); llm-compressor and GPTQModel were run at "
-        f"W3 g64 only ({settings['llm-compressor 0.14']:.3f} and {settings['GPTQModel 7.2']:.3f}). "
-        f"The presets search ranges too: {' and '.join(searched)}. Plain GPTQ is as good "
-        "elsewhere; what it gains here is QEP's correction for inputs that have drifted.\n"
+        f"W3 g64 only ({w3['llm-compressor 0.14']:.3f} and {w3['GPTQModel 7.2']:.3f}). *QEP* is "
+        "GPTQ with a correction for inputs that have drifted, and what makes the difference: plain "
+        "GPTQ is as good elsewhere. With searched ranges, as the presets have them, it comes to "
+        f"{' and '.join(searched)}.\n\nTime for W3 g64 by plain GPTQ, on two cores: jquant "
+        f"{seconds['jquant weight']} s, the published loop {seconds['reference']}, llm-compressor "
+        f"{seconds['llm-compressor']}, GPTQModel {seconds['gptqmodel']}. QEP takes "
+        f"{times(result, 'weight + QEP')} times the processor time, with searched ranges "
+        f"{times(result, 'weight + QEP, searched range')}.\n"
     )
+
+
+def steps(result: dict[str, Any]) -> str:
+    """What data, stages, a correction and searched ranges gain one after the other."""
+    one_pass = json.loads((RESULTS / "quality.json").read_text())["rows"]
+    names = ["W4 g64", "W3 g64"]
+    runs = {
+        "nearest": [one_pass[name]["Nearest"] for name in names],
+        "GPTQ, one pass": [one_pass[name]["GPTQ"] for name in names],
+        "GPTQ, stage by stage": [result["rows"][name]["weight"] for name in names],
+        "… with QEP": [result["rows"][name]["weight + QEP"] for name in names],
+        "… and searched ranges, as in `int4_qep`, `int3_qep`": [
+            result["rows"][name]["weight + QEP, searched range"] for name in names
+        ],
+    }
+    rows = [[label, *(f"{run['kl']:.3f}" for run in some)] for label, some in runs.items()]
+    return table(["KL of SmolLM2-135M", *names], rows)
 
 
 def stages(result: dict[str, Any]) -> str:

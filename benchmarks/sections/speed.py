@@ -47,6 +47,19 @@ def depth(result: dict[str, Any]) -> str:
     )
 
 
+def flat(result: dict[str, Any]) -> str:
+    """How little memory depends on depth, of `depth.json`."""
+    ends = result["rows"][0], result["rows"][-1]
+    small, large = (
+        f"{row['weights_bytes'] / 1e9:.1f} GB in {max(row['peak_bytes'].values()) / 1e9:.2f} GB"
+        for row in ends
+    )
+    return (
+        f"A model of {large} of memory, one of {small} "
+        "([results](../results/speed.md#memory-against-depth)).\n"
+    )
+
+
 def solver(result: dict[str, Any]) -> str:
     names = list(result["groups_of_64"][0]["methods"])
     rows = []
