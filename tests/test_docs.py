@@ -9,6 +9,8 @@ import ast
 import re
 from collections.abc import Iterator
 
+from test_structure import RANKS
+
 import jquant as jq
 from benchmarks.pages import ROOT, SECTIONS, pages, parts, render
 
@@ -26,6 +28,12 @@ def test_every_section_stands_in_a_page() -> None:
 
 def test_the_readme_is_a_door_not_a_house() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
+
+
+def test_the_map_shows_every_room_at_its_rank() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8").split("| room |")[1].split("\n\n")[0]
+    rows = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in text.splitlines()[2:]]
+    assert tuple(map(tuple, rows)) == RANKS
 
 
 def test_links_between_files_lead_somewhere() -> None:
