@@ -12,7 +12,6 @@ import flax
 import flax.linen as nn
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -58,7 +57,7 @@ jax.tree_util.register_pytree_node(
 )
 
 W = jax.random.normal(jax.random.key(0), (8, 8))
-MODEL = eqx.nn.MLP(8, 8, 8, 2, key=jax.random.key(0), dtype=jnp.float32)
+MODEL = eqx.nn.MLP(8, 8, 8, 2, key=jax.random.key(0))
 TREES: dict[str, Any] = {
     "FrozenDict": flax.core.freeze({"a": {"w": W}}),
     "Linen": nn.Dense(8).init(jax.random.key(0), X),
