@@ -115,7 +115,7 @@ def test_an_unclipped_row_is_within_babai_s_bound():
     w, moment = layer(6, 24)
     grid = Uniform(8)
     wide = jnp.concatenate([w, jnp.full((6, 1), 9.0), jnp.full((6, 1), -9.0)], axis=1)
-    moment = jnp.zeros((26, 26)).at[:24, :24].set(moment)
+    moment = jnp.zeros((26, 26), moment.dtype).at[:24, :24].set(moment)
     moment = moment + jnp.diag(jnp.zeros(26).at[24:].set(float(jnp.trace(moment)) / 24))
     result = NATURAL(wide, grid, evidence=moment)
     error = np.asarray(wide, np.float64) - values(result, grid, Blocks(), wide.shape)
@@ -267,7 +267,7 @@ def test_damping_rises_by_tens_until_the_factorisation_succeeds(shift, damping):
 def test_a_failed_factorisation_gives_nearest_codes_and_says_so():
     w, moment = layer(12, 40, batch=(2,))
     # The second has an eigenvalue of minus twice its diagonal: no damping up to the cap helps.
-    broken = moment.at[1].set(3.0 - 2.0 * jnp.eye(40))
+    broken = moment.at[1].set(3.0 - 2.0 * jnp.eye(40, dtype=moment.dtype))
     for rounding in (GPTQ(), GPTQ(order="natural", groups="dynamic")):
         result = rounding(w, GRID, Blocks("in", 8), evidence=broken)
         plain = Nearest()(w, GRID, Blocks("in", 8))
