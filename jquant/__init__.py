@@ -4,9 +4,11 @@ A quantized weight is a grid × a rounding × an optional compensation, chosen p
 informed by evidence that jquant reads out of any JAX function, and run by that same function.
 """
 
+import importlib
 import sys
+from typing import TYPE_CHECKING, Any
 
-from jquant import allocation, errors, evaluate, grids, io, models, rounding
+from jquant import allocation, errors, evaluate, grids, io, rounding
 from jquant.allocation import plan
 from jquant.arithmetic import distances, emulate
 from jquant.axes import Blocks, Layout
@@ -28,6 +30,9 @@ from jquant.schemes.scheme import Plan, Scheme, keep
 from jquant.trees.lazy import Lazy, realize
 from jquant.weights.activations import Activations, Percentile
 from jquant.weights.qtensor import LowRank, QTensor, dequantize, tree_map_weights
+
+if TYPE_CHECKING:
+    from jquant import models
 
 __all__ = [
     "Activations",
@@ -98,3 +103,17 @@ _MOVED = {
 for _old, _new in _MOVED.items():
     sys.modules[f"{__name__}.{_old}"] = sys.modules[f"{__name__}.{_new}"]
     globals().setdefault(_old, sys.modules[f"{__name__}.{_new}"])  # `jq.quantize` is the function
+
+# Modules whose packages come with an extra and cost more to import than all the rest.
+_WHEN_USED = ("models",)
+
+
+def __getattr__(name: str) -> Any:
+    """`jq.models`, imported when it is first used."""
+    if name in _WHEN_USED:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHEN_USED})

@@ -1,14 +1,15 @@
 """The typed errors of jquant.
 
-Every one is a `ValueError`, so callers may catch that; every message names the path or argument,
-what was got, and what to pass instead. They are raised before work starts (DESIGN: never silently
+Every class here is a `ValueError`, so callers may catch that; every message names the path or
+argument, what was got, and what to pass instead. They are raised before work starts (never silently
 less), on the host, never from inside a compiled program.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class TreeError(ValueError):
@@ -55,7 +56,32 @@ class WorkDirError(ValueError):
     """A work directory cannot be written to, or holds the stages of another job."""
 
 
+@contextlib.contextmanager
+def extra(name: str, otherwise: str = "") -> Iterator[None]:
+    """A `with` block of imports from packages that `pip install 'jquant-jax[name]'` installs.
+
+    Args:
+        name: the extra, as in `pyproject.toml`.
+        otherwise: what can be done without the packages, for the message.
+
+    Raises:
+        ImportError: an import of the block fails; the message names the extra.
+
+    Example:
+        >>> with extra("distances"):
+        ...     import no_such_package
+        Traceback (most recent call last):
+        ...
+        ImportError: No module named 'no_such_package': pip install 'jquant-jax[distances]'
+    """
+    try:
+        yield
+    except ImportError as error:
+        advice = f"pip install 'jquant-jax[{name}]'{otherwise and ', ' + otherwise}"
+        raise ImportError(f"{error}: {advice}", name=error.name) from error
+
+
 def near(name: str, names: Iterable[str], count: int = 3) -> str:
     """`did you mean …` for an error message: the `count` names nearest to `name`."""
-    found = difflib.get_close_matches(name, list(names), n=count, cutoff=0.0)
-    return "none exist" if not found else ", ".join(repr(item) for item in found)
+    nearest = difflib.get_close_matches(name, list(names), n=count, cutoff=0.0)
+    return ", ".join(map(repr, nearest)) or "none exist"

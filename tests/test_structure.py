@@ -3,6 +3,8 @@
 import ast
 import functools
 import importlib
+import subprocess
+import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,11 +30,18 @@ RANKS = (
 )
 DOORS = ("jquant", "jquant.__main__")
 
-# Installed only with an extra, so imported only inside the functions that need them.
+# Installed only with an extra, or costly to import, so imported only inside the functions that need
+# them. Two folders are imported when they are used, and may import what nothing in them works
+# without.
 OPTIONAL = {
-    "beartype", "chex", "equinox", "haiku", "hypothesis", "matplotlib", "orbax", "ot", "ott",
-    "pandas", "pytest", "tensorstore", "torch",
+    "beartype", "chex", "cyclopts", "equinox", "flax", "gguf", "haiku", "huggingface_hub",
+    "hypothesis", "jinja2", "matplotlib", "optax", "orbax", "ot", "ott", "pandas", "pytest", "rich",
+    "safetensors", "scipy", "tensorstore", "tokenizers", "torch", "transformers",
 }  # fmt: skip
+WHEN_USED = {
+    "models": {"flax", "gguf", "huggingface_hub", "safetensors", "tokenizers"},
+    "app": {"cyclopts", "rich"},
+}
 
 # Running what a file says, or reading arrays that may hold objects.
 FORBIDDEN = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -60,12 +69,14 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def at_module_level(tree: ast.Module) -> Iterator[ast.stmt]:
+def at_module_level(tree: ast.Module | ast.ClassDef) -> Iterator[ast.stmt]:
     """Statements that run when the module is imported, `if TYPE_CHECKING:` left out."""
     for node in tree.body:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        if isinstance(node, ast.ClassDef):
+            yield from at_module_level(node)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node
 
 
@@ -150,10 +161,60 @@ def test_nothing_forbidden_is_used(path: Path) -> Iterator[str]:
 
 @each_file
 def test_optional_packages_are_imported_where_they_are_used(path: Path) -> Iterator[str]:
+    folder = path.relative_to(PACKAGE).parts[0]
+    optional = OPTIONAL - WHEN_USED.get(folder, set())
     for statement in at_module_level(TREES[path]):
         for name in imports(statement):
-            if name.split(".")[0] in OPTIONAL:
+            if name.split(".")[0] in optional:
                 yield f"{name} at module level"
+
+
+def test_importing_jquant_imports_nothing_heavy() -> None:
+    """No time is taken here, `benchmarks.imports` does that; what costs it is told by name."""
+    script = "import sys, jquant; print(*sys.modules, sep=chr(10))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.split()
+    tops = {name.split(".")[0] for name in loaded}
+    assert "jquant.jobs.quantize" in loaded
+    assert not tops & OPTIONAL
+    assert not {f"jquant.{folder}" for folder in WHEN_USED} & set(loaded)
+
+
+def test_what_is_imported_when_used_is_there_all_the_same() -> None:
+    script = """
+import jquant as jq
+assert "models" in dir(jq) and "models" in jq.__all__
+assert jq.models.Decoder.__module__ == "jquant.models.decoder"
+from jquant import models
+assert models is jq.models
+assert not hasattr(jq, "no_such_name")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_without_an_extra_the_error_names_it() -> None:
+    script = """
+import sys
+sys.modules.update(dict.fromkeys(("cyclopts", "flax", "rich", "scipy")))  # as if not installed
+import jquant as jq
+def models(): jq.models
+def command(): import jquant.app.cli
+def table(): jq.Report({}).table()
+def distance(): jq.distances.assignment([0.0], [1.0])
+for use in (models, command, table, distance):
+    try:
+        use()
+    except ImportError as error:
+        print(error)
+"""
+    messages = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    extras = ("models", "cli", "cli", "distances")
+    assert len(messages) == len(extras), messages
+    for line, extra in zip(messages, extras, strict=True):
+        assert line.endswith(f": pip install 'jquant-jax[{extra}]'"), line
 
 
 @each_file

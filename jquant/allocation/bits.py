@@ -15,16 +15,17 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, Literal
 
 from jquant.allocation import budget as ways
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.clusters import clusters as cluster
 from jquant.allocation.sensitivity import Sensitivity
-from jquant.errors import EvidenceError, PlanError
+from jquant.errors import EvidenceError, PlanError, extra
 from jquant.schemes.scheme import Plan, Scheme
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Method = Literal["auto", "dynamic", "greedy", "lagrange", "clusters"]
 METHODS = ("auto", "dynamic", "greedy", "lagrange", "clusters")
@@ -113,6 +114,9 @@ class Allocation(Mapping[str, Share]):
 
     def table(self) -> Table:
         """A table for `rich.print`: a row per weight."""
+        with extra("cli"):
+            from rich.table import Table
+
         caption = f"{self}; {self.bytes} of {self.budget} bytes"
         table = Table(title="who gets the bits", caption=caption)
         table.add_column("weight", overflow="fold")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Literal
 
 from jquant.calibration.comparison import Level
+from jquant.errors import extra
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Axis = Literal["in", "out"]
 
@@ -74,6 +76,9 @@ class Choices(Mapping[str, Choice]):
 
     def table(self) -> Table:
         """A table for `rich.print`: a row per weight and a line of totals."""
+        with extra("cli"):
+            from rich.table import Table
+
         outward = sum(choice.axis == "out" for choice in self.values())
         left = sum(choice.losses is None for choice in self.values())
         caption = f"{outward} of {len(self)} weights along the output axis, {left} left as planned"

@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from jquant.allocation.candidates import Candidates, key_of_scheme
-from jquant.errors import EvidenceError, PlanError, near
+from jquant.errors import EvidenceError, PlanError, extra, near
 from jquant.schemes.scheme import Scheme
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FORMAT = 1
 
@@ -117,6 +118,9 @@ class Sensitivity:
 
     def table(self) -> Table:
         """A table for `rich.print`: a row per weight."""
+        with extra("cli"):
+            from rich.table import Table
+
         table = Table(title=f"{self.name}, {self.units}", caption=self.how)
         table.add_column("weight", overflow="fold")
         table.add_column("score" if self.schemes is None else "smallest scheme first")

@@ -28,6 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from jquant.errors import extra
+
 papers = ("paxton2022climate", "peyre2019transport")  # for `jq.cite`
 Solver = Literal["scipy", "pot"]
 
@@ -114,7 +116,8 @@ def transport(x: Any, y: Any, *, solver: Solver = "scipy") -> float:
 
     Raises:
         ValueError: dimensions differ, points are not finite, or there is no such solver.
-        ImportError: POT is asked for and not installed.
+        ImportError: SciPy or POT is asked for and not installed: SciPy comes with
+            `pip install 'jquant-jax[distances]'`.
 
     Example:
         >>> transport([[0.0, 0.0], [1.0, 1.0]], [[1.0, 1.0], [3.0, 4.0]])
@@ -141,30 +144,26 @@ def transport(x: Any, y: Any, *, solver: Solver = "scipy") -> float:
 
 
 def _scipy(have: np.ndarray, want: np.ndarray, costs: np.ndarray) -> float:
-    from scipy import sparse
-    from scipy.optimize import linprog
+    with extra("distances"):
+        from scipy import sparse
+        from scipy.optimize import linprog
 
     n, m = costs.shape
     rows = sparse.kron(sparse.eye(n), np.ones((1, m)))
     # The last equation follows from the others, but for rounding errors.
     columns = sparse.kron(np.ones((1, n)), sparse.eye(m - 1, m))
     constraints = sparse.vstack([rows, columns], format="csr")
-    found = linprog(
+    optimum = linprog(
         costs.reshape(-1), A_eq=constraints, b_eq=np.concatenate([have, want[:-1]]), method="highs"
     )
-    if found.fun is None:
-        raise RuntimeError(f"the linear program was not solved: {found.message}")
-    return float(found.fun)
+    if optimum.fun is None:
+        raise RuntimeError(f"the linear program was not solved: {optimum.message}")
+    return float(optimum.fun)
 
 
 def _pot(have: np.ndarray, want: np.ndarray, costs: np.ndarray) -> float:
-    try:
+    with extra("transport", "or pass solver='scipy'"):
         import ot  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ImportError(
-            "transport(solver='pot') needs the Python Optimal Transport library: "
-            "pip install 'jquant-jax[transport]', or pass solver='scipy'"
-        ) from None
     return float(ot.emd2(have, want, costs, numItermax=10_000_000))
 
 
@@ -187,8 +186,9 @@ def assignment(x: Any, y: Any) -> float:
         >>> assignment([[0.0, 0.0], [2.0, 0.0]], [[2.0, 1.0], [0.0, 1.0]])
         1.0
     """
-    from scipy.optimize import linear_sum_assignment
-    from scipy.spatial.distance import cdist
+    with extra("distances"):
+        from scipy.optimize import linear_sum_assignment
+        from scipy.spatial.distance import cdist
 
     x, y = _points(x, "x"), _points(y, "y")
     if x.shape != y.shape:
@@ -225,7 +225,7 @@ def sinkhorn(
         raise ValueError(
             f"x has {x.points.shape[1]} dimensions and y {y.points.shape[1]}; they must agree"
         )
-    try:
+    with extra("sinkhorn", "or use transport"):
         from ott.geometry import costs, pointcloud  # pyright: ignore[reportMissingImports]
         from ott.problems.linear import (  # pyright: ignore[reportMissingImports]
             linear_problem,
@@ -233,19 +233,15 @@ def sinkhorn(
         from ott.solvers.linear import (  # pyright: ignore[reportMissingImports]
             sinkhorn as solver,
         )
-    except ImportError:
-        raise ImportError(
-            "sinkhorn needs ott-jax: pip install 'jquant-jax[sinkhorn]', or use transport"
-        ) from None
     with jax.numpy_dtype_promotion("standard"):  # which ott-jax counts on
         cloud = pointcloud.PointCloud(
             jnp.asarray(x.points), jnp.asarray(y.points), cost_fn=costs.Euclidean(), epsilon=epsilon
         )
         problem = linear_problem.LinearProblem(cloud, jnp.asarray(x.masses), jnp.asarray(y.masses))
-        found = solver.Sinkhorn(threshold=tolerance, max_iterations=steps)(problem)
-    if not bool(found.converged):
+        plan = solver.Sinkhorn(threshold=tolerance, max_iterations=steps)(problem)
+    if not bool(plan.converged):
         raise RuntimeError(f"no convergence in {steps} steps; raise epsilon, tolerance or steps")
-    return float(found.primal_cost)
+    return float(plan.primal_cost)
 
 
 class Band(NamedTuple):
@@ -274,10 +270,10 @@ def band(runs: Sequence[Any], distance: Callable[[Any, Any], Any] = wasserstein)
         >>> band([jnp.array([0.0, 1.0]), jnp.array([0.5, 1.0]), jnp.array([0.0, 2.0])])
         Band(low=0.25, mean=0.5, high=0.75)
     """
-    found = [float(distance(one, two)) for one, two in itertools.combinations(runs, 2)]
-    if not found:
+    if len(runs) < 2:
         raise ValueError(f"a band takes two runs or more, got {len(runs)}")
-    return Band(min(found), float(np.mean(found)), max(found))
+    apart = [float(distance(one, two)) for one, two in itertools.combinations(runs, 2)]
+    return Band(min(apart), float(np.mean(apart)), max(apart))
 
 
 def _points(samples: Any, name: str) -> np.ndarray:

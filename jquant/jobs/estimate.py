@@ -15,23 +15,26 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
-from rich.table import Table
 
 from jquant.axes.layout import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.stages import Granularity
 from jquant.calibration.tokens import Given
+from jquant.errors import extra
 from jquant.jobs.quantize import prepare
 from jquant.jobs.stages import peak_bytes
 from jquant.layerwise.weight import quantize_weight, stored_bits
 from jquant.programs.straight import Piece
 from jquant.schemes.scheme import Plan
 from jquant.trees.placement import transferring
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _WIDEST = 2048  # a wider weight is rounded as a part of that size, and its time scaled
 
@@ -62,6 +65,8 @@ class Estimate:
 
     def table(self) -> Table:
         """A table for `rich.print`."""
+        with extra("cli"):
+            from rich.table import Table
 
         def size(count: float) -> str:
             return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

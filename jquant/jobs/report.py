@@ -6,11 +6,14 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from rich.table import Table
-
+from jquant.errors import extra
 from jquant.learning.trace import Trace
 from jquant.schemes.scheme import Scheme
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 WORSE = 1.05  # times the error of nearest rounding: more is a warning (heuristic)
 
@@ -126,6 +129,9 @@ class Report(Mapping[str, WeightReport]):
 
     def table(self) -> Table:
         """A table for `rich.print`: a row per weight and a line of totals."""
+        with extra("cli"):
+            from rich.table import Table
+
         table = Table(title="quantized weights", caption=self._caption())
         table.add_column("weight", overflow="fold")
         for name in (

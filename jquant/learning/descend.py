@@ -16,12 +16,11 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from jquant.axes.layout import Layout
@@ -37,6 +36,9 @@ from jquant.rounding.elementwise import fit_grid, second_moment
 from jquant.rounding.relaxed import Relaxation, Target, Unit, Variables
 from jquant.schemes.scheme import Scheme
 from jquant.weights.qtensor import QTensor
+
+if TYPE_CHECKING:
+    import optax
 
 LOOKED_AT = 4  # batches on which candidates are compared (heuristic)
 
@@ -285,6 +287,8 @@ class _Programs(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _programs(task: Task) -> _Programs:
     """The compiled programs of a task; lists run over its weights."""
+    import optax
+
     relaxation, optimizer = task.relaxation, task.relaxation.descent.transformation()
 
     def original(values: Sequence[Array]) -> list[Array]:

@@ -6,12 +6,15 @@ in jquant treats it like any other function. Nothing in the library depends on t
 command line, the notebooks and the benchmarks do.
 """
 
-from jquant.models import smollm2
-from jquant.models.config import DecoderConfig
-from jquant.models.decoder import CachedStep, Decoder, Llama
-from jquant.models.generation import generate, stream
-from jquant.models.loading import load
-from jquant.models.quantized import is_quantized, load_quantized, save_quantized
+from jquant.errors import extra
+
+with extra("models"):
+    from jquant.models import smollm2
+    from jquant.models.config import DecoderConfig
+    from jquant.models.decoder import CachedStep, Decoder, Llama
+    from jquant.models.generation import generate, stream
+    from jquant.models.loading import load
+    from jquant.models.quantized import is_quantized, load_quantized, save_quantized
 
 __all__ = [
     "CachedStep",

@@ -9,11 +9,15 @@ batches.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
+
+if TYPE_CHECKING:
+    import optax  # takes about as long to import as all of jquant, so it waits for a first step
+
+_IN_EVERY_OPTAX = ("adam", "adamw", "sgd", "sign_sgd")  # others are looked for when they are named
 
 
 @jax.tree_util.register_static
@@ -70,7 +74,8 @@ class Descent:
                 f"Descent.state_dtype must be 'float32' or 'bfloat16', got {self.state_dtype!r}"
             )
         try:
-            self.transformation()
+            if self.optimizer not in _IN_EVERY_OPTAX:
+                self.transformation()
         except (AttributeError, TypeError) as error:
             raise ValueError(
                 f"Descent.optimizer must name an optax optimizer of a learning rate, such as "
@@ -79,6 +84,8 @@ class Descent:
 
     def rate(self, step: Any) -> jax.Array:
         """The learning rate of a step, from 0."""
+        import optax
+
         rest = max(self.steps - self.warmup, 1)
         after = {
             "cosine": optax.cosine_decay_schedule(self.learning_rate, rest),
@@ -91,6 +98,8 @@ class Descent:
 
     def transformation(self) -> optax.GradientTransformation:
         """The optimizer."""
+        import optax
+
         made = getattr(optax, self.optimizer)(self.rate)
         if not isinstance(made, optax.GradientTransformation):
             raise TypeError(f"optax.{self.optimizer} is not an optimizer")
@@ -114,6 +123,7 @@ def stored_as(inner: optax.GradientTransformation, dtype: str) -> optax.Gradient
     optax multiplies numbers of steps and rates without a cast, so it does in here what JAX does by
     default, also where promoting dtypes is forbidden.
     """
+    import optax
 
     def cast(state: Any, to: Any) -> Any:
         return jax.tree.map(

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
@@ -110,6 +109,8 @@ def _one(
     key: PRNGKeyArray | None,
 ) -> tuple[_Best, dict[str, Array]]:
     """One weight `[out, in]`."""
+    import optax
+
     descent, w = relaxation.descent, target.w
 
     def loss(value: Float[Array, "out in"], precision: Any = None) -> Float[Array, ""]:
