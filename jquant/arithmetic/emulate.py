@@ -1,7 +1,7 @@
 """Any JAX program in low precision: every result rounded to a format, nearest or at random.
 
-`emulate(fn, format)` walks the program's equations (`interpreter.Walker`) and rounds what comes out
-of each one that computes. Loops stay loops, so the cost is a few integer operations for each
+`emulate(fn, format)` walks the program's equations (`programs.walker`) and rounds what comes out of
+each one that computes. Loops stay loops, so the cost is a few integer operations for each
 floating one. Rounded at random, an operation takes its words from
 
     hash(index of the element, key, steps of the loops around, number of the operation)
@@ -17,51 +17,21 @@ rounding, 2022.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
-from jaxtyping import Array, PRNGKeyArray, UInt32
+from jaxtyping import Array, PRNGKeyArray
 
-from jquant.arithmetic.once import once, one_of
-from jquant.arithmetic.operations import (
-    ARITHMETIC,
-    COMPLEX,
-    CONVERSIONS,
-    MOVES,
-    SHIFTS,
-    SUMS,
-    UNORDERED,
-    VIEWS,
-    Operation,
-    scope,
-)
-from jquant.arithmetic.rules import Lookup, Rules
-from jquant.arithmetic.sums import in_order
-from jquant.arithmetic.targets import Numbers, check, rounded
-from jquant.errors import UnsupportedPrimitiveError
+from jquant.arithmetic.once import Once, one_of
+from jquant.arithmetic.rounder import Operations, Rounder, Rounding, Settings, Sums
+from jquant.arithmetic.rules import Rules
 from jquant.numerics import noise
-from jquant.programs.calls import split_axes
-from jquant.programs.walker import DESCENDED, Walker, bind, trace
+from jquant.programs.client import EveryEquation
+from jquant.programs.walker import Walker, trace
 
 PAPERS = ("paxton2022climate", "dawson2017rpe")
-Rounding = Literal["nearest", "stochastic"]
-Operations = Literal["all", "arithmetic"]
-Sums = Literal["result", "sequential"]
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """All that is static."""
-
-    rules: Rules
-    rounding: Rounding
-    operations: Operations
-    sums: Sums
-    source: noise.Source
 
 
 def emulate(
@@ -132,7 +102,7 @@ def emulate(
         if value not in allowed:
             raise ValueError(f"emulate: {name} must be one of {allowed}, got {value!r}")
     rules, traced = Rules.of(format)
-    settings = _Settings(rules, rounding, operations, sums, source)
+    settings = Settings(rules, rounding, operations, sums, source)
     try:
         run = _compiled(fn, settings)
     except TypeError:  # an unhashable callable: compiled anew
@@ -163,157 +133,17 @@ def _with_key(inputs: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(fn: Callable[..., Any], settings: _Settings) -> Callable[..., Any]:
+def _compiled(fn: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
     @jax.jit
     def run(traced: list[Array], key: PRNGKeyArray | None, inputs: tuple[Any, ...]) -> Any:
         closed, structure = trace(fn, *inputs)
-        rounder = _Rounder(settings, traced, key)
-        rounder.one = one_of(jax.tree.leaves((inputs, traced, key)))
-        walker = Walker(rounder, every=True, constant=rounder.constant)
+        one = one_of(jax.tree.leaves((inputs, traced, key)))
+        rounder = Rounder(settings, traced, key, one)
+        client = EveryEquation(Once(rounder.rule, one))
+        walker = Walker(client, every=True, constant=rounder.constant)
         leaves = [rounder.constant(leaf, leaf, walker, "input") for leaf in jax.tree.leaves(inputs)]
         results = walker.run(closed, leaves)
         rounder.target.check()
         return jax.tree.unflatten(structure, results)
 
     return run
-
-
-class _Rounder:
-    """Client of the walker: asked about every equation, it rounds what computes."""
-
-    def __init__(self, settings: _Settings, traced: list[Array], key: PRNGKeyArray | None):
-        self.settings = settings
-        self.traced = traced
-        self.target = Lookup(settings.rules)
-        self.hashed = settings.source == "hash"
-        self.start: Any = None
-        if settings.rounding == "stochastic":
-            assert key is not None
-            self.start = noise.seed(key) if self.hashed else key
-        self.one: Any = None  # see `once.py`
-        self.computed: dict[int, Any] = {}  # by id, arrays of nothing but results of arithmetic
-        self.numbers: dict[Any, int] = {}  # of operations, by where they stand
-
-    def special(self, value: Any) -> bool:
-        return False
-
-    def asks(self, eqn: core.JaxprEqn, values: Sequence[Any]) -> bool:
-        return False
-
-    def names(self, value: Any) -> tuple[()]:
-        return ()
-
-    def leave(self, results: list[Any], walker: Walker) -> list[Any]:
-        return results
-
-    def merge(self, left: Any, right: Any) -> Any:
-        raise AssertionError("emulation emits nothing")
-
-    def drop(self, value: Any, eqn: core.JaxprEqn, data: bool = False) -> jax.Array:
-        raise AssertionError("emulation has no special values")
-
-    def constant(self, value: Any, kind: Any, walker: Walker, what: str = "constant") -> Any:
-        """What the program gets from elsewhere, as a number of the format."""
-        if self.settings.operations != "all" or not _floating(kind):
-            return value
-        operation = Operation(what, kind.dtype.name, scope(walker.within))
-        return self.nearest(jnp.asarray(value, kind.dtype), operation)
-
-    def nearest(self, value: Array, operation: Operation) -> Array:
-        target = self.target(operation)
-        if target is None:
-            return value
-        check(target, operation.dtype, operation.primitive, random=False)
-        return rounded(value, target, self.traced)
-
-    def rule(self, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> Sequence[Any] | None:
-        name, all_ = eqn.primitive.name, self.settings.operations == "all"
-        if name == "shard_map" and self.start is not None and split_axes(eqn):
-            raise UnsupportedPrimitiveError(
-                f"'shard_map' on a mesh with axes {split_axes(eqn)}: every device would round its "
-                "part by the same random words; pass rounding='nearest', or make the function for "
-                "a mesh of one device"
-            )
-        if name in DESCENDED:
-            return None
-        if not any(_floating(var.aval) for var in eqn.outvars):
-            return bind(eqn, values)
-        ordered = self.settings.sums == "sequential" and name in SUMS | UNORDERED
-        if ordered and self.target(self._operation(eqn, 0, walker)) is not None:
-            if name in UNORDERED:
-                raise UnsupportedPrimitiveError(
-                    f"{name} adds in an order that is the compiler's; sums='sequential' knows "
-                    f"{sorted(SUMS)}: write it with those, or pass sums='result'"
-                )
-            return walker.run(trace(in_order(eqn), *values)[0], values)
-        moves = name in MOVES and not (name in COMPLEX and _complex(eqn.invars[0].aval))
-        arrays = [v for v in values if jnp.ndim(v) and _floating(v)]  # a padding value is none
-        computed = bool(arrays) and all(id(array) in self.computed for array in arrays)
-        if name in SHIFTS:
-            values = [
-                walker.share("once", v, lambda v=v: once(v, self.one))
-                if id(v) in self.computed
-                else v
-                for v in values
-            ]
-        results = bind(eqn, values)
-        if name in VIEWS | SHIFTS and computed:
-            self.computed |= {id(result): result for result in results}
-        if moves or (name in CONVERSIONS and not all_):
-            return results
-        if name not in ARITHMETIC | CONVERSIONS | MOVES and not self.settings.rules.names(name):
-            raise UnsupportedPrimitiveError(
-                f"emulate does not know what the primitive {name!r} computes; give it a rule of "
-                f"its own: {{{name!r}: None, ...}} leaves its results, a format rounds them"
-            )
-        for at, (var, value) in enumerate(zip(eqn.outvars, results, strict=True)):
-            if _floating(var.aval):
-                results[at] = self.result(value, at, self._operation(eqn, at, walker), walker)
-                if name in ARITHMETIC:
-                    self.computed[id(results[at])] = results[at]
-        return results
-
-    def result(self, value: Array, at: int, operation: Operation, walker: Walker) -> Array:
-        """A result of an operation that computes, or converts, rounded."""
-        found = self._result(value, at, operation, walker)
-        whole = isinstance(self.target(operation), Numbers)
-        return once(found, self.one) if whole and operation.primitive in ARITHMETIC else found
-
-    def _result(self, value: Array, at: int, operation: Operation, walker: Walker) -> Array:
-        if self.start is None or operation.primitive in CONVERSIONS:
-            return self.nearest(value, operation)
-        target = self.target(operation)
-        if target is None:
-            return value
-        check(target, operation.dtype, operation.primitive, random=True)
-        number = self.numbers.setdefault((*walker.site, at), len(self.numbers))
-        shape = (2, *value.shape) if _complex(value) else value.shape
-        return rounded(value, target, self.traced, self.words(shape, number, walker))
-
-    def words(self, shape: tuple[int, ...], number: int, walker: Walker) -> UInt32[Array, "..."]:
-        """The random words of one operation, at this step of the loops around it."""
-        fold: Any = noise.fold if self.hashed else jax.random.fold_in
-        here = walker.share(
-            "start", walker.steps, lambda: functools.reduce(fold, walker.steps, self.start)
-        )
-        if self.hashed:
-            return noise.hashed(here, shape, number)
-        return noise.words(jax.random.fold_in(here, number), shape, "threefry")
-
-    def _operation(self, eqn: core.JaxprEqn, at: int, walker: Walker) -> Operation:
-        """What rules are asked about: of the terms of a sum, the sum."""
-        within = walker.within
-        if self.settings.sums == "sequential":
-            sums = (k for k, e in enumerate(within) if e.primitive.name in SUMS)
-            last = next(sums, len(within) - 1)
-            eqn, within = within[last], within[: last + 1]
-        kind: Any = eqn.outvars[min(at, len(eqn.outvars) - 1)].aval
-        return Operation(eqn.primitive.name, kind.dtype.name, scope(within))
-
-
-def _floating(kind: Any) -> bool:
-    return jnp.issubdtype(kind.dtype, jnp.inexact)
-
-
-def _complex(kind: Any) -> bool:
-    return jnp.issubdtype(kind.dtype, jnp.complexfloating)

@@ -17,15 +17,19 @@ compilers are left to judge for themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend import core
 from jaxtyping import Array, Float32
 
+from jquant.arithmetic.operations import ARITHMETIC, SHIFTS, VIEWS
 from jquant.numerics.opaque import zero
+from jquant.programs.client import Rule
+from jquant.programs.walker import Walker
 
 
 def one_of(leaves: Iterable[Any]) -> Float32[Array, ""] | None:
@@ -48,3 +52,38 @@ def once(x: Any, one: Float32[Array, ""] | None) -> Any:
     return lax.platform_dependent(
         x, one.astype(x.dtype), cpu=lambda x, one: x / one, default=lambda x, one: x
     )
+
+
+class Once:
+    """A rule around another: results of arithmetic are computed once where they are read elsewhere.
+
+    Args:
+        rule: the rule that gives the results.
+        one: what `one_of` returned for the arguments of the program.
+    """
+
+    def __init__(self, rule: Rule, one: Float32[Array, ""] | None):
+        self.rule = rule
+        self.one = one
+        self.computed: dict[int, Any] = {}  # by id, arrays of nothing but results of arithmetic
+
+    def __call__(
+        self, eqn: core.JaxprEqn, values: list[Any], walker: Walker
+    ) -> Sequence[Any] | None:
+        """The results of an equation; None where the other rule lets the walker enter it."""
+        name = eqn.primitive.name
+        read = [self._shared(v, walker) for v in values] if name in SHIFTS else values
+        results = self.rule(eqn, read, walker)
+        if name in ARITHMETIC or (name in VIEWS | SHIFTS and self._all_computed(values)):
+            self.computed |= {id(result): result for result in results or ()}
+        return results
+
+    def _shared(self, value: Any, walker: Walker) -> Any:
+        if id(value) not in self.computed:
+            return value
+        return walker.share("once", value, lambda: once(value, self.one))
+
+    def _all_computed(self, values: Sequence[Any]) -> bool:
+        # Only arrays count: a padding value is none.
+        arrays = [v for v in values if jnp.ndim(v) and jnp.issubdtype(v.dtype, jnp.inexact)]
+        return bool(arrays) and all(id(array) in self.computed for array in arrays)

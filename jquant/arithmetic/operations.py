@@ -1,4 +1,4 @@
-"""What the primitives of JAX are to rounding: three lists, and what is in none of them is refused.
+"""What the primitives of JAX are to rounding: `ACTIONS`, and a primitive without one is refused.
 
 * `ARITHMETIC` computes: its results are rounded, each once, as IEEE 754 rounds an operation. What
   is one operation to XLA is one here, `exp`, `fft` and `cholesky` included.
@@ -55,6 +55,12 @@ UNORDERED = frozenset(
     """.split()
 )
 COMPLEX = frozenset({"abs", "sign"})  # moves of real numbers, arithmetic of complex ones
+
+ACTIONS = {
+    **dict.fromkeys(ARITHMETIC, "round"),
+    **dict.fromkeys(CONVERSIONS, "convert"),
+    **dict.fromkeys(MOVES, "leave"),
+}
 
 
 class Operation(NamedTuple):

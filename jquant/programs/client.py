@@ -1,15 +1,18 @@
 """What a user of the walker decides: which values are special, and what becomes of them.
 
-`walker` is the `interpreter.Walker` that asks.
+`walker` is the `programs.walker.Walker` that asks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.extend import core
+
+Rule = Callable[[core.JaxprEqn, list[Any], Any], Sequence[Any] | None]
 
 
 @runtime_checkable
@@ -46,3 +49,35 @@ class Client(Protocol):
     def merge(self, left: Any, right: Any) -> Any:
         """The sum of two emissions; zeros are neutral."""
         ...
+
+
+@dataclass(frozen=True)
+class EveryEquation:
+    """The client of a walker that asks about every equation: no value is special, only rules act.
+
+    Args:
+        decide: `(eqn, values, walker)` to the results; None lets the walker descend.
+    """
+
+    decide: Rule
+
+    def special(self, value: Any) -> bool:
+        return False
+
+    def asks(self, eqn: core.JaxprEqn, values: Sequence[Any]) -> bool:
+        return True
+
+    def rule(self, eqn: core.JaxprEqn, values: list[Any], walker: Any) -> Sequence[Any] | None:
+        return self.decide(eqn, values, walker)
+
+    def leave(self, results: list[Any], walker: Any) -> list[Any]:
+        return results
+
+    def names(self, value: Any) -> tuple[()]:
+        return ()
+
+    def drop(self, value: Any, eqn: core.JaxprEqn, data: bool = False) -> jax.Array:
+        raise AssertionError("no value is special")
+
+    def merge(self, left: Any, right: Any) -> Any:
+        raise AssertionError("nothing is emitted")
