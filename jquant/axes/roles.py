@@ -8,11 +8,12 @@ on a window of the weight belongs in the evidence of the whole. Readings are sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from jquant.axes.layout import Role
-from jquant.axes.origin import Part
+from jquant.axes.origin import Origin, Part
 
 Kind = Literal["dot", "conv", "ragged_dot", "lookup"]
 
@@ -33,13 +34,39 @@ class Reading(NamedTuple):
     outer: tuple[Part, ...]
     windows: tuple[tuple[int, int, int], ...] = ()
 
+    @staticmethod
+    def of(kind: Kind, origin: Origin, roles: Sequence[Role]) -> Reading | None:
+        """How a weight is read where the axes of its array have these roles.
+
+        None: it was indexed along an in or batch axis, in an order that is not known.
+        """
+        parts: dict[Role, list[Part]] = {"batch": [], "in": [], "out": []}
+        for role, axis in zip(roles, origin.own(len(roles)), strict=True):
+            parts[role] += [p._replace(reversed=False) for p in axis if p.axis >= 0]
+        if any(part.shuffled for part in (*parts["batch"], *parts["in"])):
+            return None
+        scanned = origin.scanned(len(roles))
+        windows = [
+            (k, offset, offset + math.prod(p.length for p in axis))
+            for k, (axis, offset) in enumerate(zip(scanned, origin.offsets, strict=False))
+            if offset is not None
+        ]
+        return Reading(
+            kind,
+            (*(p for axis in scanned for p in axis), *ordered(parts["batch"])),
+            origin.fixed,
+            ordered(parts["in"]),
+            tuple(parts["out"]),
+            tuple(windows),
+        )
+
     def axes(self, shape: Sequence[int]) -> tuple[tuple[tuple[int, Role], ...], ...]:
         """For each parameter axis, its digits `(size, role)`, outermost first.
 
         Neighbouring digits of one role are joined, so two uses that split a head axis differently
         agree when they mean the same. A digit nobody mentions has size 1 and is an out digit.
         """
-        found: list[list[tuple[int, int, Role]]] = [[] for _ in shape]
+        digits: list[list[tuple[int, int, Role]]] = [[] for _ in shape]
         roles: list[tuple[Role, tuple[Part, ...]]] = [
             ("batch", (*self.batch, *self.fixed)),
             ("in", self.inner),
@@ -48,11 +75,11 @@ class Reading(NamedTuple):
         for role, parts in roles:
             for part in parts:
                 if part.axis >= 0:
-                    found[part.axis].append((-part.stride, part.size, role))
+                    digits[part.axis].append((-part.stride, part.size, role))
         axes: list[tuple[tuple[int, Role], ...]] = []
-        for size, digits in zip(shape, found, strict=True):
+        for size, own in zip(shape, digits, strict=True):
             joined: list[tuple[int, Role]] = []
-            for _, n, role in sorted(set(digits)):
+            for _, n, role in sorted(set(own)):
                 if joined and joined[-1][1] == role:
                     joined[-1] = joined[-1][0] * n, role
                 else:
@@ -82,3 +109,8 @@ def decisive(sightings: Sequence[Sighting]) -> Reading:
 def order(parts: Sequence[Part]) -> list[int]:
     """Positions of the parts in the order of the parameter's axes: the canonical order."""
     return sorted(range(len(parts)), key=lambda k: (parts[k].axis, -parts[k].stride))
+
+
+def ordered(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The parts in the canonical order."""
+    return tuple(parts[k] for k in order(parts))

@@ -26,14 +26,12 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
+from jquant.programs.primitives import having
 from jquant.programs.straight import Flat, Piece, Step
 
 Level = Literal["residual", "weight"]
 
-_SUMS = frozenset({"add", "sub", "add_any"})
-_PRODUCTS = frozenset(
-    "dot_general conv_general_dilated ragged_dot ragged_dot_general scan while cond".split()
-)
+_PRODUCTS = having("product") | having("loop")
 
 
 class Compared(NamedTuple):
@@ -110,7 +108,7 @@ class _Follower:
 
     def _joined(self, step: Step, reached: Collection[int]) -> list[int]:
         """The reached operand of a join; nothing for any other step."""
-        if step.eqn.primitive.name not in _SUMS:
+        if step.eqn.primitive.name not in having("join"):
             return []
         ends = [n for n in step.reads if n in reached]
         others = [n for n in step.reads if n not in reached]

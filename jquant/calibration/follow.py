@@ -17,27 +17,14 @@ import numpy as np
 from jax.extend import core
 
 from jquant.calibration.place import Place, joined, settled
+from jquant.programs.primitives import having
 from jquant.programs.walker import callee, close, scan_parts
 
 Site = tuple[int, ...]
 Places = tuple[Place, ...]
 
-_USES = frozenset("dot_general conv_general_dilated ragged_dot ragged_dot_general".split())
-
 # Entry by entry; along an axis they run over (cumulative sums) the order stays.
-_ELEMENTWISE = frozenset(
-    "add sub mul div max min pow rem atan2 add_any select_n clamp nextafter square abs neg sign "
-    "floor ceil round exp exp2 log log1p expm1 tanh sin cos tan asin acos atan sinh cosh asinh "
-    "acosh atanh logistic erf erfc erf_inv lgamma digamma sqrt rsqrt cbrt integer_pow is_finite "
-    "not and or xor eq ne lt le gt ge eq_to lt_to le_to shift_left shift_right_logical "
-    "shift_right_arithmetic population_count clz convert_element_type reduce_precision copy copy_p "
-    "stop_gradient real imag conj complex name cumsum cumprod cummax cummin cumlogsumexp "
-    "sharding_constraint device_put pvary pcast mesh_cast reshard optimization_barrier".split()
-)
-_REDUCTIONS = frozenset(
-    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax "
-    "argmin".split()
-)
+_ELEMENTWISE = having("elementwise") | having("identity") | having("running")
 _TIMES = 8  # a loop's carry is gone through, before what still moves is given up
 
 
@@ -66,7 +53,7 @@ class Follower:
         """The places of an equation's results."""
         ins, name = tuple(ins), eqn.primitive.name
         outs = self._step(eqn, ins, site)
-        if name in _USES:
+        if name in having("product"):
             self.table[site] = ins, outs
         return outs
 
@@ -355,5 +342,5 @@ _RULES: dict[str, Callable[[core.JaxprEqn, Places], Places]] = {
     "broadcast_in_dim": _broadcast,
     "transpose": lambda eqn, ins: (ins[0].transpose(eqn.params["permutation"]),),
     "squeeze": lambda eqn, ins: (ins[0].squeeze(eqn.params["dimensions"]),),
-    **{name: lambda eqn, ins: (ins[0].drop(eqn.params["axes"]),) for name in _REDUCTIONS},
+    **{name: lambda eqn, ins: (ins[0].drop(eqn.params["axes"]),) for name in having("reduction")},
 }

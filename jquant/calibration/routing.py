@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from jquant.programs.primitives import having
 from jquant.programs.straight import Atom, Flat, Step
 from jquant.programs.walker import close, scan_parts
 
@@ -40,7 +41,7 @@ _INDICES = {
     "ragged_dot": slice(2, 3),
     "ragged_dot_general": slice(2, 3),
 }
-_PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
+_PRODUCTS = having("product") - set(_INDICES)
 _LARGEST = {"top_k": "axis", "approx_top_k": "reduction_dimension"}  # values, and where they were
 
 

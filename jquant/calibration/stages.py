@@ -29,15 +29,10 @@ from jquant.calibration.comparison import Level, compared
 from jquant.calibration.place import Place
 from jquant.calibration.routing import Routing, routing
 from jquant.calibration.running import Found, Uses, find_uses
+from jquant.programs.primitives import having
 from jquant.programs.straight import Flat, Piece, Step
 
 Granularity = Literal["weight", "block", "all"]
-
-# Too much work to be done again, or not to be done again: kept alive instead.
-_HEAVY = frozenset(
-    "dot_general conv_general_dilated ragged_dot ragged_dot_general gather scatter scatter-add "
-    "sort fft cholesky triangular_solve scan while cond".split()
-)
 
 
 @dataclass(frozen=True)
@@ -148,7 +143,7 @@ def _light(flat: Flat, found: Found) -> set[int]:
     """
     light = {*flat.pieces, *flat.inputs, *flat.consts}
     for at, step in enumerate(flat.steps):
-        cheap = step.eqn.primitive.name not in _HEAVY or found.fixed.issuperset(step.outs)
+        cheap = step.eqn.primitive.name not in having("heavy") or found.fixed.issuperset(step.outs)
         again = cheap and not step.eqn.effects and at not in found.uses
         if again and light.issuperset(step.reads):
             light.update(step.outs)

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jquant.axes.rows import Arrangement
 from jquant.calibration.follow import Follower, Places, Site
 from jquant.calibration.place import Place
-from jquant.calibration.rows import Arrangement
 from jquant.errors import EvidenceError
 from jquant.programs.straight import Step
 from jquant.weights.arguments import inputs_of
@@ -213,25 +213,26 @@ class Tokens:
         follow(follower)
         return Tokens(weights, follower.table)
 
-    def operand(
-        self, site: Site, number: int, path: str,
-        sizes: Sequence[int], turn: Sequence[int], kept: int,
-    ) -> Array:  # fmt: skip
-        """The weights of the rows of an equation's operand; see `Place.weights`."""
-        return self._rows(self._at(site, 0, number, sizes), path, sizes, turn, kept)
-
-    def rows(self, site: Site, number: int | None, path: str, way: Arrangement) -> Array:
+    def rows(
+        self, site: Site, number: int | None, path: str, shape: Sequence[int], way: Arrangement
+    ) -> Array:
         """The weights of the rows that an operand of an equation is arranged to, `[*batch, rows]`.
 
-        `number`: which operand; None: the rows are made of one and of parameters.
+        Args:
+            number: which operand; None: the rows are made of one and of parameters.
+            shape: of the array that is arranged.
         """
-        sizes, turn, kept = way.outline
-        if number is None or way.cuts:
-            place = Place.blank(sizes, "a product with parameters")
-            found = self._rows(place, path, sizes, turn, kept)
+        if number is None:
+            place = Place.blank(shape, "a product with parameters")
         else:
-            found = self.operand(site, number, path, sizes, turn, kept)
-        return found.reshape(*found.shape[: way.batch], way.tokens)
+            place = self._at(site, 0, number, shape)
+        if way.cuts:
+            place = place.reshape(shape)
+        for axis, start, stop in way.cuts:
+            place = place.window(axis, start, stop - start, "slice")
+        sizes, turn, kept = way.outline
+        weights = self._rows(place, path, sizes, turn, kept)
+        return weights.reshape(*weights.shape[: way.batch], way.tokens)
 
     def result(self, site: Site, path: str, like: Any, feature: int) -> Array:
         """The weights of all rows of an equation's result, whose features are along one axis."""

@@ -26,15 +26,11 @@ from jax.extend import core
 
 from jquant.programs.calls import callee, close, passed_on, scan_parts
 from jquant.programs.keys import equation_key, literal_key
+from jquant.programs.primitives import having
 from jquant.programs.walker import bind, trace
 from jquant.trees import placement
 
 Atom = int | core.Literal  # a value's number, or a number that stands in the program text
-
-# Views of a stack that act on each layer alone, whatever its size.
-_LAYERWISE = frozenset(
-    "convert_element_type transpose squeeze copy copy_p stop_gradient reduce_precision".split()
-)
 
 
 class Piece(NamedTuple):
@@ -215,7 +211,7 @@ class _Flattener:
     def _view(self, eqn: core.JaxprEqn, ins: Sequence[Atom], outs: tuple[int, ...]) -> None:
         old = self._views.get(ins[0]) if ins and isinstance(ins[0], int) else None
         name, params = eqn.primitive.name, eqn.params
-        if old is None or name not in _LAYERWISE:
+        if old is None or name not in having("layerwise"):
             return
         axes = old.axes
         if name == "transpose":

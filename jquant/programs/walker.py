@@ -43,12 +43,13 @@ from jquant.programs.calls import (
     split_axes,
 )
 from jquant.programs.client import Client
+from jquant.programs.primitives import having
 
 Emissions = dict[tuple[Any, ...], Any]  # key -> pytree
 
 # One operand in, the same numbers out in another shape or type. Equal ones are evaluated once, so
 # that an input which q, k and v each cast for themselves stays one value with one second moment.
-VIEWS = frozenset({"convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze"})
+VIEWS = having("cast")
 
 
 class Walker:
@@ -348,7 +349,7 @@ _DESCENTS: dict[str, Callable[[Walker, core.JaxprEqn, list[Any]], Sequence[Any]]
     "cond": Walker._cond,
     "shard_map": Walker._shard_map,
 }
-LOOPS = frozenset({"scan", "while", "cond"})
+LOOPS = having("loop")
 DESCENDED = CALLS | frozenset(_DESCENTS)  # the primitives a walker enters by itself
 
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jquant.axes.layout import Role
 from jquant.axes.origin import Axis, Part
 from jquant.axes.roles import order
-
-Role = Literal["batch", "in", "out"]
 
 
 class Share(NamedTuple):
@@ -27,6 +26,16 @@ class Share(NamedTuple):
     role: Role
     parts: Axis
     offset: int | None
+
+    def cut(self, axis: int) -> tuple[int, int, int]:
+        """`(axis, start, stop)` of the operand's axis, of which the weight has a share only."""
+        start = self.offset or 0
+        return axis, start, start + math.prod(part.length for part in self.parts)
+
+
+class _Digit(NamedTuple):
+    role: str  # "batch", "token" or "in"; "copy" where the weight is repeated along what it sums
+    part: Part
 
 
 class Arrangement(NamedTuple):
@@ -52,34 +61,18 @@ class Arrangement(NamedTuple):
     @staticmethod
     def of(shape: Sequence[int], shares: Mapping[int, Share]) -> Arrangement:
         """Of an operand of `shape`, some of whose axes meet axes of the weight."""
-        cuts: list[tuple[int, int, int]] = []
-        digits: list[tuple[str, Part | None, int]] = []
-        for axis, size in enumerate(shape):
-            share = shares.get(axis)
-            if share is None:
-                digits.append(("token", None, size))
-                continue
-            length = math.prod(part.length for part in share.parts)
-            if share.offset is not None:
-                cuts.append((axis, share.offset, share.offset + length))
-            for part in share.parts:
-                role = share.role if part.axis >= 0 else "copy" if share.role == "in" else "token"
-                digits.append((role, part, part.length))
-        copies = [k for k, (role, _, _) in enumerate(digits) if role == "copy"]
-        flips = [k for k, (_, part, _) in enumerate(digits) if part is not None and part.reversed]
-        left = [digit for digit in digits if digit[0] != "copy"]
-        places: dict[str, list[int]] = {"batch": [], "token": [], "in": []}
-        for k, (role, _, _) in enumerate(left):
-            places[role].append(k)
-        turn = (
-            *_canonical(places["batch"], left),
-            *places["token"],
-            *_canonical(places["in"], left),
-        )
+        digits = [d for axis, size in enumerate(shape) for d in _digits(size, shares.get(axis))]
+        left = [digit for digit in digits if digit.role != "copy"]
+        batch, tokens, inner = (_places(left, role) for role in ("batch", "token", "in"))
         return Arrangement(
-            tuple(cuts), tuple(n for _, _, n in digits), tuple(copies), tuple(flips), turn,
-            len(places["batch"]), len(places["in"]),
-        )  # fmt: skip
+            tuple(s.cut(axis) for axis, s in sorted(shares.items()) if s.offset is not None),
+            tuple(digit.part.length for digit in digits),
+            tuple(k for k, digit in enumerate(digits) if digit.role == "copy"),
+            tuple(k for k, digit in enumerate(digits) if digit.part.reversed),
+            (*batch, *tokens, *inner),
+            len(batch),
+            len(inner),
+        )
 
     @property
     def tokens(self) -> int:
@@ -108,7 +101,17 @@ class Arrangement(NamedTuple):
         return x.reshape(*lead, self.tokens, math.prod(inner))
 
 
-def _canonical(places: Sequence[int], digits: Sequence[tuple[str, Part | None, int]]) -> list[int]:
-    """Places of digits in the order of the parameter's axes."""
-    parts = [part for k in places if (part := digits[k][1]) is not None]
-    return [places[k] for k in order(parts)]
+def _digits(size: int, share: Share | None) -> list[_Digit]:
+    """The digits of one axis of the operand, of which a weight has `share`, outermost first."""
+    if share is None:
+        return [_Digit("token", Part(-1, 1, size, 0, size))]
+    repeated = "copy" if share.role == "in" else "token"
+    return [_Digit(share.role if part.axis >= 0 else repeated, part) for part in share.parts]
+
+
+def _places(digits: Sequence[_Digit], role: str) -> list[int]:
+    """Where digits of a role are: tokens as they come, others as the parameter's axes are."""
+    places = [k for k, digit in enumerate(digits) if digit.role == role]
+    if role == "token":
+        return places
+    return [places[k] for k in order([digits[k].part for k in places])]

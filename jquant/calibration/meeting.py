@@ -1,0 +1,141 @@
+"""A weight meets rows of an input: its use is recorded, and the evidence of the rows emitted.
+
+All products come down to this. Where the array that meets the input is made of several weights,
+each of them sees rows of its own; where it is a product of parameters, its factors meet the input
+one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jquant.axes.contraction import Contraction, UnreadableError
+from jquant.axes.origin import Origin
+from jquant.axes.rows import Arrangement
+from jquant.calibration.evidence import Evidence
+from jquant.calibration.reassociate import is_read_so, reassociated
+from jquant.calibration.tagged import Tagged
+from jquant.errors import UnsupportedPrimitiveError
+from jquant.programs.walker import Walker
+from jquant.trees.placement import automatic
+
+
+class Rows(NamedTuple):
+    """An array that holds rows.
+
+    `operand` is its place among the operands of the equation; None: it is made of one and of
+    parameters. `sizes` are those of groups of rows that see a weight each.
+    """
+
+    x: jax.Array
+    operand: int | None
+    sizes: jax.Array | None = None
+
+
+def unsupported(origin: Origin, operation: str, why: str) -> UnsupportedPrimitiveError:
+    return UnsupportedPrimitiveError(
+        f"weight {origin.path!r} enters {operation!r}: {why}, so its evidence cannot be "
+        "read. Rewrite that operation with dot, conv or einsum on the weight itself, or leave the "
+        f"weight out: find_weights(..., ignore={origin.path!r})"
+    )
+
+
+@contextmanager
+def refusing(origin: Origin, operation: str) -> Iterator[None]:
+    """Say which weight it is that cannot be read, and where."""
+    try:
+        yield
+    except UnreadableError as error:
+        raise unsupported(origin, operation, str(error)) from error
+
+
+def _operation(walker: Walker) -> str:
+    """The operation that a weight enters now; a product of parameters where the function ends."""
+    return walker.within[-1].primitive.name if walker.within else "dot_general"
+
+
+def meet(
+    observer: Any, walker: Walker, where: Any, weight: Tagged, rows: Rows, contraction: Contraction
+) -> None:
+    """An effective weight is contracted with rows; `where` tells it from others of the equation."""
+    for k, origin in enumerate(weight.good):
+        if origin.product is not None:
+            _follow(observer, walker, (where, k), origin, rows, contraction)
+            continue
+        with refusing(origin, _operation(walker)):
+            split = contraction.split(origin, weight.array.shape)
+            reading = contraction.reading(split)
+        way = contraction.arrangement(split)
+        observer.see(walker, (where, k), origin, reading, way.tokens)
+        weights = _token_weights(observer, walker, origin.path, rows, contraction, way)
+        compute = _reader(observer, walker, (where, way), contraction, way, weights)
+        operands = (rows.x,) if rows.sizes is None else (rows.x, rows.sizes)
+        what = contraction.kind, contraction.patches, way
+        evidence = walker.share(what, operands, partial(automatic, compute, *operands))
+        walker.emit((origin.path, reading), evidence)
+
+
+def _follow(
+    observer: Any, walker: Walker, where: Any, origin: Origin, rows: Rows, contraction: Contraction
+) -> None:
+    """A product of parameters is contracted with an input."""
+    product = observer.pending.product(origin)
+    detour = reassociated(product, origin, rows.x, contraction)
+    if detour is None:
+        why = "as part of a product of parameters that cannot be taken apart there"
+        raise unsupported(observer.pending.weight(origin), _operation(walker), why)
+    observer.reach([side for side in product.sides if not side.good])
+    near, (weight, x, first) = detour.near, detour.first
+    if is_read_so(product.sides[near], product.contract[near], observer.uses.values()):
+        alone = Rows(product.sides[1 - near].array, None)
+        meet(observer, walker, (where, 0), product.sides[near], alone, product.contraction(near))
+    else:
+        meet(observer, walker, (where, 0), weight, Rows(x, rows.operand), first)
+    weight, x, second = detour.second
+    meet(observer, walker, (where, 1), weight, Rows(x, None), second)
+
+
+def _token_weights(
+    observer: Any, walker: Walker, path: str, rows: Rows, contraction: Contraction, way: Arrangement
+) -> jax.Array | None:
+    """What the tokens of the rows count, `[*batch, tokens]`; None where each counts 1."""
+    if observer.tokens is None:
+        return None
+    if contraction.patches is None:
+        shape = contraction.operand
+        return observer.tokens.rows(walker.site, rows.operand, path, shape, way)
+    result = walker.within[-1].outvars[0].aval
+    return observer.tokens.result(walker.site, path, result, contraction.patches.feature)
+
+
+def _reader(
+    observer: Any,
+    walker: Walker,
+    what: Any,
+    contraction: Contraction,
+    way: Arrangement,
+    weights: jax.Array | None,
+) -> Callable[..., Evidence]:
+    """What makes evidence of the other operand, and of the sizes of its groups."""
+
+    def compute(x: jax.Array, sizes: jax.Array | None = None) -> Evidence:
+        rows, count = way.rows(contraction.seen(x)), None
+        if contraction.kind == "dot" and way.batch:
+            # Experts: slots that hold no token are zero rows.
+            held = jnp.any(rows != 0, -1)
+            held = held if weights is None else jnp.where(held, weights, 0 * weights)
+            count = jnp.sum(held, -1, dtype=jnp.float32)
+        return observer.evidence(walker, what, _floats(rows), count, sizes, weights)
+
+    return compute
+
+
+def _floats(rows: jax.Array) -> jax.Array:
+    """Half-precision rows as they are, everything else as float32."""
+    return rows if rows.dtype in (jnp.bfloat16, jnp.float16) else rows.astype(jnp.float32)
