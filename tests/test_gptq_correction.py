@@ -8,8 +8,8 @@ from cases import layer
 from oracles import gptq as oracle
 from test_gptq import a1_fit, a1_round, loss, same, values
 
+from jquant.axes.digits import Part
 from jquant.axes.groups import Blocks, from_blocks, to_blocks
-from jquant.axes.origin import Part
 from jquant.axes.roles import Reading
 from jquant.calibration.assemble import assemble
 from jquant.calibration.evidence import Evidence

@@ -77,8 +77,8 @@ class Contraction(NamedTuple):
 
     Example:
         >>> eqn = jax.make_jaxpr(jnp.matmul)(jnp.ones((5, 3)), jnp.ones((3, 2))).eqns[0]
-        >>> found = Contraction.of(eqn, 1)
-        >>> found.roles, found.meets, found.operand
+        >>> contraction = Contraction.of(eqn, 1)
+        >>> contraction.roles, contraction.meets, contraction.operand
         (('in', 'out'), (1, None), (5, 3))
     """
 
@@ -113,22 +113,27 @@ class Contraction(NamedTuple):
             tuple(map(meets.get, dims)), tuple(operand),
         )  # fmt: skip
 
+    @property
+    def summed(self) -> list[int]:
+        """The axes of the other operand that are contracted."""
+        pairs = zip(self.roles, self.meets, strict=True)
+        return [there for role, there in pairs if role == "in" and there is not None]
+
     def split(self, origin: Origin, shape: Sequence[int]) -> Origin:
         """The origin of an array of `shape`, with the axes that the array is read with.
 
         Raises:
             UnreadableError: groups do not lie in the array as they do in the weight.
         """
-        if self.kind == "ragged_dot":
-            groups = self.roles.index("batch")
-            parts, offset = origin.own(len(shape))[groups], origin.own_offsets(len(shape))[groups]
-            if offset is not None or any(p.axis < 0 or p.reversed for p in parts):
-                raise UnreadableError("its groups were repeated, reversed or joined")
-        if tuple(shape) == self.shape:
+        if self.kind == "dot" or "batch" not in self.roles:
             return origin
-        channels = self.roles.index("batch")
-        parts, offset = origin.own(len(shape))[channels], origin.own_offsets(len(shape))[channels]
-        plain = offset is None and len(parts) == 1 and parts[0].whole
+        groups, rank = self.roles.index("batch"), len(shape)
+        parts, joined = origin.own(rank)[groups], origin.own_offsets(rank)[groups] is not None
+        if self.kind == "ragged_dot":
+            if joined or any(part.axis < 0 or part.reversed for part in parts):
+                raise UnreadableError("its groups were repeated, reversed or joined")
+            return origin
+        plain = not joined and len(parts) == 1 and parts[0].whole
         after = origin.reshape(shape, self.shape) if plain else None
         if after is None:
             raise UnreadableError("a grouped kernel was reshaped, sliced or joined")

@@ -94,12 +94,12 @@ class Layout:
             >>> Layout.of((8, 4), in_axes=(0,)).canonical_marks(["rows", None])
             [None, 'rows']
         """
-        found: list[Any] = [None] * (self.batch_rank + 2)
+        moved: list[Any] = [None] * (self.batch_rank + 2)
         for axis, mark in zip(self.axes, marks, strict=True):
             for factor in axis[:1]:
                 if factor.role == "batch" or factor.place == 0:
-                    found[self._canonical_axis(factor)] = mark
-        return found
+                    moved[self._canonical_axis(factor)] = mark
+        return moved
 
     def original_marks(self, marks: Sequence[Any]) -> list[Any]:
         """The inverse of `canonical_marks`, for whom it has lost nothing."""
@@ -151,8 +151,8 @@ class Layout:
         """The array as `[*batch, out, in]`. All of the layout's batch axes must be present."""
         split: list[int] = []
         for axis, size in zip(self.axes, array.shape, strict=True):
-            known = math.prod(f.size for f in axis if f.role != "batch")
-            split += [f.size if f.role != "batch" else size // known for f in axis]
+            inner = math.prod(f.size for f in axis if f.role != "batch")
+            split += [f.size if f.role != "batch" else size // inner for f in axis]
         order = self._order([f for axis in self.axes for f in axis])
         turned = array.reshape(split).transpose(order)
         batch = turned.shape[: self.batch_rank]

@@ -14,34 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import jax
 
-
-class Part(NamedTuple):
-    """A mixed-radix digit of a parameter axis, or a window of one.
-
-    Parameter axis `axis` is read as digits; this one has the given `stride` and `size`, and the
-    array holds its values `start .. start + length`, last first where it is `reversed`. `axis` is
-    -1 for an axis made by broadcasting. A `shuffled` part holds the values in an order, or a
-    choice, that only the array knows.
-    """
-
-    axis: int
-    stride: int
-    size: int
-    start: int
-    length: int
-    reversed: bool = False
-    shuffled: bool = False
-
-    @property
-    def whole(self) -> bool:
-        return self.length == self.size
-
-
-Axis = tuple[Part, ...]
+from jquant.axes.digits import Axis, Part, regroup
 
 
 @jax.tree_util.register_static
@@ -73,7 +49,7 @@ class Origin:
 
     @staticmethod
     def of(path: str, shape: Sequence[int], product: int | None = None) -> Origin:
-        axes = tuple((Part(k, 1, n, 0, n),) for k, n in enumerate(shape))
+        axes = tuple((Part.of(k, n),) for k, n in enumerate(shape))
         return Origin(path, axes, offsets=(None,) * len(axes), product=product)
 
     def break_at(self, operation: str) -> Origin:
@@ -125,7 +101,7 @@ class Origin:
 
     def broadcast(self, rank: int, shape: Sequence[int], dims: Sequence[int]) -> Origin | None:
         """`broadcast_in_dim`: new axes come from nowhere, and so does what stretches an axis."""
-        axes: list[Axis] = [() if n == 1 else (Part(-1, 1, n, 0, n),) for n in shape]
+        axes: list[Axis] = [() if n == 1 else (Part.of(-1, n),) for n in shape]
         offsets: list[int | None] = [None] * len(shape)
         for parts, offset, dim in zip(self.own(rank), self.own_offsets(rank), dims, strict=True):
             length = math.prod(p.length for p in parts)
@@ -225,27 +201,8 @@ GONE = Origin("", ())  # of a window that shows nothing of the parameter's share
 
 def _regroup(axes: Sequence[Axis], new: Sequence[int]) -> tuple[list[Axis], list[Part]] | None:
     """The parts as axes of sizes `new`, and those that indexing has pinned."""
-    parts = [p for axis in axes for p in axis if p.length > 1]
-    ones = [p for axis in axes for p in axis if p.length == 1 and not p.whole]
-    if any(part.shuffled for part in ones):
+    pinned = [part for axis in axes for part in axis if part.pinned]
+    grouped = regroup((part for axis in axes for part in axis), new)
+    if grouped is None or any(part.shuffled for part in pinned):
         return None
-    grouped: list[Axis] = []
-    for size in new:
-        axis: list[Part] = []
-        left = size
-        while left > 1:
-            if not parts:
-                return None
-            part = parts.pop(0)
-            if left % part.length == 0:
-                axis.append(part)
-                left //= part.length
-            elif part.whole and not part.shuffled and part.length % left == 0:
-                inner = part.length // left
-                axis.append(part._replace(stride=part.stride * inner, size=left, length=left))
-                parts.insert(0, part._replace(size=inner, length=inner))
-                left = 1
-            else:
-                return None
-        grouped.append(tuple(axis))
-    return grouped, ones
+    return grouped, pinned

@@ -12,8 +12,9 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from jquant.axes.digits import Part
 from jquant.axes.layout import Role
-from jquant.axes.origin import Origin, Part
+from jquant.axes.origin import Origin
 
 Kind = Literal["dot", "conv", "ragged_dot", "lookup"]
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jquant.axes.digits import Axis, Part
 from jquant.axes.layout import Role
-from jquant.axes.origin import Axis, Part
 from jquant.axes.roles import order
 
 

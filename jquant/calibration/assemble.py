@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.axes.origin import Part
+from jquant.axes.digits import Part
 from jquant.axes.roles import Reading, order
 from jquant.calibration.evidence import Evidence
 
@@ -77,38 +78,64 @@ def _own_share(evidence: Evidence, reading: Reading) -> Evidence:
 def _place(evidence: Evidence, reading: Reading, whole: list[Part]) -> Evidence:
     """Evidence of one window as evidence of the whole weight, zero elsewhere."""
     seen = tuple(part for part in reading.batch if part.axis >= 0)
-    fixed, inner = reading.fixed, reading.inner
-    sizes = tuple(part.size for part in whole)
-    if not fixed and all(part.whole for part in (*seen, *inner)):
-        turn = order(seen)
-        if turn == list(range(len(turn))):
-            return evidence
+    turn = order(seen)
+    complete = all(part.whole for part in (*seen, *reading.inner)) and not reading.fixed
+    if complete and turn == list(range(len(turn))):
+        return evidence
+    window = _Window.of(reading, [seen[k] for k in turn], whole)
     rank = len(seen)
-    ranked = [seen[k] for k in order(seen)]
-    index: list[slice | int] = []
-    for part in whole:
-        at = next((p for p in (*ranked, *fixed) if (p.axis, p.stride) == part[:2]), part)
-        index.append(at.start if at in fixed else slice(at.start, at.start + at.length))
-    grid = np.arange(math.prod(p.size for p in inner)).reshape([p.size for p in inner])
-    columns = grid[tuple(slice(p.start, p.start + p.length) for p in inner)].reshape(-1)
-    width = grid.size
 
-    def turned(array: jnp.ndarray) -> jnp.ndarray:
-        return array.transpose([*order(seen), *range(rank, array.ndim)])
+    def put(axes: int, array: jnp.ndarray) -> jnp.ndarray:
+        return window.put(array.transpose([*turn, *range(rank, array.ndim)]), axes)
 
-    def spread(array: jnp.ndarray, *tail: np.ndarray) -> jnp.ndarray:
+    return Evidence(**{
+        name: jax.tree.map(functools.partial(put, axes), getattr(evidence, name))
+        for name, axes in _INPUT_AXES.items()
+    })  # fmt: skip
+
+
+# How many of the last axes of each part of evidence are those of the inputs.
+_INPUT_AXES = {
+    "second_moment": 2, "count": 0, "total": 1, "abs_max": 1, "drift": 2, "spread": 0,
+}  # fmt: skip
+
+
+class _Window(NamedTuple):
+    """Where evidence of a window lies in the evidence of the whole weight.
+
+    Attributes:
+        sizes: the batch axes of the whole.
+        index: what of them the window has.
+        rank: how many batch axes it has itself.
+        columns: its inputs among the `width` of the whole.
+    """
+
+    sizes: tuple[int, ...]
+    index: tuple[slice | int, ...]
+    rank: int
+    columns: np.ndarray
+    width: int
+
+    @staticmethod
+    def of(reading: Reading, batch: Sequence[Part], whole: Sequence[Part]) -> _Window:
+        """Of evidence with batch axes for the parts `batch`, in a weight that has `whole`."""
+        own = {(p.axis, p.stride): slice(p.start, p.start + p.length) for p in batch}
+        pinned: dict[tuple[int, int], slice | int]
+        pinned = {(p.axis, p.stride): p.start for p in reading.fixed}
+        index = tuple({**pinned, **own}.get((p.axis, p.stride), slice(0, p.size)) for p in whole)
+        inputs = np.arange(math.prod(p.size for p in reading.inner))
+        columns = inputs.reshape([p.size for p in reading.inner])[
+            tuple(slice(p.start, p.start + p.length) for p in reading.inner)
+        ]
+        sizes = tuple(p.size for p in whole)
+        return _Window(sizes, index, len(batch), columns.reshape(-1), inputs.size)
+
+    def put(self, array: jnp.ndarray, axes: int) -> jnp.ndarray:
+        """An array of the window, `[*batch, *inputs]` with so many axes of inputs, in the whole."""
         # A window of the batch axes first, then of the in axes: two plain indexings.
-        array = turned(array)
-        window = jnp.zeros((*array.shape[:rank], *([width] * len(tail))), array.dtype)
-        window = window.at[(..., *np.ix_(*tail))].set(array) if tail else array
-        return jnp.zeros((*sizes, *window.shape[rank:]), array.dtype).at[tuple(index)].set(window)
-
-    assert evidence.total is not None and evidence.abs_max is not None  # `Evidence.of` gave both
-    return Evidence(
-        spread(evidence.second_moment, columns, columns),
-        spread(evidence.count),
-        spread(evidence.total, columns),
-        spread(evidence.abs_max, columns),
-        None if evidence.drift is None else spread(evidence.drift, columns, columns),
-        None if evidence.spread is None else jax.tree.map(spread, evidence.spread),
-    )
+        window = array
+        if axes:
+            window = jnp.zeros((*array.shape[: self.rank], *[self.width] * axes), array.dtype)
+            window = window.at[(..., *np.ix_(*[self.columns] * axes))].set(array)
+        whole = jnp.zeros((*self.sizes, *window.shape[self.rank :]), array.dtype)
+        return whole.at[self.index].set(window)

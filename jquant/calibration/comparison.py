@@ -123,7 +123,7 @@ class _Follower:
 
     def _words(self, number: int, values: Iterable[int]) -> str:
         """The weights after whose products these values come."""
-        found: dict[str, None] = {}
+        paths: dict[str, None] = {}
         todo, seen = sorted(values), set()
         while todo:
             at = self.maker.get(todo.pop(0))
@@ -133,13 +133,13 @@ class _Follower:
             step = self.flat.steps[at]
             pieces = [self.origin[n] for n in step.reads if n in self.origin]
             if step.eqn.primitive.name in _PRODUCTS and pieces:
-                found.update(dict.fromkeys(piece.path for piece in pieces))
+                paths.update(dict.fromkeys(piece.path for piece in pieces))
             else:
                 todo += step.reads
         own = self.flat.pieces[number].path
-        if list(found) == [own]:
+        if list(paths) == [own]:
             return "its own output"
-        return "the output of " + ", ".join(found)
+        return "the output of " + ", ".join(paths)
 
 
 def _dependence(flat: Flat) -> tuple[set[int], dict[int, Piece]]:

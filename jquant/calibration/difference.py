@@ -18,8 +18,8 @@ from jquant.programs.straight import Piece
 
 @partial(jax.jit, static_argnames="places")
 def squares(
-    found: list[Array],
-    wanted: list[Array],
+    values: list[Array],
+    others: list[Array],
     places: tuple[Place, ...] = (),
     weights: Array | None = None,
 ) -> Array:
@@ -30,9 +30,9 @@ def squares(
             return jnp.abs(x - y) ** 2
         return (x.astype(jnp.float32) - y.astype(jnp.float32)) ** 2
 
-    each = map(one, found, wanted)
+    each = map(one, values, others)
     if weights is not None:
-        many = [place.over(weights, x.shape) for place, x in zip(places, found, strict=True)]
+        many = [place.over(weights, x.shape) for place, x in zip(places, values, strict=True)]
         each = (jnp.where(w > 0, x, 0) * w for x, w in zip(each, many, strict=True))
     return sum(map(jnp.sum, each), jnp.float32(0))
 
@@ -49,10 +49,10 @@ def count(
 
 def uncompared(cuts: Sequence[Cut], weights: Sequence[Weights]) -> dict[Piece, str]:
     """Weights compared on values whose tokens are not known → why."""
-    found: dict[Piece, str] = {}
+    reasons: dict[Piece, str] = {}
     for cut, own in zip(cuts, weights, strict=True):
         for piece, one in cut.comparisons.items():
             for why in (cut.places[n].unknown(own.shape) for n in one.varying.outputs):
                 if why:
-                    found.setdefault(piece, f"output (lost in {why!r})")
-    return found
+                    reasons.setdefault(piece, f"output (lost in {why!r})")
+    return reasons

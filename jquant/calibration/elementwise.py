@@ -97,20 +97,32 @@ def combined(name: str, values: Sequence[Any], result: Array) -> Tagged:
     or a bias of that one.
     """
     tagged = [fitted(v, result.shape) for v in values if isinstance(v, Tagged)]
-    uniform = all(map(is_uniform, tagged))
-    full = [v for v in tagged if uniform or not is_uniform(v)]
-    good = [origin for value in full for origin in value.good]
-    views = [origin for origin in good if not origin.stretched] or good
+    full = _filling(tagged)
+    views = _views(full)
     common = len(full) == 1 and _scales(name, values)  # the others are one factor
     after = [_through(origin, name, common) for origin in views]
-    # What is left of a weight that fills the shape is a summand or factor like others.
-    lost = [o for v in full for o in v.lost if not o.stretched or not after]
-    paths = {origin.path for origin in after}
-    origins = _distinct([*after, *(o for o in lost if o.path not in paths)])
+    origins = _distinct([*after, *_remains(full, after)])
     reach = {number for value in tagged for number in value.reach}
-    scales = [origin for value in tagged for origin in value.good if origin not in views]
-    reach |= {origin.product for origin in scales if origin.product is not None}
-    return Tagged(result, *settled(origins, reach), uniform=uniform)
+    reach |= {o.product for v in tagged for o in v.good if o.product is not None and o not in views}
+    return Tagged(result, *settled(origins, reach), uniform=all(map(is_uniform, tagged)))
+
+
+def _filling(operands: Sequence[Tagged]) -> Sequence[Tagged]:
+    """The operands that are not one number throughout, unless all of them are."""
+    return [value for value in operands if not is_uniform(value)] or operands
+
+
+def _views(operands: Sequence[Tagged]) -> list[Origin]:
+    """The views that fill the shape; where there are none, all."""
+    good = [origin for value in operands for origin in value.good]
+    return [origin for origin in good if not origin.stretched] or good
+
+
+def _remains(operands: Sequence[Tagged], views: Sequence[Origin]) -> list[Origin]:
+    """What is left of weights that are no views any more: summands or factors like others."""
+    paths = {origin.path for origin in views}
+    lost = [origin for value in operands for origin in value.lost if origin.path not in paths]
+    return [origin for origin in lost if not origin.stretched or not views]
 
 
 def _through(origin: Origin, name: str, common: bool) -> Origin:

@@ -123,8 +123,8 @@ class Evidence:
 
         Example:
             >>> x = jnp.array([[1.0], [2.0], [3.0], [9.0]])
-            >>> found = Evidence.grouped(x, jnp.array([1, 2]), full=x + 1.0)
-            >>> found.second_moment[:, 0, 0].tolist(), found.drift[:, 0, 0].tolist()
+            >>> evidence = Evidence.grouped(x, jnp.array([1, 2]), full=x + 1.0)
+            >>> evidence.second_moment[:, 0, 0].tolist(), evidence.drift[:, 0, 0].tolist()
             ([1.0, 13.0], [1.0, 5.0])
         """
         groups = sizes.shape[0]

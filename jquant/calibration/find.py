@@ -15,8 +15,8 @@ from typing import Any
 import jax
 from jaxtyping import Array, PyTree
 
+from jquant.axes.digits import Part
 from jquant.axes.layout import Layout
-from jquant.axes.origin import Part
 from jquant.axes.roles import Kind, Reading, Sighting, decisive
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.observe import Observer
@@ -139,13 +139,13 @@ class Sightings:
 
 def observe(
     fn: Callable[..., Any],
-    wanted: Callable[[str], bool],
+    watched: Callable[[str], bool],
     params: PyTree,
     inputs: tuple[Any, ...],
     spread: bool = False,
     weights: Array | None = None,
 ) -> Sightings:
-    """Run `fn(params, *inputs)` under the walker, watching the leaves whose path is `wanted`.
+    """Run `fn(params, *inputs)` under the walker, watching the leaves whose path is `watched`.
 
     `weights`: of the tokens of the inputs.
     """
@@ -157,7 +157,7 @@ def observe(
         places += input_places(inputs, weights.shape)
         tokens = Tokens.of(weights, lambda follower: follower.run(closed, places))
     args = [
-        Tagged.of(path_of(keys), leaf) if wanted(path_of(keys)) else Tagged(leaf)
+        Tagged.of(path_of(keys), leaf) if watched(path_of(keys)) else Tagged(leaf)
         for keys, leaf in leaves
     ]
     observer = Observer(spread=spread, tokens=tokens)
@@ -211,26 +211,26 @@ def find_weights(
     """
     shapes = shapes_of(params, inputs)
 
-    def wanted(path: str) -> bool:
+    def watched(path: str) -> bool:
         return ignore is None or re.fullmatch(ignore, path) is None
 
-    seen = jax.eval_shape(lambda params, inputs: observe(fn, wanted, params, inputs), *shapes)
-    found: dict[str, list[Sighting]] = {}
+    seen = jax.eval_shape(lambda params, inputs: observe(fn, watched, params, inputs), *shapes)
+    uses: dict[str, list[Sighting]] = {}
     for sighting in seen.uses:
-        found.setdefault(sighting.path, []).append(sighting)
+        uses.setdefault(sighting.path, []).append(sighting)
     weights: dict[str, Weight] = {}
     others: dict[str, str] = {}
     mixed = dict(seen.mixed)
     for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes[0])[0]:
         path = path_of(keys)
-        if path in found:
+        if path in uses:
             keys = [(reading, at) for name, reading, at in seen.keys if name == path]
-            weights[path] = _weight(path, leaf, found[path], keys)
+            weights[path] = _weight(path, leaf, uses[path], keys)
         elif leaf.ndim < 2:
             others[path] = f"it has {leaf.ndim} {'axis' if leaf.ndim == 1 else 'axes'}"
         elif leaf.size == 0:
             others[path] = "it has no elements"
-        elif not wanted(path):
+        elif not watched(path):
             others[path] = f"ignored by {ignore!r}"
         else:
             others[path] = (

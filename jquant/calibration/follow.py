@@ -17,8 +17,8 @@ import numpy as np
 from jax.extend import core
 
 from jquant.calibration.place import Place, joined, settled
+from jquant.programs.calls import callee, close, scan_parts
 from jquant.programs.primitives import having
-from jquant.programs.walker import callee, close, scan_parts
 
 Site = tuple[int, ...]
 Places = tuple[Place, ...]
@@ -45,8 +45,8 @@ class Follower:
             return env[atom]
 
         for at, eqn in enumerate(closed.jaxpr.eqns):
-            found = self.step(eqn, [read(atom) for atom in eqn.invars], (*site, at))
-            env.update(zip(eqn.outvars, found, strict=True))
+            outs = self.step(eqn, [read(atom) for atom in eqn.invars], (*site, at))
+            env.update(zip(eqn.outvars, outs, strict=True))
         return tuple(read(atom) for atom in closed.jaxpr.outvars)
 
     def step(self, eqn: core.JaxprEqn, ins: Sequence[Place], site: Site) -> Places:
@@ -65,17 +65,17 @@ class Follower:
             return self.run(body, ins, inner)
         if name in _LOOPS:
             return _LOOPS[name](self, eqn, ins, site)
-        if not any(place.known for place in ins):
+        if all(place.is_blank for place in ins):
             return tuple(map(Place.blank, shapes))
         rule = _elementwise if name in _ELEMENTWISE else _RULES.get(name)
-        found = () if rule is None else rule(eqn, ins)
-        return found or tuple(Place.blank(shape, name) for shape in shapes)
+        outs = () if rule is None else rule(eqn, ins)
+        return outs or tuple(Place.blank(shape, name) for shape in shapes)
 
     def _scan(self, eqn: core.JaxprEqn, ins: Places, site: Site) -> Places:
         closed = close(eqn.params["jaxpr"])
         consts, carried = scan_parts(eqn.params)
         heads = [place.axes[:1] for place in ins[consts + carried :]]
-        over = {head for head in heads if Place(head).known}
+        over = {head for head in heads if not Place(head).is_blank}
         rows = [_row(place) for place in ins[consts + carried :]]
 
         def turn(carry: Places) -> Places:
@@ -136,7 +136,7 @@ def _shape(eqn: core.JaxprEqn, result: int = 0) -> tuple[int, ...]:
 def _row(place: Place) -> Place:
     """What a scan's body sees of an array: lost, where it scans over tokens."""
     head, row = place.axes[:1], replace(place, axes=place.axes[1:])
-    return replace(row, lost=row.lost or "scan") if Place(head).known else row
+    return row if Place(head).is_blank else replace(row, lost=row.lost or "scan")
 
 
 def _elementwise(eqn: core.JaxprEqn, ins: Places) -> Places:
@@ -164,12 +164,12 @@ def _dot(eqn: core.JaxprEqn, ins: Places) -> Places:
         for k, axis in enumerate(place.axes)
         if k not in dims
     ]
-    found = settled((*both.axes, *free), ins, both.lost, name)
-    return (_summed(found, ins, contract, used, name),)
+    product = settled((*both.axes, *free), ins, both.lost, name)
+    return (_summed(product, ins, contract, used, name),)
 
 
 def _summed(
-    found: Place,
+    product: Place,
     ins: Sequence[Place],
     contract: Sequence[Sequence[int]],
     used: Sequence[Sequence[int]],
@@ -181,15 +181,15 @@ def _summed(
     its own the result is a mean of the other one: a pooled vector.
     """
     if any(len(place.axes) == len(dims) for place, dims in zip(ins, used, strict=True)):
-        return found
+        return product
     gone = {
         d.axis
         for place, dims in zip(ins, contract, strict=True)
         for k in dims
         for d in place.axes[k]
     }
-    left = {d.axis for axis in found.axes for d in axis} | {d.axis for d in found.fixed}
-    return replace(found, lost=found.lost or (name if gone - left - {-1} else ""))
+    left = {d.axis for axis in product.axes for d in axis} | {d.axis for d in product.fixed}
+    return replace(product, lost=product.lost or (name if gone - left - {-1} else ""))
 
 
 def _ragged(eqn: core.JaxprEqn, ins: Places) -> Places:
@@ -197,22 +197,22 @@ def _ragged(eqn: core.JaxprEqn, ins: Places) -> Places:
     (contract, batch), rows = numbers.dot_dimension_numbers, numbers.lhs_ragged_dimensions
     left, right, *_ = ins
     shape = _shape(eqn)
-    if right.known or batch != ((), ()) or rows == contract[0]:
+    if not right.is_blank or batch != ((), ()) or rows == contract[0]:
         return ()
     free = [axis for k, axis in enumerate(left.axes) if k not in contract[0]]
     blank = Place.blank(shape).axes[len(free) :]
-    found = replace(left, axes=(*free, *blank))
-    return (_summed(found, [left], contract[:1], contract[:1], eqn.primitive.name),)
+    product = replace(left, axes=(*free, *blank))
+    return (_summed(product, [left], contract[:1], contract[:1], eqn.primitive.name),)
 
 
 def _conv(eqn: core.JaxprEqn, ins: Places) -> Places:
     x, kernel = ins
     params, shape = eqn.params, _shape(eqn)
     numbers = params["dimension_numbers"]
-    if kernel.known or params["batch_group_count"] != 1:
+    if not kernel.is_blank or params["batch_group_count"] != 1:
         return ()
     batch, feature, *spatial = numbers.lhs_spec
-    found = x.resize(feature, shape[numbers.out_spec[1]], eqn.primitive.name)
+    patches = x.resize(feature, shape[numbers.out_spec[1]], eqn.primitive.name)
     for k, dim in enumerate(spatial):
         size = shape[numbers.out_spec[2 + k]]
         same = (
@@ -221,9 +221,9 @@ def _conv(eqn: core.JaxprEqn, ins: Places) -> Places:
             and math.prod(d.length for d in x.axes[dim]) == size
         )
         if not same:
-            found = found.resize(dim, size, eqn.primitive.name)
+            patches = patches.resize(dim, size, eqn.primitive.name)
     turn = dict(zip(numbers.out_spec, (batch, feature, *spatial), strict=True))
-    return (found.transpose([turn[k] for k in range(len(shape))]),)
+    return (patches.transpose([turn[k] for k in range(len(shape))]),)
 
 
 def _gather(eqn: core.JaxprEqn, ins: Places) -> Places:
@@ -233,7 +233,7 @@ def _gather(eqn: core.JaxprEqn, ins: Places) -> Places:
     gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     picked = [k for k in range(len(sizes)) if k not in numbers.operand_batching_dims]
     for k in picked:
-        if Place(table.axes[k : k + 1]).known and sizes[k] != _length(ins[0], k):
+        if not Place(table.axes[k : k + 1]).is_blank and sizes[k] != _length(ins[0], k):
             table = table.resize(k, sizes[k], name)
     rows = [k for k in range(len(shape)) if k not in numbers.offset_dims]
     kept = [k for k in range(len(sizes)) if k not in gone]
@@ -262,37 +262,37 @@ def _concatenate(eqn: core.JaxprEqn, ins: Places) -> Places:
 
 
 def _pad(eqn: core.JaxprEqn, ins: Places) -> Places:
-    found, shape = ins[0], _shape(eqn)
+    place, shape = ins[0], _shape(eqn)
     for dim, some in enumerate(eqn.params["padding_config"]):
         if tuple(some) != (0, 0, 0):
-            found = found.resize(dim, shape[dim], "pad")
-    return (found,)
+            place = place.resize(dim, shape[dim], "pad")
+    return (place,)
 
 
 def _slice(eqn: core.JaxprEqn, ins: Places) -> Places:
-    found, shape = ins[0], _shape(eqn)
+    place, shape = ins[0], _shape(eqn)
     for dim, start in enumerate(eqn.params["start_indices"]):
         if (eqn.params["strides"] or [1] * len(shape))[dim] != 1:
-            found = found.resize(dim, shape[dim], "slice")
+            place = place.resize(dim, shape[dim], "slice")
         else:
-            found = found.window(dim, start, shape[dim], "slice")
-    return (found,)
+            place = place.window(dim, start, shape[dim], "slice")
+    return (place,)
 
 
 def _split(eqn: core.JaxprEqn, ins: Places) -> Places:
-    at, found = 0, []
+    at, pieces = 0, []
     for size in eqn.params["sizes"]:
-        found.append(ins[0].window(eqn.params["axis"], at, int(size), "split"))
+        pieces.append(ins[0].window(eqn.params["axis"], at, int(size), "split"))
         at += int(size)
-    return tuple(found)
+    return tuple(pieces)
 
 
 def _dynamic_slice(eqn: core.JaxprEqn, ins: Places) -> Places:
-    found = ins[0]
+    place = ins[0]
     for dim, size in enumerate(_shape(eqn)):
-        if size != _length(found, dim):
-            found = found.resize(dim, size, "dynamic_slice")
-    return (found,)
+        if size != _length(place, dim):
+            place = place.resize(dim, size, "dynamic_slice")
+    return (place,)
 
 
 def _dynamic_update_slice(eqn: core.JaxprEqn, ins: Places) -> Places:
@@ -308,10 +308,10 @@ def _reordered(eqn: core.JaxprEqn, ins: Places) -> Places:
     params, name = eqn.params, eqn.primitive.name
     rank = len(ins[0].axes)
     dims = params.get("dimensions", (params.get("dimension", params.get("axis", -1)),))
-    found = joined(ins, name)
+    place = joined(ins, name)
     for dim in dims:
-        found = found.resize(dim % rank, _shape(eqn)[dim % rank], name)
-    return (found,) * len(eqn.outvars)
+        place = place.resize(dim % rank, _shape(eqn)[dim % rank], name)
+    return (place,) * len(eqn.outvars)
 
 
 def _reshape(eqn: core.JaxprEqn, ins: Places) -> Places:

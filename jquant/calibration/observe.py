@@ -30,8 +30,9 @@ from jquant.calibration.pending import Lookup, Pending, Product
 from jquant.calibration.tagged import Tagged, array_of, changed, is_independent
 from jquant.calibration.tokens import Tokens
 from jquant.calibration.views import MADE, view
+from jquant.programs.calls import scan_parts
 from jquant.programs.primitives import having
-from jquant.programs.walker import DESCENDED, LOOPS, Walker, bind, scan_parts
+from jquant.programs.walker import DESCENDED, LOOPS, Walker, bind
 
 _RULES = {**products.RULES, **lookups.RULES}
 

@@ -2,7 +2,8 @@
 
 Token weights have axes of their own, `[batch, time]` as a rule. A `Place` says of every axis of an
 activation which of them it runs along, or a digit or window of which, so that a row's token is
-known by descent, never guessed by shape. Axes that run along no tokens (features, heads) are blank.
+known by descent, never guessed by shape. Axes that run along no tokens (features, heads) are blank,
+their digits of axis -1.
 Where an operation moves tokens by what is in them, or into one another, the place is *lost* there,
 and says by what; the axes that are still told of are right nevertheless. A place is static.
 """
@@ -10,30 +11,15 @@ and says by what; the axes that are still told of are right nevertheless. A plac
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-
-class Digit(NamedTuple):
-    """A mixed-radix digit of an axis of the token weights, or a window of one; axis -1: blank."""
-
-    axis: int
-    stride: int
-    size: int
-    start: int
-    length: int
-
-    @property
-    def whole(self) -> bool:
-        return self.length == self.size
-
-
-Axis = tuple[Digit, ...]  # digits of one axis, outermost first; none where its size is 1
+from jquant.axes.digits import Axis, Part, regroup
 
 
 @jax.tree_util.register_static
@@ -42,12 +28,12 @@ class Place:
     """The digits of each axis, digits that indexing has pinned to one value, what lost the rest."""
 
     axes: tuple[Axis, ...]
-    fixed: tuple[Digit, ...] = ()
+    fixed: tuple[Part, ...] = ()
     lost: str = ""
 
     @staticmethod
     def blank(shape: Sequence[int], lost: str = "") -> Place:
-        return Place(tuple(_axis([Digit(-1, 1, n, 0, n)]) for n in shape), (), lost)
+        return Place(tuple(_axis([Part.of(-1, n)]) for n in shape), (), lost)
 
     @staticmethod
     def of(shape: Sequence[int], tokens: Sequence[int], name: str) -> Place:
@@ -59,14 +45,14 @@ class Place:
         plain = Place.blank(shape)
         many = next((n for n in range(len(tokens), 0, -1) if shape[:n] == tokens[:n]), 0)
         if not shape or many == len(tokens) or (many and shape == tokens[:many]):
-            own = [_axis([Digit(k, 1, n, 0, n)]) for k, n in enumerate(tokens[:many])]
+            own = [_axis([Part.of(k, n)]) for k, n in enumerate(tokens[:many])]
             return replace(plain, axes=(*own, *plain.axes[many:]))
         return replace(plain, lost=f"{name} of shape {shape} is not of theirs")
 
     @property
-    def known(self) -> bool:
-        """Whether anything is known of tokens."""
-        return bool(self.fixed or self.lost or any(map(_told, self.axes)))
+    def is_blank(self) -> bool:
+        """Whether nothing is told of tokens."""
+        return not (self.fixed or self.lost or any(map(_told, self.axes)))
 
     def transpose(self, permutation: Sequence[int]) -> Place:
         return replace(self, axes=tuple(self.axes[k] for k in permutation))
@@ -98,7 +84,7 @@ class Place:
 
     def broadcast(self, shape: Sequence[int], dims: Sequence[int]) -> Place:
         axes = list(Place.blank(shape).axes)
-        pinned: list[Digit] = []
+        pinned: list[Part] = []
         for axis, dim in zip(self.axes, dims, strict=True):
             if _size(axis) == shape[dim]:
                 axes[dim] = axis
@@ -108,27 +94,13 @@ class Place:
 
     def reshape(self, shape: Sequence[int]) -> Place:
         """Regroup the digits into axes of these sizes, splitting whole ones at the boundaries."""
-        digits = list(_axis([d for axis in self.axes for d in axis if d.length > 1]))
-        pinned = [d for axis in self.axes for d in axis if d.length == 1 and not d.whole]
-        axes: list[Axis] = []
-        for size in shape:
-            axis: list[Digit] = []
-            left = size
-            while left > 1:
-                one = digits.pop(0) if digits else None
-                if one is not None and left % one.length == 0:
-                    axis.append(one)
-                    left //= one.length
-                elif one is not None and one.whole and one.length % left == 0:
-                    inner = one.length // left
-                    axis.append(Digit(one.axis, one.stride * inner, left, 0, left))
-                    digits.insert(0, Digit(one.axis, one.stride, inner, 0, inner))
-                    left = 1
-                else:
-                    why = "reshape" if any(map(_told, self.axes)) else ""
-                    return Place.blank(shape, self.lost or why)
-            axes.append(_axis(axis))
-        return replace(self, axes=tuple(axes), fixed=(*self.fixed, *pinned))
+        digits = [d for axis in self.axes for d in axis]
+        axes = regroup(_axis([d for d in digits if d.length > 1]), shape)
+        if axes is None:
+            why = "reshape" if any(map(_told, self.axes)) else ""
+            return Place.blank(shape, self.lost or why)
+        pinned = (d for d in digits if d.pinned)
+        return replace(self, axes=tuple(map(_axis, axes)), fixed=(*self.fixed, *pinned))
 
     def weights(
         self, tokens: Array, sizes: Sequence[int], turn: Sequence[int], kept: int
@@ -153,13 +125,12 @@ class Place:
         inner = {d.axis for axis in whole.axes[kept:] for d in axis if d.axis >= 0}
         if not why and any(not firsts._covers(axis, tokens.shape[axis]) for axis in inner):
             why = "spread over its channels"
-        found = firsts._laid(tokens)
-        if found is None:
+        first = firsts._laid(tokens)
+        if first is None:
             return jnp.broadcast_to(jnp.max(tokens), shape), rows.lost or "reshape"
-        if lasts != firsts:
-            other = lasts._laid(tokens)
-            found = found if other is None else jnp.minimum(found, other)
-        return found.reshape(shape), why
+        last = first if lasts == firsts else lasts._laid(tokens)
+        both = first if last is None or last is first else jnp.minimum(first, last)
+        return both.reshape(shape), why
 
     def over(self, tokens: Array, shape: Sequence[int]) -> Array:
         """The weight of every entry of an array with this place, `[*shape]`, float32."""
@@ -177,11 +148,11 @@ class Place:
         seen: set[tuple[int, int, int]] = set()
         axes: list[Axis] = []
         for axis in self.axes[::order]:
-            kept: list[Digit] = []
+            kept: list[Part] = []
             for one in axis[::order]:
                 again = one.axis >= 0 and one[:3] in seen
                 seen.add(one[:3])
-                kept.append(Digit(-1, 1, one.length, 0, one.length) if again else one)
+                kept.append(Part.of(-1, one.length) if again else one)
             axes.append(tuple(kept[::order]))
         return replace(self, axes=tuple(axes[::order]))
 
@@ -192,29 +163,40 @@ class Place:
     def _laid(self, tokens: Array) -> Array | None:
         """The weights by digit of the axes in turn; None where the digits are of two kinds."""
         shown = [d for axis in self.axes for d in axis]
-        told = sorted(
-            {d for d in (*shown, *self.fixed) if d.axis >= 0}, key=lambda d: (d.axis, -d.stride)
-        )
-        sizes: list[int] = []
-        where: dict[Digit, int] = {}
-        for axis, size in enumerate(tokens.shape):
-            left = size
-            for one in [d for d in told if d.axis == axis]:
-                gap, rest = divmod(left, one.stride * one.size)
-                if rest or gap < 1:
-                    return None
-                where[one] = len(sizes) + 1
-                sizes += [gap, one.size]
-                left = one.stride
-            sizes.append(left)
-        found = tokens.reshape(sizes)
+        cut = _cut(tokens.shape, {d for d in (*shown, *self.fixed) if d.axis >= 0})
+        if cut is None:
+            return None
+        sizes, where = cut
+        by_digit = tokens.reshape(sizes)
         for one, dim in where.items():
-            found = jax.lax.slice_in_dim(found, one.start, one.start + one.length, axis=dim)
+            by_digit = jax.lax.slice_in_dim(by_digit, one.start, one.start + one.length, axis=dim)
         kept = [where[d] for d in shown if d.axis >= 0]
-        found = jnp.max(found, axis=tuple(k for k in range(found.ndim) if k not in kept))
-        found = found.transpose([sorted(kept).index(k) for k in kept])
+        by_digit = jnp.max(by_digit, axis=tuple(k for k in range(len(sizes)) if k not in kept))
+        by_digit = by_digit.transpose([sorted(kept).index(k) for k in kept])
         dims = [k for k, d in enumerate(shown) if d.axis >= 0]
-        return jax.lax.broadcast_in_dim(found, [d.length for d in shown], dims)
+        return jax.lax.broadcast_in_dim(by_digit, [d.length for d in shown], dims)
+
+
+def _cut(
+    shape: Sequence[int], digits: Collection[Part]
+) -> tuple[list[int], dict[Part, int]] | None:
+    """Axes cut at these digits, and which of the parts each digit is; None if two of them overlap.
+
+    Between two digits of an axis lies what nobody asked for.
+    """
+    sizes: list[int] = []
+    where: dict[Part, int] = {}
+    for axis, left in enumerate(shape):
+        own = [digit for digit in digits if digit.axis == axis]
+        for digit in sorted(own, key=lambda d: -d.stride):
+            gap, rest = divmod(left, digit.stride * digit.size)
+            if rest or gap < 1:
+                return None
+            where[digit] = len(sizes) + 1
+            sizes += [gap, digit.size]
+            left = digit.stride
+        sizes.append(left)
+    return sizes, where
 
 
 def joined(places: Sequence[Place], why: str) -> Place:
@@ -234,17 +216,18 @@ def settled(axes: Sequence[Axis], places: Sequence[Place], lost: str, why: str) 
     """The place with these axes, of an array that is computed from arrays of these places."""
     running = [d for axis in axes for d in axis]
     pinned = {
-        d for place in places for d in place.fixed
-        if not any(
-            r.axis == d.axis and r.stride < d.stride * d.size and d.stride < r.stride * r.size
-            for r in running
-        )
-    }  # fmt: skip
-    by = {(d.axis, d.stride): d for d in pinned}
-    if len(by) < len(pinned):  # of several tokens at once
-        clash = {key for key in by if sum(d[:2] == key for d in pinned) > 1}
-        pinned, lost = {d for d in pinned if d[:2] not in clash}, lost or why
+        d for place in places for d in place.fixed if not any(_overlap(d, r) for r in running)
+    }
+    often = Counter((d.axis, d.stride) for d in pinned)
+    if len(often) < len(pinned):  # of several tokens at once
+        pinned, lost = {d for d in pinned if often[d.axis, d.stride] == 1}, lost or why
     return Place(tuple(axes), tuple(sorted(pinned)), lost)
+
+
+def _overlap(one: Part, two: Part) -> bool:
+    """Whether two digits share values of an axis."""
+    below = one.stride < two.stride * two.size and two.stride < one.stride * one.size
+    return one.axis == two.axis and below
 
 
 def _told(axis: Axis) -> bool:
@@ -255,25 +238,22 @@ def _size(axis: Axis) -> int:
     return math.prod(d.length for d in axis)
 
 
-def _axis(digits: Sequence[Digit]) -> Axis:
+def _axis(digits: Sequence[Part]) -> Axis:
     """Digits without those of size 1, neighbours that are one joined."""
-    found: list[Digit] = []
+    axis: list[Part] = []
     for one in digits:
         if one.size == 1 and one.length == 1:
             continue
-        last = found[-1] if found else None
-        if last is not None and last.axis == one.axis == -1:
-            n = last.length * one.length
-            found[-1] = Digit(-1, 1, n, 0, n)
-        elif (
-            last is not None
-            and last.axis == one.axis
-            and last.whole
-            and one.whole
-            and last.stride == one.stride * one.size
-        ):
-            n = last.size * one.size
-            found[-1] = Digit(one.axis, one.stride, n, 0, n)
-        else:
-            found.append(one)
-    return tuple(found)
+        both = _both(axis[-1], one) if axis else None
+        axis = [*axis, one] if both is None else [*axis[:-1], both]
+    return tuple(axis)
+
+
+def _both(outer: Part, inner: Part) -> Part | None:
+    """Neighbours as one digit, if they are one."""
+    if outer.axis == inner.axis == -1:
+        return Part.of(-1, outer.length * inner.length)
+    adjacent = outer.axis == inner.axis and outer.stride == inner.stride * inner.size
+    if not (adjacent and outer.whole and inner.whole):
+        return None
+    return inner._replace(size=outer.size * inner.size, length=outer.size * inner.size)

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jquant.axes.contraction import Contraction, Pairs
-from jquant.axes.origin import Axis, Origin, Part
+from jquant.axes.digits import Axis, Part
+from jquant.axes.origin import Origin
 from jquant.axes.roles import Sighting
 from jquant.calibration.pending import Product
 from jquant.calibration.tagged import Tagged
@@ -103,18 +104,12 @@ def reassociated(
         origin: what the array that meets `x` owes to it.
         contraction: how that array meets `x`.
     """
-    rank = len(contraction.shape)
-    own = origin.own(rank)
-    met = {there: own[dim] for dim, there in enumerate(contraction.meets) if there is not None}
-    shares = [offset for offset in origin.own_offsets(rank) if offset is not None]
-    if origin.scanned(rank) or shares or not all(map(_is_plain, met.values())):
-        return None
-    pairs = zip(contraction.roles, own, strict=True)
-    inner = {part for role, axis in pairs if role == "in" for part in axis}
+    met = _met(origin, contraction)
+    inner = {part for there in contraction.summed for part in met.get(there, ())}
     near = next((k for k in (0, 1) if inner and _is_of(product, k, inner)), None)
     if near is None:
         return None
-    digits = _digits(origin, rank)
+    digits = _digits(origin, len(contraction.shape))
     first, second = _factor(product, near, digits), _factor(product, 1 - near, digits)
     if first is None or second is None:
         return None
@@ -122,6 +117,17 @@ def reassociated(
     summed = [name for name in first.names if name in inner]
     sums = [("sum", k) for k in range(len(product.contract[0]))]
     return Detour(near, first.meet(rows, summed), second.meet(first.times(rows, summed), sums))
+
+
+def _met(origin: Origin, contraction: Contraction) -> dict[int, Axis]:
+    """The digits of the product that axes of the input meet; none where it meets others too."""
+    rank = len(contraction.shape)
+    pairs = zip(contraction.meets, origin.own(rank), strict=True)
+    met = {there: axis for there, axis in pairs if there is not None}
+    joined = any(offset is not None for offset in origin.own_offsets(rank))
+    if joined or origin.scanned(rank) or not all(map(_is_plain, met.values())):
+        return {}
+    return met
 
 
 def is_read_so(side: Tagged, contract: Sequence[int], sightings: Iterable[Sighting]) -> bool:
@@ -185,15 +191,19 @@ def _factor(product: Product, which: int, digits: dict[int, Axis]) -> _Factor | 
         sizes += [part.size for part in parts] or [size]
     if math.prod(sizes) != side.array.size:
         return None
-    shape = side.array.shape
-    views = [origin.reshape(shape, sizes) for origin in side.good]
+    weight = _cut(side, sizes, {k: name for k, name in enumerate(names) if isinstance(name, Part)})
+    return None if weight is None else _Factor(weight, tuple(names))
+
+
+def _cut(side: Tagged, sizes: Sequence[int], windows: dict[int, Part]) -> Tagged | None:
+    """A factor reshaped, and of some axes the window that a part is; None: it is no view so."""
+    views = [origin.reshape(side.array.shape, sizes) for origin in side.good]
     array = side.array.reshape(sizes)
-    for dim, part in enumerate(names):
-        if isinstance(part, Part) and not part.whole:
+    for dim, part in windows.items():
+        if not part.whole:
             shape, start, length = array.shape, part.start, part.length
             views = [view and view.window(shape, dim, start, length) for view in views]
             array = lax.slice_in_dim(array, start, start + length, axis=dim)
     followed = tuple(view for view in views if view is not None)
-    if len(followed) < len(views):
-        return None
-    return _Factor(replace(side, array=array, origins=followed), tuple(names))
+    whole = len(followed) == len(views)
+    return replace(side, array=array, origins=followed) if whole else None

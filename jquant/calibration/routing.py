@@ -29,9 +29,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from jquant.programs.calls import close, scan_parts
 from jquant.programs.primitives import having
 from jquant.programs.straight import Atom, Flat, Step
-from jquant.programs.walker import close, scan_parts
 
 # Which operands are places.
 _INDICES = {
@@ -60,9 +60,9 @@ class Routing(NamedTuple):
 
 def routing(flat: Flat, uses: Mapping[int, Collection[int]]) -> Routing:
     """Follow what quantizing the weights changes; `uses`: step → the weights it uses."""
-    found = _Following(uses)
-    found.follow(flat.steps)
-    return Routing(frozenset(found.shared(flat.steps)), found.unpaired)
+    following = _Following(uses)
+    following.follow(flat.steps)
+    return Routing(frozenset(following.shared(flat.steps)), following.unpaired)
 
 
 def alike(
@@ -162,15 +162,15 @@ class _Following:
 
     def shared(self, steps: Sequence[Step]) -> set[int]:
         """The steps that choose what routes."""
-        leading, found = set(self.leading), set(self.sorts)
+        leading, shared = set(self.leading), set(self.sorts)
         for at in range(len(steps))[::-1]:
             if leading.isdisjoint(steps[at].outs):
                 continue
             if at in self.choosing:
-                found.add(at)
+                shared.add(at)
             else:
                 leading.update(self.chosen.intersection(steps[at].reads))
-        return found
+        return shared
 
     def _routes_inside(self, at: int, step: Step) -> bool:
         """Whether something routes in this step's own body, where nothing can be shared."""
@@ -205,24 +205,26 @@ class _Loop(NamedTuple):
 def _inside(body: core.ClosedJaxpr, states: Sequence[_State], loop: _Loop) -> bool:
     """Whether a body routes by what is chosen in it, or was where nothing is shared."""
     steps, ins, outs = _numbered(body)
-    known = list(states[loop.skipped :])
-    if len(known) != len(ins):  # of an operation that nobody here knows
-        known = [_State(True, False)] * len(ins)
+    carried = list(states[loop.skipped :])
+    if len(carried) != len(ins):  # of an operation that nobody here knows
+        carried = [_State(True, False)] * len(ins)
     while True:
-        pairs = list(zip(ins, known, strict=True))
-        found = _Following(
+        pairs = list(zip(ins, carried, strict=True))
+        following = _Following(
             {}, [n for n, state in pairs if state.moved], [n for n, state in pairs if state.chosen]
         )
-        found.follow(steps)
-        if found.leading or found.sorts or found.unpaired:
+        following.follow(steps)
+        if following.leading or following.sorts or following.unpaired:
             return True
-        before = list(known)
+        before = list(carried)
         for k in range(loop.carried):  # what one turn moves or chooses, the next one starts with
-            old, n = known[loop.first + k], outs[k]
+            old, n = carried[loop.first + k], outs[k]
             if isinstance(n, int):
-                state = _State(old.moved or n in found.moved, old.chosen or n in found.chosen)
-                known[loop.first + k] = state
-        if known == before:
+                state = _State(
+                    old.moved or n in following.moved, old.chosen or n in following.chosen
+                )
+                carried[loop.first + k] = state
+        if carried == before:
             return False
 
 

@@ -56,8 +56,8 @@ class Spread:
         """The spread of rows of inputs.
 
         Example:
-            >>> found = Spread.of(jnp.array([[1.0, -2.0], [0.5, 3.0]]))
-            >>> float(found.low), float(found.high), float(found.counts.sum())
+            >>> spread = Spread.of(jnp.array([[1.0, -2.0], [0.5, 3.0]]))
+            >>> float(spread.low), float(spread.high), float(spread.counts.sum())
             (-2.0, 3.0, 4.0)
         """
         *batch, tokens, width = x.shape
@@ -66,8 +66,8 @@ class Spread:
         groups = int(np.prod(batch))
         numbers = jnp.arange(groups, dtype=jnp.int32)
         which = jnp.repeat(numbers, tokens, total_repeat_length=many * tokens)
-        found = Spread.grouped(rows, which, groups)
-        return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), found)
+        spread = Spread.grouped(rows, which, groups)
+        return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), spread)
 
     @staticmethod
     def grouped(

@@ -2,9 +2,9 @@
 
 Every use of a planned weight is one *level* above the highest use that its input depends on: in a
 transformer block q, k and v are one level, then the attention's output, then gate and up, then
-down. A *stage* is a range of levels. Its weights are calibrated on inputs that the quantized
-weights of all earlier stages have produced; then they are quantized, and the stage is run on with
-them. Two things run per stage and batch, each every equation at most once:
+down. A *stage* is a range of levels (`schedule.py`). Its weights are calibrated on inputs that the
+quantized weights of all earlier stages have produced; then they are quantized, and the stage is run
+on with them. Two things run per stage and batch, each every equation at most once:
 
 * `gather`, from the values alive before the stage to the evidence of its weights;
 * `advance`, from there to the values alive after it, with the stage's weights quantized.
@@ -21,15 +21,15 @@ of a stage, which ends in all that its weights are compared on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jquant.calibration.comparison import Level, compared
+from jquant.calibration.comparison import Compared, Level, compared
 from jquant.calibration.place import Place
 from jquant.calibration.routing import Routing, routing
-from jquant.calibration.running import Found, Uses, find_uses
-from jquant.programs.primitives import having
+from jquant.calibration.running import Found, find_uses
+from jquant.calibration.schedule import Schedule, Span, levels_of, ranges_of, spans_of
 from jquant.programs.straight import Flat, Piece, Step
 
 Granularity = Literal["weight", "block", "all"]
@@ -110,67 +110,56 @@ def cut_at_weights(
     `level`: to compare the weights there; `reconstruct`: to run each stage to where it joins;
     `drift`: to see it beside the one with the weights it came with.
     """
-    found = find_uses(flat, planned)
-    uses = found.uses
-    choices = routing(flat, uses) if drift else Routing(frozenset(), {})
-    levels = _levels(flat.steps, uses)
-    spans = _spans(uses, levels)
-    stages = tuple(
-        Stage(
-            tuple(flat.pieces[n] for n, span in spans.items() if low <= span[0] <= high), low, high
-        )
-        for low, high in _ranges([*spans.values(), *_blocks(flat, spans, granularity)])
+    usage = find_uses(flat, planned)
+    choices = routing(flat, usage.uses) if drift else Routing(frozenset(), {})
+    levels = levels_of(flat.steps, usage.uses)
+    stages = _stages(flat, spans_of(usage.uses, levels), granularity)
+    schedule = Schedule.of(flat, usage, levels, [(stage.first, stage.last) for stage in stages])
+    cutter = _Cutter(schedule, frozenset(choices.shared))
+    number = {piece: k for k, stage in enumerate(stages, start=1) for piece in stage.pieces}
+    compare = {} if level is None else compared(flat, usage.uses, level)
+    runs = {
+        n: cutter.segment(range(number[flat.pieces[n]], schedule.count + 1), values)
+        for n, (values, _) in compare.items()
+    }
+    ends = compared(flat, usage.uses, "residual") if reconstruct else {}
+    reconstructions = cutter.reconstructions(stages if reconstruct else (), ends)
+    read = [(number[flat.pieces[n]], run.sources) for n, run in runs.items()]
+    read += [(k, run.sources) for k, run in enumerate(reconstructions, start=1)]
+    alive = schedule.alive(schedule.dies(read))
+    prologue, *advances = (cutter.advance(k, values) for k, values in enumerate(alive))
+    return Cut(
+        flat,
+        stages,
+        prologue,
+        tuple(cutter.gather(k) for k in range(1, schedule.count + 1)),
+        tuple(advances),
+        alive,
+        usage.nested,
+        _unpaired(flat, usage, choices.unpaired),
+        {flat.pieces[n]: _split(run, n, compare[n].words) for n, run in runs.items()},
+        reconstructions,
     )
-    return _Cutter(flat, stages, found, levels, level, reconstruct, choices).cut()
 
 
-def _needed(steps: Sequence[Step], uses: Uses, values: Iterable[int]) -> set[int]:
-    """Positions of the steps that lead to a use of a weight, to be done too, or to these values."""
-    values = set(values)
-    kept: set[int] = set()
-    for at in range(len(steps))[::-1]:
-        if at in uses or not values.isdisjoint(steps[at].outs):
-            kept.add(at)
-            values.update(steps[at].reads)
-    return kept
+def _stages(flat: Flat, spans: Mapping[int, Span], granularity: Granularity) -> tuple[Stage, ...]:
+    """The weights that are calibrated together, in order."""
+    ranges = ranges_of([*spans.values(), *_blocks(flat, spans, granularity)])
+    return tuple(
+        Stage(tuple(flat.pieces[n] for n, (at, _) in spans.items() if low <= at <= high), low, high)
+        for low, high in ranges
+    )
 
 
-def _light(flat: Flat, found: Found) -> set[int]:
-    """Values to be made again from parameters and inputs, whenever they are needed.
-
-    Cheap ones; and what depends on no input, since a weight that it goes into is followed only
-    where all of that is seen, and changes when the weight does.
-    """
-    light = {*flat.pieces, *flat.inputs, *flat.consts}
-    for at, step in enumerate(flat.steps):
-        cheap = step.eqn.primitive.name not in having("heavy") or found.fixed.issuperset(step.outs)
-        again = cheap and not step.eqn.effects and at not in found.uses
-        if again and light.issuperset(step.reads):
-            light.update(step.outs)
-    return light
-
-
-def _levels(steps: Sequence[Step], uses: Uses) -> list[int]:
-    """The level of every step and of what it makes; parameters and inputs have level 0."""
-    levels: list[int] = []
-    made: dict[int, int] = {}
-    for at, step in enumerate(steps):
-        levels.append(max((made.get(n, 0) for n in step.reads), default=0) + (at in uses))
-        made.update(dict.fromkeys(step.outs, levels[at]))
-    return levels
-
-
-Span = tuple[int, int]
-
-
-def _spans(uses: Uses, levels: Sequence[int]) -> dict[int, Span]:
-    """For each weight the levels of its first and last use, in the order of the first."""
-    spans: dict[int, Span] = {}
-    for at, numbers in uses.items():
-        for n in numbers:
-            low, high = spans.get(n, (levels[at], levels[at]))
-            spans[n] = min(low, levels[at]), max(high, levels[at])
-    return dict(sorted(spans.items(), key=lambda item: item[1][0]))
+def _unpaired(flat: Flat, usage: Found, lost: Mapping[int, str]) -> dict[Piece, str]:
+    """The weights whose rows are chosen in a loop or branch, and in which."""
+    return {
+        flat.pieces[n]: lost[read]
+        for at, numbers in usage.uses.items()
+        for n in numbers
+        for read in flat.steps[at].reads
+        if read in lost
+    }
 
 
 def _blocks(flat: Flat, spans: Mapping[int, Span], granularity: Granularity) -> Iterable[Span]:
@@ -203,113 +192,59 @@ def block_of(path: str) -> str:
     return "/".join(keys[:-1]) or path
 
 
-def _ranges(spans: Iterable[Span]) -> list[Span]:
-    """The finest ranges of levels that cut through none of the spans."""
-    ranges: list[Span] = []
-    for low, high in sorted(spans):
-        if ranges and low <= ranges[-1][1]:
-            ranges[-1] = ranges[-1][0], max(ranges[-1][1], high)
-        else:
-            ranges.append((low, high))
-    return ranges
-
-
+@dataclass(frozen=True)
 class _Cutter:
-    """Distributes a flat function's steps over the segments of its stages."""
+    """Cuts the segments of a schedule; `shared`: steps in which two networks choose alike."""
 
-    def __init__(
+    schedule: Schedule
+    shared: frozenset[int]
+
+    def segment(
         self,
-        flat: Flat,
-        stages: tuple[Stage, ...],
-        found: Found,
-        levels: Sequence[int],
-        level: Level | None,
-        reconstruct: bool,
-        choices: Routing,
-    ):
-        self.flat, self.stages, self.found, self.choices = flat, stages, found, choices
-        self.uses = uses = found.uses
-        self.light = _light(flat, found)
-        stage_of = {0: 0}  # the prologue is number 0
-        for k, stage in enumerate(stages, start=1):
-            stage_of.update(dict.fromkeys(range(stage.first, stage.last + 1), k))
-        self.home = [stage_of.get(level, len(stages)) for level in levels]
-        self.made = {n: k for k, step in zip(self.home, flat.steps, strict=True) for n in step.outs}
-        self.until: dict[int, int] = {}  # the last stage that reads a value
-        self.comparisons: dict[Piece, Comparison] = {}
-        for n, (outputs, words) in ({} if level is None else compared(flat, uses, level)).items():
-            k = next(k for k, s in enumerate(stages, start=1) if flat.pieces[n] in s.pieces)
-            whole = self._segment(k, outputs=outputs, last=len(stages))
-            self.until.update((n, max(self.until.get(n, 0), k)) for n in whole.sources)
-            self.comparisons[flat.pieces[n]] = _split(whole, n, words)
-        self.reconstructions: list[Segment] = []
-        ends = compared(flat, uses, "residual") if reconstruct else {}
-        for k, stage in enumerate(stages, start=1) if reconstruct else ():
-            own = [ends[n].outputs for n, piece in flat.pieces.items() if piece in stage.pieces]
-            outputs = tuple(dict.fromkeys(n for some in own for n in some))
-            whole = self._segment(k, outputs=outputs, last=len(stages))
-            self.until.update((n, max(self.until.get(n, 0), k)) for n in whole.sources)
-            self.reconstructions.append(whole)
-        for at in _needed(flat.steps, uses, self.until):
-            for n in flat.steps[at].reads:
-                self.until[n] = max(self.until.get(n, 0), self.home[at])
-
-    def cut(self) -> Cut:
-        alive = tuple(
-            frozenset(
-                n for n, k in self.made.items()
-                if n not in self.light and k <= now < self.until.get(n, 0)
-            )
-            for now in range(len(self.stages) + 1)
-        )  # fmt: skip
-        advances = [
-            self._segment(k, outputs=[n for n in sorted(alive[k]) if self.made[n] == k])
-            for k in range(len(self.stages) + 1)
-        ]
-        gathers = []
-        for k in range(1, len(self.stages) + 1):
-            roots = {at for at in self.uses if self.home[at] == k}
-            watched = {n for at in roots for n in self.uses[at]}
-            gathers.append(self._segment(k, roots=roots, watched=sorted(watched)))
-        lost = self.choices.unpaired
-        unpaired = {
-            self.flat.pieces[n]: lost[read]
-            for at, numbers in self.uses.items() for n in numbers
-            for read in self.flat.steps[at].reads if read in lost
-        }  # fmt: skip
-        return Cut(
-            self.flat, self.stages, advances[0], tuple(gathers), tuple(advances[1:]), alive,
-            self.found.nested, unpaired, self.comparisons, tuple(self.reconstructions),
-        )  # fmt: skip
-
-    def _segment(
-        self,
-        stage: int,
-        *,
+        stages: Collection[int],
         outputs: Sequence[int] = (),
-        roots: Iterable[int] = (),
+        roots: Collection[int] = (),
         watched: Sequence[int] = (),
-        last: int | None = None,
     ) -> Segment:
-        """The steps of a stage that lead to these values and steps, and what they start from.
+        """The steps of some stages that lead to these values and steps, and what they start from.
 
-        With `last`, those of all stages up to that one.
+        `roots`: steps that use the weights that are `watched`.
         """
-        steps, roots, last = self.flat.steps, set(roots), stage if last is None else last
-        wanted, kept = set(outputs), []
-        for at in range(len(steps))[::-1]:
-            asked = not wanted.isdisjoint(steps[at].outs)
-            here = stage <= self.home[at] <= last or self.light.issuperset(steps[at].outs)
-            if at in roots or (asked and here):
-                kept.append(at)
-                wanted.update(steps[at].reads)
-        kept.reverse()
-        chosen = tuple(steps[at] for at in kept)
-        sources = _sources(chosen)
-        fixed = tuple(n for n in sources if n in self.found.fixed) if watched else ()
-        using = tuple(k for k, at in enumerate(kept) if at in roots)
-        shared = tuple(k for k, at in enumerate(kept) if at in self.choices.shared)
-        return Segment(chosen, sources, tuple(outputs), tuple(watched), fixed, using, shared)
+        kept = self.schedule.steps_to(stages, outputs, roots)
+        steps = tuple(self.schedule.flat.steps[at] for at in kept)
+        sources, never = _sources(steps), self.schedule.usage.fixed
+        return Segment(
+            steps,
+            sources,
+            tuple(outputs),
+            tuple(watched),
+            tuple(n for n in sources if n in never) if watched else (),
+            tuple(k for k, at in enumerate(kept) if at in roots),
+            tuple(k for k, at in enumerate(kept) if at in self.shared),
+        )
+
+    def gather(self, stage: int) -> Segment:
+        """What a stage's weights are calibrated on."""
+        uses, home = self.schedule.usage.uses, self.schedule.home
+        roots = {at for at in uses if home[at] == stage}
+        return self.segment([stage], (), roots, sorted({n for at in roots for n in uses[at]}))
+
+    def advance(self, stage: int, alive: Iterable[int]) -> Segment:
+        """From what is alive before a stage to what is after it."""
+        made = [n for n in sorted(alive) if self.schedule.born[n] == stage]
+        return self.segment([stage], made)
+
+    def reconstructions(
+        self, stages: Sequence[Stage], ends: Mapping[int, Compared]
+    ) -> tuple[Segment, ...]:
+        """Each stage up to what its weights are compared on."""
+        pieces, last = self.schedule.flat.pieces, self.schedule.count
+        segments = []
+        for k, stage in enumerate(stages, start=1):
+            own = [ends[n].outputs for n, piece in pieces.items() if piece in stage.pieces]
+            outputs = tuple(dict.fromkeys(n for some in own for n in some))
+            segments.append(self.segment(range(k, last + 1), outputs))
+        return tuple(segments)
 
 
 def _sources(steps: Sequence[Step]) -> tuple[int, ...]:

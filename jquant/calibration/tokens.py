@@ -100,10 +100,10 @@ def weighed(
         if of is None:
             yield inputs, None
             continue
-        found = of(*inputs) if callable(of) else next(arrays, _END)
-        if found is _END:
+        array = of(*inputs) if callable(of) else next(arrays, _END)
+        if array is _END:
             raise EvidenceError(f"token_weights has {number} arrays, and there are more batches")
-        yield inputs, _checked(found, inputs, number)
+        yield inputs, _checked(array, inputs, number)
     if of is not None and not callable(of) and next(arrays, _END) is not _END:
         raise EvidenceError("token_weights has more arrays than there are batches")
 
@@ -135,14 +135,14 @@ def separated(
 
 def again(given: Given, weights: Sequence[Weights] | None) -> Given:
     """The same for batches whose weights are known."""
-    said = chosen(given)
-    return None if said is None or weights is None else replace(said, of=weights)
+    choice = chosen(given)
+    return None if choice is None or weights is None else replace(choice, of=weights)
 
 
 def listed(given: Given) -> Given:
     """The same, to be gone over more than once."""
-    said = chosen(given)
-    return said if said is None or callable(said.of) else replace(said, of=list(said.of))
+    choice = chosen(given)
+    return choice if choice is None or callable(choice.of) else replace(choice, of=list(choice.of))
 
 
 def check_any(arrays: Sequence[Weights]) -> None:
@@ -154,9 +154,9 @@ def check_any(arrays: Sequence[Weights]) -> None:
         )
 
 
-def _checked(found: Any, inputs: tuple[Any, ...], number: int) -> Weights:
+def _checked(given: Any, inputs: tuple[Any, ...], number: int) -> Weights:
     try:
-        array = np.asarray(jax.device_get(found))
+        array = np.asarray(jax.device_get(given))
     except Exception as error:  # ragged lists, strings, objects
         raise EvidenceError(f"batch {number}: token_weights are no array: {error}") from error
     where = f"batch {number}: token_weights {array.dtype}{list(array.shape)}"
@@ -242,19 +242,19 @@ class Tokens:
         return self._rows(place, path, shape, turn, len(shape) - 1).reshape(-1)
 
     def _at(self, site: Site, side: int, number: int, shape: Sequence[int]) -> Place:
-        known = self.table.get(site)
-        if known is None:
+        places = self.table.get(site)
+        if places is None:
             return Place.blank(shape, "an operation that jquant does not follow tokens into")
-        return known[side][number]
+        return places[side][number]
 
     def _rows(
         self, place: Place, path: str, sizes: Sequence[int], turn: Sequence[int], kept: int
     ) -> Array:
-        found, why = place.weights(self.weights, sizes, turn, kept)
+        weights, why = place.weights(self.weights, sizes, turn, kept)
         if why:
-            said = why if " " in why else f"lost in {why!r}"
-            self.unmatched.setdefault(path, f"input [{', '.join(map(str, sizes))}] ({said})")
-        return found
+            words = why if " " in why else f"lost in {why!r}"
+            self.unmatched.setdefault(path, f"input [{', '.join(map(str, sizes))}] ({words})")
+        return weights
 
 
 def refuse(unmatched: Sequence[tuple[str, str]]) -> None:

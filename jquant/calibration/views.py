@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jaxtyping import Array
 
-from jquant.axes.origin import GONE, Origin, Part
+from jquant.axes.digits import Part
+from jquant.axes.origin import GONE, Origin
 from jquant.calibration.tagged import Tagged, array_of, changed, settled
 from jquant.programs.walker import bind
 
@@ -24,7 +25,7 @@ View = Callable[[Origin, tuple[int, ...], dict[str, Any]], list[Origin | None]]
 
 def view(eqn: core.JaxprEqn, values: list[Any]) -> list[Tagged] | None:
     """The results of a view of `values[0]`; None for any other operation."""
-    rule, value = _VIEWS.get(eqn.primitive.name), next(iter(values), None)
+    rule, value = VIEWS.get(eqn.primitive.name), next(iter(values), None)
     if rule is None or not isinstance(value, Tagged):
         return None
     value = replace(value, uniform=value.uniform or value.array.size == 1)
@@ -143,7 +144,7 @@ def _broadcast(
     return [origin.broadcast(len(shape), params["shape"], params["broadcast_dimensions"])]
 
 
-_VIEWS: dict[str, View] = {
+VIEWS: dict[str, View] = {
     "transpose": lambda origin, shape, params: [origin.transpose(params["permutation"])],
     "reshape": _reshape,
     "squeeze": lambda origin, shape, params: [origin.squeeze(len(shape), params["dimensions"])],

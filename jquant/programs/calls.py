@@ -65,17 +65,17 @@ def passed_on(eqn: core.JaxprEqn) -> list[int | None]:
         return _passed_through(body)
     if name == "scan":
         consts, carry = scan_parts(params)
-        found = _passed_through(close(params["jaxpr"]))
+        sources = _passed_through(close(params["jaxpr"]))
         return [
             at
             if at is not None and (at == consts + k if k < carry else at >= consts + carry)
             else None
-            for k, at in enumerate(found)
+            for k, at in enumerate(sources)
         ]
     if name == "while":
         skipped, consts = params["cond_nconsts"], params["body_nconsts"]
-        found = _passed_through(close(params["body_jaxpr"]))
-        return [skipped + at if at == consts + k else None for k, at in enumerate(found)]
+        sources = _passed_through(close(params["body_jaxpr"]))
+        return [skipped + at if at == consts + k else None for k, at in enumerate(sources)]
     if name == "cond":
         rows = zip(*(_passed_through(close(b)) for b in params["branches"]), strict=True)
         return [1 + row[0] if row[0] is not None and len(set(row)) == 1 else None for row in rows]
@@ -101,13 +101,13 @@ def made_of(closed: core.ClosedJaxpr, carry: int, offset: int, count: int) -> se
         closed: the body; its operands `offset .. offset + count` are the carries.
         carry: which of them.
     """
-    jaxpr, todo, found = closed.jaxpr, [carry], set()
+    jaxpr, todo, operands = closed.jaxpr, [carry], set()
     while todo:
         sources = {jaxpr.outvars[todo.pop()]}
         for eqn in jaxpr.eqns[::-1]:
             if not sources.isdisjoint(eqn.outvars):
                 sources.update(v for v in eqn.invars if not isinstance(v, core.Literal))
         places = {at for at, var in enumerate(jaxpr.invars) if var in sources}
-        todo += [at - offset for at in places - found if 0 <= at - offset < count]
-        found |= places
-    return found
+        todo += [at - offset for at in places - operands if 0 <= at - offset < count]
+        operands |= places
+    return operands

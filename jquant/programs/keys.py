@@ -43,8 +43,8 @@ def const_key(array: Any) -> Hashable:
     """An array that is closed over, by a digest of its bits."""
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
-    found = np.asarray(array)
-    return found.dtype.name, found.shape, hashlib.sha256(found.tobytes()).hexdigest()
+    bits = np.asarray(array)
+    return bits.dtype.name, bits.shape, hashlib.sha256(bits.tobytes()).hexdigest()
 
 
 def text(key: Hashable) -> str:

@@ -4,16 +4,19 @@ A row names the traits of a primitive, and `having` gives the primitives of a tr
 no row has none: nothing is followed through it, and it is thought cheap. The traits:
 
 * `identity`: one array in, the same out; of several operands, each for itself.
+* `view`: the numbers of one array, or a window of them, in another order or shape.
 * `elementwise`: acts on every element by itself, on arrays of one shape.
 * `linear`: elementwise, and a product of parameters is one after it if all operands are made of
   parameters.
 * `join`: adds two values, as a residual stream does.
-* `cast`: one array in, the same numbers out in another shape or type.
+* `cast`: one array in, all of its numbers out in another shape or type.
 * `layerwise`: acts on each layer of a stack alone, whatever its size.
 * `beside`: puts arrays beside one another.
 * `running`: along one axis each entry is made of those before it, in their order.
 * `reduction`: axes are added up, or chosen from.
 * `product`: a weight may be contracted with an input.
+* `lookup`: parts of an array, picked by an index.
+* `source`: numbers out of nothing, or out of a key.
 * `loop`: a loop or branch, with bodies of its own.
 * `heavy`: too much work to be done again where its result is needed twice.
 """
@@ -34,7 +37,7 @@ asinh                   elementwise
 atan                    elementwise
 atan2                   elementwise
 atanh                   elementwise
-broadcast_in_dim        cast
+broadcast_in_dim        view cast
 cbrt                    elementwise
 ceil                    elementwise
 cholesky                heavy
@@ -59,6 +62,7 @@ device_put              identity
 digamma                 elementwise
 div                     elementwise linear
 dot_general             product heavy
+dynamic_slice           lookup
 dynamic_update_slice    beside
 eq                      elementwise
 eq_to                   elementwise
@@ -70,11 +74,12 @@ exp2                    elementwise
 expm1                   elementwise
 fft                     heavy
 floor                   elementwise
-gather                  heavy
+gather                  lookup heavy
 ge                      elementwise
 gt                      elementwise
 imag                    elementwise
 integer_pow             elementwise
+iota                    source
 is_finite               elementwise
 le                      elementwise
 le_to                   elementwise
@@ -102,6 +107,13 @@ pow                     elementwise
 pvary                   identity
 ragged_dot              product heavy
 ragged_dot_general      product heavy
+random_bits             source
+random_clone            source
+random_fold_in          source
+random_seed             source
+random_split            source
+random_unwrap           source
+random_wrap             source
 real                    elementwise
 reduce_and              reduction
 reduce_max              reduction
@@ -112,8 +124,9 @@ reduce_prod             reduction
 reduce_sum              reduction
 reduce_xor              reduction
 rem                     elementwise
-reshape                 cast
+reshape                 view cast
 reshard                 identity
+rev                     view
 round                   elementwise
 rsqrt                   elementwise
 scan                    loop heavy
@@ -127,17 +140,21 @@ shift_right_logical     elementwise
 sign                    elementwise
 sin                     elementwise
 sinh                    elementwise
+slice                   view
 sort                    heavy
+split                   view
 sqrt                    elementwise
 square                  elementwise
-squeeze                 cast layerwise
+squeeze                 view cast layerwise
 stack                   beside
 stop_gradient           identity layerwise
 sub                     elementwise linear join
 tan                     elementwise
 tanh                    elementwise
-transpose               cast layerwise
+tile                    view
+transpose               view cast layerwise
 triangular_solve        heavy
+unstack                 view
 while                   loop heavy
 xor                     elementwise
 """

@@ -1,0 +1,90 @@
+"""Axes as mixed-radix digits: which part of another array's axis an axis is made of.
+
+A reshape splits axes and joins them; an index leaves a window. Written as digits of the axes of the
+array that it came from, an axis stays known through both: a parameter's axes are followed so to
+where they are contracted (`origin.py`), and tokens to where they meet a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class Part(NamedTuple):
+    """A mixed-radix digit of an axis, or a window of one.
+
+    Axis `axis` is read as digits; this one has the given `stride` and `size`, and the array holds
+    its values `start .. start + length`, last first where it is `reversed`. `axis` is -1 for an
+    axis made by broadcasting, or of which nothing is told. A `shuffled` part holds the values in an
+    order, or a choice, that only the array knows.
+    """
+
+    axis: int
+    stride: int
+    size: int
+    start: int
+    length: int
+    reversed: bool = False
+    shuffled: bool = False
+
+    @staticmethod
+    def of(axis: int, size: int) -> Part:
+        """All of an axis."""
+        return Part(axis, 1, size, 0, size)
+
+    @property
+    def whole(self) -> bool:
+        return self.length == self.size
+
+    @property
+    def pinned(self) -> bool:
+        """Whether indexing has left one value of several."""
+        return self.length == 1 and not self.whole
+
+    def split(self, size: int) -> tuple[Part, ...] | None:
+        """The part, or its outer digit of `size` values and the inner one.
+
+        None where it neither fits into an axis of `size` values nor can be split there.
+        """
+        if size % self.length == 0:
+            return (self,)
+        if not self.whole or self.shuffled or self.length % size:
+            return None
+        inner = self.length // size
+        outer = self._replace(stride=self.stride * inner, size=size, length=size)
+        return outer, self._replace(size=inner, length=inner)
+
+
+Axis = tuple[Part, ...]  # outermost first
+
+
+def regroup(parts: Iterable[Part], sizes: Sequence[int]) -> list[Axis] | None:
+    """The parts as axes of these sizes, split at the boundaries; None where they do not lie so.
+
+    Example:
+        >>> axes = regroup([Part.of(0, 6), Part.of(1, 4)], [2, 12])
+        >>> [[part.size for part in axis] for axis in axes]
+        [[2], [3, 4]]
+    """
+    left = [part for part in parts if part.length > 1]
+    axes: list[Axis] = []
+    for size in sizes:
+        axis = _taken(left, size)
+        if axis is None:
+            return None
+        axes.append(axis)
+    return axes
+
+
+def _taken(parts: list[Part], size: int) -> Axis | None:
+    """Parts of `size` values from the front; the list is left without them."""
+    axis: list[Part] = []
+    while size > 1:
+        split = parts.pop(0).split(size) if parts else None
+        if split is None:
+            return None
+        axis.append(split[0])
+        parts[:0] = split[1:]
+        size //= split[0].length
+    return tuple(axis)
