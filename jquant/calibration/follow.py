@@ -2,7 +2,7 @@
 
 Nothing is run. One rule per kind of operation says which axes of its result run over which tokens
 (`place.py`); an operation without a rule loses them. Loops are gone through until what they carry
-stays where it is. Sites are those of `interpreter.Walker`, so that whoever walks the same program
+stays where it is. Sites are those of `walker.Walker`, so that whoever walks the same program
 can look up where the tokens of an operand are.
 """
 
@@ -24,7 +24,9 @@ Site = tuple[int, ...]
 Places = tuple[Place, ...]
 
 # Entry by entry; along an axis they run over (cumulative sums) the order stays.
-_ELEMENTWISE = having("elementwise") | having("identity") | having("running")
+_ELEMENTWISE = frozenset().union(
+    *map(having, ("elementwise", "complex", "identity", "running")),
+)
 _TIMES = 8  # a loop's carry is gone through, before what still moves is given up
 
 

@@ -10,6 +10,7 @@ name. `walker` is the `walker.Walker` that goes in.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,10 +52,7 @@ def _scan(walker: Any, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
     consts, init = values[:num_consts], values[num_consts : num_consts + num_carry]
     xs = values[num_consts + num_carry :]
     passed = _passed(walker, eqn, values)
-
-    def sources(carry: int) -> list[Any]:
-        return [values[at] for at in made_of(closed, carry, num_consts, num_carry)]
-
+    sources = partial(_sources, values, closed, num_consts, num_carry)
     init, rest = _invariants(walker, eqn, init, passed, sources)
 
     stacked = {name for x in xs if walker.client.special(x) for name in walker.client.names(x)}
@@ -121,17 +119,20 @@ def _invariants(
     return left, lambda carry: [passed.get(k, value) for k, value in enumerate(carry)]
 
 
+def _sources(
+    operands: list[Any], closed: core.ClosedJaxpr, offset: int, count: int, carry: int
+) -> list[Any]:
+    """The operands that a carry of a loop's body is made of; see `made_of`."""
+    return [operands[at] for at in made_of(closed, carry, offset, count)]
+
+
 def _while(walker: Any, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
     params = eqn.params
     cond, body = close(params["cond_jaxpr"]), close(params["body_jaxpr"])
     split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     cond_consts, body_consts = values[: split[0]], values[split[0] : split[1]]
     passed, init = _passed(walker, eqn, values), values[split[1] :]
-
-    def sources(carry: int) -> list[Any]:
-        made = made_of(body, carry, len(body_consts), len(init))
-        return [values[split[0] + at] for at in made]
-
+    sources = partial(_sources, values[split[0] :], body, len(body_consts), len(init))
     left, rest = _invariants(walker, eqn, init, passed, sources)
     shapes = walker.emission_shapes(body, [*body_consts, *rest(left)])
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), list(shapes.values()))

@@ -6,6 +6,7 @@ no row has none: nothing is followed through it, and it is thought cheap. The tr
 * `identity`: one array in, the same out; of several operands, each for itself.
 * `view`: the numbers of one array, or a window of them, in another order or shape.
 * `elementwise`: acts on every element by itself, on arrays of one shape.
+* `complex`: likewise, but makes complex numbers, of which no second moment is gathered.
 * `linear`: elementwise, and a product of parameters is one after it if all operands are made of
   parameters.
 * `join`: adds two values, as a residual stream does.
@@ -43,10 +44,10 @@ ceil                    elementwise
 cholesky                heavy
 clamp                   elementwise
 clz                     elementwise
-complex                 elementwise
+complex                 complex
 concatenate             beside
 cond                    loop heavy
-conj                    elementwise
+conj                    complex
 conv_general_dilated    product heavy
 convert_element_type    elementwise linear cast layerwise
 copy                    identity layerwise
