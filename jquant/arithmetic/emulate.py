@@ -28,7 +28,7 @@ from jquant.arithmetic.once import Once, one_of
 from jquant.arithmetic.rounder import Operations, Rounder, Rounding, Settings, Sums
 from jquant.arithmetic.rules import Rules
 from jquant.numerics import noise
-from jquant.programs.client import EveryEquation
+from jquant.programs.client import Silent
 from jquant.programs.walker import Walker, trace
 
 PAPERS = ("paxton2022climate", "dawson2017rpe")
@@ -139,7 +139,7 @@ def _compiled(fn: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
         closed, structure = trace(fn, *inputs)
         one = one_of(jax.tree.leaves((inputs, traced, key)))
         rounder = Rounder(settings, traced, key, one)
-        client = EveryEquation(Once(rounder.rule, one))
+        client = Silent(Once(rounder.rule, one))
         walker = Walker(client, every=True, constant=rounder.constant)
         leaves = [rounder.constant(leaf, leaf, walker, "input") for leaf in jax.tree.leaves(inputs)]
         results = walker.run(closed, leaves)

@@ -7,8 +7,9 @@ that needs its values: at any moment the program holds the codes and the few wei
 that cannot be expressed on codes waits beside them until then. Under a scan a quantized stack
 slices itself.
 
-A low-rank compensation enters a matrix product as two thin products beside it (`products.py`), a
-lookup as a thin product of the rows that were picked. Elsewhere (convolutions, `ragged_dot`, views
+Matrix products go through one table of kernels (`kernels.py`), decoding among them. A low-rank
+compensation enters one as two thin products beside it (`products.py`), a lookup as a thin product
+of the rows that were picked. Elsewhere (convolutions, `ragged_dot`, views
 that wait, products of a part of an axis) the weight is decoded with the term added in.
 """
 
@@ -25,15 +26,15 @@ from jaxtyping import PyTree
 
 from jquant.errors import UnsupportedPrimitiveError
 from jquant.inference.inputs import rounded_inputs
-from jquant.inference.late import held
-from jquant.inference.products import beside
+from jquant.inference.late import decoded
+from jquant.inference.products import dot
 from jquant.inference.views import view
 from jquant.programs.calls import RULED
+from jquant.programs.client import Silent
 from jquant.programs.walker import DESCENDED, VIEWS, Walker, bind, trace
 from jquant.weights.qtensor import (
     Inputs,
     QTensor,
-    dequantize_weight,
     is_qtensor,
     tree_map_weights,
     type_of,
@@ -65,54 +66,63 @@ def _inputs(value: Any) -> Inputs | None:
     return q.activations if isinstance(q, QTensor) else None
 
 
-class _Decoder:
-    """Client of the walker: special values are quantized weights."""
+def _special(value: Any) -> bool:
+    return isinstance(value, QTensor | _Waiting)
 
-    def special(self, value: Any) -> bool:
-        return isinstance(value, QTensor | _Waiting)
 
-    def asks(self, eqn: core.JaxprEqn, values: Sequence[Any]) -> bool:
-        return False
+def _drop(value: Any, eqn: core.JaxprEqn, data: bool = False) -> jax.Array:
+    return _decode(value)
 
-    def names(self, value: Any) -> tuple[()]:
-        return ()
 
-    def leave(self, results: list[Any], walker: Walker) -> list[Any]:
-        return results
+def _rule(eqn: core.JaxprEqn, values: list[Any], walker: Any) -> Sequence[Any] | None:
+    """The results of an equation on quantized weights, by the first way that there is."""
+    name = eqn.primitive.name
+    if name == "scan":
+        return walker.descend(eqn, _sliceable(values))
+    if name in DESCENDED - _CUSTOM:
+        return None
+    _refuse_hidden(eqn, values)
+    seen = view(eqn, values)
+    if seen is not None:
+        return [seen]
+    waiting = _wait(eqn, values)
+    if waiting is not None:
+        return waiting
+    result = dot(eqn, values)
+    return _decoded(eqn, values) if result is None else [result]
 
-    def merge(self, left: Any, right: Any) -> Any:
-        raise AssertionError("apply emits nothing")
 
-    def drop(self, value: Any, eqn: core.JaxprEqn, data: bool = False) -> jax.Array:
-        return _decode(value)
+def _sliceable(values: Sequence[Any]) -> list[Any]:
+    """What a scan may slice: codes can be sliced, views to come can not."""
+    waiting = [v for v in values if isinstance(v, _Waiting)]
+    if any(map(_inputs, waiting)):
+        raise _hidden("a scan, after a view that codes cannot follow")
+    return [_decode(v) if isinstance(v, _Waiting) else v for v in values]
 
-    def rule(self, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> Sequence[Any] | None:
-        name, inputs = eqn.primitive.name, [_inputs(v) for v in values]
-        if name == "scan":  # slices what it is given: codes can be sliced, views to come can not
-            if any(_inputs(v) for v in values if isinstance(v, _Waiting)):
-                raise _hidden("a scan, after a view that codes cannot follow")
-            return walker.descend(
-                eqn, [_decode(v) if isinstance(v, _Waiting) else v for v in values]
-            )
-        if name in DESCENDED - _CUSTOM:
-            return None
-        inside = any(True for _ in core.jaxprs_in_params(eqn.params))
-        if any(inputs) and (inside or name in _HIDING):
-            raise _hidden(repr(name))
-        seen = view(eqn, values)
-        if seen is not None:
-            return [seen]
-        if len(values) == 1 and (name in VIEWS or (any(inputs) and name in _SAME_NUMBERS)):
-            (value,) = values
-            views = value.views if isinstance(value, _Waiting) else ()
-            q = value.q if isinstance(value, _Waiting) else value
-            return [_Waiting(q, (*views, (eqn, k))) for k in range(len(eqn.outvars))]
-        split = beside(eqn, values, _decode)
-        if split is not None:
-            return [split]
-        values = rounded_inputs(eqn, values, inputs)
-        other = next((v for v in values if isinstance(v, jax.Array) and v.size), None)
-        return bind(eqn, [_decode(v, other) if self.special(v) else v for v in values])
+
+def _refuse_hidden(eqn: core.JaxprEqn, values: Sequence[Any]) -> None:
+    name, inside = eqn.primitive.name, any(True for _ in core.jaxprs_in_params(eqn.params))
+    if any(map(_inputs, values)) and (inside or name in _HIDING):
+        raise _hidden(repr(name))
+
+
+def _wait(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[_Waiting] | None:
+    """A weight that a view is yet to be taken of, for each result; None if this is no view."""
+    name, value = eqn.primitive.name, values[0]
+    if len(values) > 1 or not (name in VIEWS or (_inputs(value) and name in _SAME_NUMBERS)):
+        return None
+    q, views = (value.q, value.views) if isinstance(value, _Waiting) else (value, ())
+    return [_Waiting(q, (*views, (eqn, k))) for k in range(len(eqn.outvars))]
+
+
+def _decoded(eqn: core.JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
+    """The results on decoded weights, and on rounded inputs where a weight asks for such."""
+    operands = rounded_inputs(eqn, values, [_inputs(v) for v in values])
+    other = next((v for v in operands if isinstance(v, jax.Array) and v.size), None)
+    return bind(eqn, [_decode(v, other) if _special(v) else v for v in operands])
+
+
+_CLIENT = Silent(_rule, _special, _drop)
 
 
 def _hidden(where: str) -> UnsupportedPrimitiveError:
@@ -124,9 +134,10 @@ def _hidden(where: str) -> UnsupportedPrimitiveError:
 
 def _decode(value: Any, after: jax.Array | None = None) -> jax.Array:
     """The array a special value stands for, computed not before `after` is there."""
-    q, views = (value.q, value.views) if isinstance(value, _Waiting) else (value, ())
-    result = dequantize_weight(q if after is None else held(q, after))
-    for eqn, output in views:
+    if isinstance(value, QTensor):
+        return decoded(value, after)
+    result = decoded(value.q, after)
+    for eqn, output in value.views:
         result = bind(eqn, [result])[output]
     return result
 
@@ -165,9 +176,8 @@ def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
 
         closed, structure = trace(fn, tree_map_weights(shape, qparams), *inputs)
         leaves = jax.tree.leaves(qparams, is_leaf=is_qtensor)
-        decoder = _Decoder()
-        results = Walker(decoder).run(closed, [*leaves, *jax.tree.leaves(inputs)])
-        plain = [_decode(r) if decoder.special(r) else r for r in results]
+        results = Walker(_CLIENT).run(closed, [*leaves, *jax.tree.leaves(inputs)])
+        plain = [_decode(r) if _special(r) else r for r in results]
         return jax.tree.unflatten(structure, plain)
 
     return applied

@@ -1,10 +1,10 @@
 """Products of codes: integers or narrow floats are multiplied, scales come after.
 
 For an input `[*batch, tokens, in]` and codes `[*batch, out, in]` that are scaled numbers less a
-zero point (`activations.py`), the product of the numbers is exact: int8 with int32 sums, or narrow
-floats whose products float32 holds. Groups along the input axis are scaled one by one and added up
-in float32, in a loop over the groups. Gradients are those of the rounded input and the decoded
-weight, with the rounding left out.
+zero point (`weights/activations.py`), the product of the numbers is exact: int8 with int32 sums, or
+narrow floats whose products float32 holds. Groups along the input axis are scaled one by one and
+added up in float32, in a loop over the groups. Gradients are those of the rounded input and the
+decoded weight, with the rounding left out.
 
 Codes are multiplied as they are stored, `[out, in]`: XLA's CPU compiler takes either layout at the
 same speed, but a transpose in the same program costs thirty times the product.
@@ -12,20 +12,16 @@ same speed, but a transpose in the same program costs thirty times the product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
 from jaxtyping import Array, Float
 
-from jquant.axes.layout import Layout
-from jquant.errors import UnsupportedPrimitiveError
-from jquant.grids import Grid
-from jquant.inference.axes import Axes, as_result, in_order
+from jquant.grids import Grid, Params
 from jquant.inference.late import held_codes
 from jquant.numerics.formats import FORMATS
 from jquant.weights.activations import encode, numbers, rounded
@@ -37,43 +33,21 @@ FEWEST = 8  # tokens: fewer take longer on XLA's CPU than eight
 _EIGHT: dict[Any, Any] = {FORMATS["E4M3"]: jnp.float8_e4m3fn, FORMATS["E5M2"]: jnp.float8_e5m2}
 
 
+def fits(q: QTensor) -> bool:
+    """Whether the sums of a group's products are below what 32 bits hold."""
+    return q.blocks.group(q.codes.shape[-1]) <= LONGEST
+
+
 def on_codes(
-    eqn: core.JaxprEqn, at: int, q: QTensor, x: jax.Array, layout: Layout, axes: Axes
-) -> jax.Array | None:
-    """A `dot_general` of an input and the codes of weight `at`, or None if it is not one of codes.
-
-    Raises:
-        UnsupportedPrimitiveError: a product of integers was asked for, and this is none.
-    """
-    inputs = q.activations
-    assert inputs is not None
-    way = inputs.choice.way(q.grid, q.blocks)
-    if way == "simulated":
-        return None
-    group = q.blocks.group(q.codes.shape[-1])
-    if axes.role != "in" or group > LONGEST:
-        if inputs.choice.path == "integer":
-            raise no_integers(
-                q.shape, "it is contracted along its output axis, or over too many inputs"
-            )
-        return None
-    rows = in_order(eqn, at, layout, axes).canonical(x)
-    y = _product(rows, q, jnp.int8 if way == "integer" else jnp.bfloat16)
-    y = as_result(y, eqn, at, layout, axes, x.shape)
-    return y.astype(eqn.outvars[0].aval.dtype)  # type: ignore[attr-defined]
-
-
-def no_integers(shape: Sequence[int], why: str) -> UnsupportedPrimitiveError:
-    return UnsupportedPrimitiveError(
-        f"a weight {tuple(shape)} with Activations(path='integer') has no product of integers "
-        f"here: {why}; pass path='auto'"
-    )
-
-
-def _product(
-    x: Float[Array, "*batch tokens in"], q: QTensor, dtype: Any
+    rows: Float[Array, "*batch tokens in"], q: QTensor, dtype: Any
 ) -> Float[Array, "*batch tokens out"]:
-    """The product of an input and a weight, both on their grids; float32."""
+    """The product of an input and a weight whose inputs are quantized, float32.
+
+    Args:
+        rows: the input, of any float dtype.
+        q: a weight in groups along its input axis, with `activations`; both grids have numbers.
+        dtype: what their numbers are multiplied as, int8 or bfloat16.
+    """
 
     @jax.custom_jvp
     def run(x: Array, q: QTensor) -> Array:
@@ -88,7 +62,7 @@ def _product(
     def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
         return run(*primals), jax.jvp(straight, primals, tangents)[1]
 
-    return run(x, q)
+    return run(rows, q)
 
 
 def _of_numbers(x: Array, q: QTensor, dtype: Any) -> Array:
@@ -100,46 +74,78 @@ def _of_numbers(x: Array, q: QTensor, dtype: Any) -> Array:
     # Bytes are multiplied as they are stored; what has to be unpacked first waits for its turn.
     stored = q.codes if q.codes.dtype == dtype else held_codes(q.codes, x)
     d, lessened = numbers(q.grid, stored, dtype)
-    if tokens < FEWEST:
-        c = jnp.pad(c, [(0, 0)] * (c.ndim - 2) + [(0, FEWEST - tokens), (0, 0)])
-    group, count = q.blocks.group(width), q.blocks.count(width)
-    # Zero points that are whole are taken off in integers.
-    zeros = [x["zero"].dtype for x in (params, q.params) if "zero" in x]
-    exact = dtype == jnp.int8 and group <= LONGEST_WITH_ZEROS
-    exact = exact and all(jnp.issubdtype(kind, jnp.integer) for kind in zeros)
-    below = _zero_point(params, less, exact)  # of the inputs
+    c = _filled(c, tokens, axis=-2)
+    exact = dtype == jnp.int8 and _exact(q.blocks.group(width), params, q.params)
+    below = _zero_point(params, less, exact)
     if below is not None and below.shape[-1] > 1:
-        below = jnp.pad(below, [(0, 0)] * (below.ndim - 1) + [(0, c.shape[-2] - tokens)])
+        below = _filled(below, tokens, axis=-1)
+    count = q.blocks.count(width)
     shape = (*q.codes.shape[:-1], count)
     theirs = {name: jnp.broadcast_to(leaf, shape) for name, leaf in q.params.items()}
-    dot = _dot(choice.grid, q.grid, dtype)
-
-    def one(c: Array, d: Array, theirs: Any, length: Array | int) -> Array:
-        """A group's share, `[*batch, tokens, out]`, but for the inputs' scale."""
-        total = dot(c, d)
-        zero = _zero_point(theirs, lessened, exact)
-        wide = total if exact else total.astype(jnp.float32)
-        kind = wide.dtype
-        if zero is not None:
-            wide = wide - zero[..., None, :] * jnp.sum(c, -1, dtype=kind)[..., None]
-        if below is not None:
-            rest = jnp.sum(d, -1, dtype=kind)
-            rest = rest if zero is None else rest - jnp.asarray(length).astype(kind) * zero
-            wide = wide - below[..., None] * rest[..., None, :]
-        wide = wide.astype(jnp.float32)
-        return wide * theirs["scale"].astype(jnp.float32)[..., None, :] if theirs else wide
-
-    if count == 1:
-        y = one(c, d, {name: leaf[..., 0] for name, leaf in theirs.items()}, width)
-    else:
-        parts = _grouped(c, count, group), _grouped(d, count, group)
-        each = {name: jnp.moveaxis(leaf, -1, 0) for name, leaf in theirs.items()}
-        lengths = jnp.minimum(width - group * jnp.arange(count, dtype=jnp.int32), group)
-        start = jnp.zeros((*c.shape[:-1], d.shape[-2]), jnp.float32)
-        y, _ = lax.scan(lambda y, xs: (y + one(*xs), None), start, (*parts, each, lengths))
+    group = _Group(_dot(choice.grid, q.grid, dtype), below, lessened, exact)
+    y = _added(group, c, d, theirs, width, q.blocks.group(width))
     scale = params.get("scale")
     unit = sound if scale is None else sound * scale.astype(jnp.float32)
     return y[..., :tokens, :] * unit[..., None]
+
+
+def _filled(a: Array, tokens: int, axis: int) -> Array:
+    """An array of few tokens with zeros for more, so that they are at least `FEWEST`."""
+    if tokens >= FEWEST:
+        return a
+    pad = [(0, 0)] * a.ndim
+    pad[axis] = (0, FEWEST - tokens)
+    return jnp.pad(a, pad)
+
+
+def _exact(group: int, *params: Params) -> bool:
+    """Whether zero points are whole numbers, which are taken off sums of integers as such."""
+    zeros = [one["zero"].dtype for one in params if "zero" in one]
+    return group <= LONGEST_WITH_ZEROS and all(jnp.issubdtype(z, jnp.integer) for z in zeros)
+
+
+class _Group(NamedTuple):
+    """How a group's share of a product is computed.
+
+    Attributes:
+        dot: the product of numbers `[*batch, tokens, g]` and `[*batch, out, g]`.
+        below: the zero points of inputs, `[*batch, tokens]` or `[*batch, 1]`; None: they are zero.
+        lessened: what was taken off the weight's codes.
+        exact: whether sums are of integers until a scale multiplies them.
+    """
+
+    dot: Callable[[Array, Array], Array]
+    below: Array | None
+    lessened: int
+    exact: bool
+
+    def __call__(self, c: Array, d: Array, theirs: Params, length: Array | int) -> Array:
+        """A group's share, `[*batch, tokens, out]`, but for the inputs' scale."""
+        total = self.dot(c, d)
+        zero = _zero_point(theirs, self.lessened, self.exact)
+        wide = total if self.exact else total.astype(jnp.float32)
+        kind = wide.dtype
+        if zero is not None:
+            wide = wide - zero[..., None, :] * jnp.sum(c, -1, dtype=kind)[..., None]
+        if self.below is not None:
+            rest = jnp.sum(d, -1, dtype=kind)
+            rest = rest if zero is None else rest - jnp.asarray(length).astype(kind) * zero
+            wide = wide - self.below[..., None] * rest[..., None, :]
+        wide = wide.astype(jnp.float32)
+        return wide * theirs["scale"].astype(jnp.float32)[..., None, :] if theirs else wide
+
+
+def _added(group: _Group, c: Array, d: Array, theirs: Params, width: int, size: int) -> Array:
+    """The sum of the shares of all groups of `size`, one by one in float32."""
+    count = -(-width // size)
+    if count == 1:
+        return group(c, d, {name: leaf[..., 0] for name, leaf in theirs.items()}, width)
+    parts = _grouped(c, count, size), _grouped(d, count, size)
+    each = {name: jnp.moveaxis(leaf, -1, 0) for name, leaf in theirs.items()}
+    lengths = jnp.minimum(width - size * jnp.arange(count, dtype=jnp.int32), size)
+    start = jnp.zeros((*c.shape[:-1], d.shape[-2]), jnp.float32)
+    y, _ = lax.scan(lambda y, xs: (y + group(*xs), None), start, (*parts, each, lengths))
+    return y
 
 
 def _zero_point(params: Any, less: int, exact: bool) -> Array | None:

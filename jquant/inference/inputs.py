@@ -14,23 +14,24 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jquant.axes.layout import Layout
+from jquant.axes.dimensions import Dimensions
 from jquant.errors import UnsupportedPrimitiveError
-from jquant.inference.axes import Axes, Places, in_order
-from jquant.inference.codes import no_integers
 from jquant.numerics.narrow import as_dtype
 from jquant.weights.activations import rounded
-from jquant.weights.qtensor import Inputs, QTensor
+from jquant.weights.qtensor import Inputs
 
 
-def round_canonical(
-    eqn: core.JaxprEqn, at: int, q: QTensor, x: jax.Array, layout: Layout, axes: Axes
-) -> jax.Array:
-    """The rounded input of a product that runs along all of the weight's batch axes."""
-    assert q.activations is not None
-    places = in_order(eqn, at, layout, axes)
-    rows = rounded(places.canonical(x), q.activations.choice, q.activations.params)
-    return as_dtype(places.original(rows, x.shape), x.dtype)
+def round_input(dimensions: Dimensions, inputs: Inputs, x: jax.Array) -> jax.Array:
+    """The rounded input of a product, in its own shape and dtype."""
+    rows = rounded(dimensions.rows(x), inputs.choice, inputs.params)
+    return as_dtype(dimensions.place(rows, x.shape), x.dtype)
+
+
+def no_integers(shape: Sequence[int], why: str) -> UnsupportedPrimitiveError:
+    return UnsupportedPrimitiveError(
+        f"a weight {tuple(shape)} with Activations(path='integer') has no product of integers "
+        f"here: {why}; pass path='auto'"
+    )
 
 
 def rounded_inputs(
@@ -50,57 +51,60 @@ def rounded_inputs(
         UnsupportedPrimitiveError: a product of integers was asked for, or static ranges are one for
             each of a batch that does not run along here.
     """
-    found, name = list(values), eqn.primitive.name
+    operands, name = list(values), eqn.primitive.name
     at = next((k for k, one in enumerate(inputs) if one is not None), None)
     if at is None or name not in _SEEN:
-        return found
+        return operands
     other, ask = 1 - at if name == "dot_general" else 0, inputs[at]
-    x = values[other]
+    x = operands[other]
     if at == other or not isinstance(x, jax.Array) or not jnp.issubdtype(x.dtype, jnp.floating):
-        return found
+        return operands
     assert ask is not None
     shape = eqn.invars[at].aval.shape  # type: ignore[attr-defined]
     if ask.choice.path == "integer":
         raise no_integers(shape, f"it enters {name!r}, or through a view")
-    seen, places, static = _SEEN[name](eqn, at, values, ask.params)
-    rank = len(places.batch)
-    if {leaf.ndim for leaf in jax.tree.leaves(static)} - {0, rank}:
+    seen, dimensions, ask = _SEEN[name](eqn, at, values, ask)
+    rank = len(dimensions.batch)
+    if {leaf.ndim for leaf in jax.tree.leaves(ask)} - {0, rank}:
         raise UnsupportedPrimitiveError(
             f"a weight {shape} with static ranges of inputs, one for each of its batch, enters "
             f"{name!r} where no such axis runs along; pass Activations(granularity='token')"
         )
-    static = jax.tree.map(lambda a: a if a.ndim else a.reshape((1,) * rank), static)
-    rows = rounded(places.canonical(seen), ask.choice, static)
-    found[other] = as_dtype(places.original(rows, seen.shape).reshape(x.shape), x.dtype)
-    return found
+    ask = jax.tree.map(lambda a: a if a.ndim else a.reshape((1,) * rank), ask)
+    operands[other] = round_input(dimensions, ask, seen).reshape(x.shape)
+    return operands
 
 
-def _of_dot(eqn: core.JaxprEqn, at: int, values: Sequence[Any], static: Any) -> Any:
-    places = Places.of(eqn, at)
-    if static is not None:  # a view may have turned the weight's batch axes: one range is for all
-        places = Places((), (*places.batch, *places.tokens), places.inner)
-    return values[1 - at], places, static
+# Each gives the input as it is seen, its dimensions, and what it is to be rounded to.
 
 
-def _of_ragged_dot(eqn: core.JaxprEqn, at: int, values: Sequence[Any], static: Any) -> Any:
+def _of_dot(eqn: core.JaxprEqn, at: int, values: Sequence[Any], ask: Inputs) -> Any:
+    contracted, batch = (axes[1 - at] for axes in eqn.params["dimension_numbers"])
+    if jax.tree.leaves(ask):  # a view may have turned the weight's batch axes: one range is for all
+        batch = ()
+    x = values[1 - at]
+    return x, Dimensions.of(x.ndim, batch, contracted), ask
+
+
+def _of_ragged_dot(eqn: core.JaxprEqn, at: int, values: Sequence[Any], ask: Inputs) -> Any:
     x, _, sizes = values
     ((contract, _), _) = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
     (rows,) = (k for k in range(x.ndim) if k not in contract)
-    if static is None:
-        return x, Places((), (rows,), tuple(contract)), None
+    if not jax.tree.leaves(ask):
+        return x, Dimensions((), (rows,), tuple(contract)), ask
     number = jnp.arange(x.shape[rows], dtype=sizes.dtype)
     group = jnp.searchsorted(jnp.cumsum(sizes, dtype=sizes.dtype), number, side="right")
-    static = jax.tree.map(lambda leaf: leaf[group] if leaf.ndim == 1 else leaf, static)
-    return x, Places((rows,), (), tuple(contract)), static
+    ask = jax.tree.map(lambda leaf: leaf[group] if leaf.ndim == 1 else leaf, ask)
+    return x, Dimensions((rows,), (), tuple(contract)), ask
 
 
-def _of_conv(eqn: core.JaxprEqn, at: int, values: Sequence[Any], static: Any) -> Any:
+def _of_conv(eqn: core.JaxprEqn, at: int, values: Sequence[Any], ask: Inputs) -> Any:
     x, groups = values[0], eqn.params["feature_group_count"]
     images, channels, *window = eqn.params["dimension_numbers"].lhs_spec
     size = x.shape[channels] // groups
     seen = x.reshape(*x.shape[:channels], groups, size, *x.shape[channels + 1 :])
     images, *window = (k + (k > channels) for k in (images, *window))
-    return seen, Places((channels,), (images,), (channels + 1, *window)), static
+    return seen, Dimensions((channels,), (images,), (channels + 1, *window)), ask
 
 
 _SEEN = {

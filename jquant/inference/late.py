@@ -16,10 +16,15 @@ from jax import lax
 from jaxtyping import Array, Int32
 
 from jquant.numerics.opaque import zero
-from jquant.weights.qtensor import QTensor
+from jquant.weights.qtensor import QTensor, dequantize_weight
 
 
-def held(q: QTensor, after: jax.Array) -> QTensor:
+def decoded(q: QTensor, after: jax.Array | None = None) -> jax.Array:
+    """The array a weight stands for, computed not before `after` is there."""
+    return dequantize_weight(q if after is None else _held_weight(q, after))
+
+
+def _held_weight(q: QTensor, after: jax.Array) -> QTensor:
     """The weight itself; it cannot be decoded before `after` is there."""
     low, params = _held((q.compensation, q.params), after)
     q = replace(q, compensation=low, params=params)

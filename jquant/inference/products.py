@@ -1,8 +1,4 @@
-"""A product with a weight that is more than its codes: quantized inputs, thin products beside it.
-
-With inputs that are quantized the product is one of codes where there is such (`codes.py`), else
-one of the rounded input and the decoded weight. A compensation is two thin products beside it, on
-the input as it is.
+"""A product with a weight that is more than its codes: thin products beside the one of codes.
 
     x · (Q + left @ right)  =  x · Q  +  (x · right) · left
 
@@ -10,14 +6,14 @@ for any `dot_general` that contracts the weight's whole input axis, or (as a tie
 used) its whole output axis, and runs along all of its batch axes. The sum of codes and factors is
 never made: it would be as large as the weight. A product that cannot be split so (a part of an axis
 is contracted, or both operands are compensated weights) is left to the caller, who decodes the
-weight with the term added in.
+weight with the term added in. The factors see the input as it is; the codes' own product goes
+through the table of `kernels.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -25,109 +21,79 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from jquant.axes.layout import Factor, Layout
-from jquant.inference.axes import Axes, Role, axes_of
-from jquant.inference.codes import on_codes
-from jquant.inference.inputs import round_canonical
+from jquant.axes.dimensions import Product
+from jquant.inference.kernels import product
 from jquant.inference.views import own_layout
 from jquant.numerics.narrow import as_dtype, is_coarse
-from jquant.programs.walker import bind
-from jquant.trees.placement import automatic, typed
-from jquant.weights.qtensor import QTensor
+from jquant.weights.qtensor import LowRank, QTensor
 
 
-def beside(
-    eqn: core.JaxprEqn, values: Sequence[Any], decode: Callable[[QTensor, Any], jax.Array]
-) -> jax.Array | None:
-    """The result of a `dot_general` of such a weight and an array; codes and term are not added.
+def dot(eqn: core.JaxprEqn, values: Sequence[Any]) -> jax.Array | None:
+    """The result of a `dot_general` of a quantized weight and an array.
 
     Args:
         eqn: any equation.
         values: its operands, quantized weights among them.
-        decode: gives the array of a weight, computed after the other operand.
 
     Returns:
         The result, or None where the equation is another one or cannot be split.
     """
+    at = _weight_of(eqn, values)
+    if at is None:
+        return None
+    q, x = values[at], values[1 - at]
+    dimensions = Product.of(eqn, at, own_layout(q))
+    if dimensions is None:
+        return None
+    if q.compensation is None:
+        return product(eqn, dimensions, x, q)
+    if is_coarse(q.dtype):  # as one such factors are too few
+        return None
+    main = product(eqn, dimensions, x, replace(q, compensation=None))
+    return main + _thin(eqn, dimensions, x, q.compensation, q.dtype).astype(main.dtype)
+
+
+def _weight_of(eqn: core.JaxprEqn, values: Sequence[Any]) -> int | None:
+    """Which operand of a `dot_general` is the weight, if the other one is an array of floats."""
     if eqn.primitive.name != "dot_general":
         return None
-    weights = [
-        k
-        for k, v in enumerate(values)
-        if isinstance(v, QTensor) and (v.compensation or v.activations)
-    ]
-    if len(weights) != 1:
-        return None
-    at = weights[0]
-    q, x = values[at], values[1 - at]
-    if not isinstance(x, jax.Array) or not jnp.issubdtype(x.dtype, jnp.floating):
-        return None
-    layout, axes = own_layout(q), axes_of(eqn, at, own_layout(q))
-    if axes is None or (q.compensation and is_coarse(q.dtype)):  # as one such factors are too few
-        return None
-    main = _main(eqn, at, replace(q, compensation=None), x, layout, axes, decode)
-    if q.compensation is None:
-        return main
-    free: Role = "in" if axes.role == "out" else "out"
-    left, right = q.compensation.factors()
-    thin = {"out": as_dtype(left, q.dtype), "in": as_dtype(right, q.dtype)}
-    wide = x.dtype if x.dtype.itemsize > 4 else jnp.dtype(jnp.float32)
+    weights = [k for k, value in enumerate(values) if isinstance(value, QTensor)]
+    arrays = [value for value in values if isinstance(value, jax.Array)]
+    others = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+    return weights[0] if len(weights) == len(others) == 1 else None
 
-    def product(role: Role, other: jax.Array, dims: Any) -> jax.Array:
-        """With the factor of the axes of one role; operands stand as in the equation."""
-        factor = _spread(thin[role], layout, role)
+
+def _thin(
+    eqn: core.JaxprEqn, dimensions: Product, x: jax.Array, low: LowRank, dtype: Any
+) -> jax.Array:
+    """`(x · right) · left`, or of a product along the output axis `(x · left) · right`."""
+    left, right = low.factors()
+    factors = {"out": as_dtype(left, dtype), "in": as_dtype(right, dtype)}
+    wide = x.dtype if x.dtype.itemsize > 4 else jnp.dtype(jnp.float32)
+    at = dimensions.at
+
+    def thin(factor: jax.Array, other: jax.Array, contracted: Any, batch: Any) -> jax.Array:
+        """With pairs of axes of a factor and of another array; they stand as in the equation."""
         pair = (factor, other) if at == 0 else (other, factor)
-        numbers = dims if at == 0 else tuple(part[::-1] for part in dims)
+        (a, b), (c, d) = (([k for k, _ in p], [k for _, k in p]) for p in (contracted, batch))
         return lax.dot_general(
-            *pair, numbers, precision=eqn.params["precision"], preferred_element_type=wide
+            *pair,
+            ((a, b), (c, d)) if at == 0 else ((b, a), (d, c)),
+            precision=eqn.params["precision"],
+            preferred_element_type=wide,
         )
 
-    (contract, batch) = eqn.params["dimension_numbers"]
-    here = _places(layout, axes.role)
-    dims = (
-        ([here[k] for k in axes.contracted], contract[1 - at]),
-        ([here[k] for k in axes.batch], batch[1 - at]),
-    )
-    inner = product(axes.role, x, dims).astype(x.dtype)
+    first, here = dimensions.factor(dimensions.role, low.rank)
+    last, there = dimensions.factor(dimensions.other, low.rank)
+    inner = thin(
+        first.original(factors[dimensions.role]), x,
+        [(here[k], axis) for k, axis in dimensions.contracted],
+        [(here[k], axis) for k, axis in dimensions.batch],
+    ).astype(x.dtype)  # fmt: skip
     # Batch axes come first; of the others, those of the factor stand where the factor stands.
-    count, there = len(axes.batch), _places(layout, free)
+    count = len(dimensions.batch)
     rank_at = count if at == 0 else inner.ndim - 1
-    dims = (([len(there)], [rank_at]), ([there[k] for k in axes.batch], list(range(count))))
-    return main + product(free, inner, dims).astype(main.dtype)
-
-
-def _main(
-    eqn: core.JaxprEqn,
-    at: int,
-    q: QTensor,
-    x: jax.Array,
-    layout: Layout,
-    axes: Axes,
-    decode: Callable[[QTensor, Any], jax.Array],
-) -> jax.Array:
-    """The product with the weight that is not compensated."""
-    if q.activations is not None:
-        product = partial(on_codes, eqn, at, layout=layout, axes=axes)
-        found = automatic(product, q, x, out=typed(eqn.outvars[0].aval))
-        if found is not None:
-            return found
-        rounded = partial(round_canonical, eqn, at, layout=layout, axes=axes)
-        x = automatic(rounded, q, x, out=typed(x))
-    operands = [x, x]
-    operands[at] = decode(q, x)
-    (main,) = bind(eqn, operands)
-    return main
-
-
-def _places(layout: Layout, role: Role) -> dict[int, int]:
-    """For each axis of the weight that the factor of `role` has: where it has it."""
-    kept = [k for k, axis in enumerate(layout.axes) if axis[0].role in ("batch", role)]
-    return {axis: place for place, axis in enumerate(kept)}
-
-
-def _spread(factor: jax.Array, layout: Layout, role: Role) -> jax.Array:
-    """A factor with the axes that the weight has for `role` and its batch, and the rank last."""
-    rank = factor.shape[-1 if role == "out" else -2]
-    kept = tuple(axis for axis in layout.axes if axis[0].role in ("batch", role))
-    other = Factor("in" if role == "out" else "out", 0, rank)
-    return Layout((*kept, (other,))).original(factor)
+    return thin(
+        last.original(factors[dimensions.other]), inner,
+        [(len(there), rank_at)], [(there[k], n) for n, (k, _) in enumerate(dimensions.batch)],
+    )  # fmt: skip

@@ -104,24 +104,14 @@ def _squeeze(q: QTensor, _: Sequence[Any], eqn: core.JaxprEqn) -> QTensor | None
 
 def _gather(q: QTensor, rest: Sequence[Any], eqn: core.JaxprEqn) -> jax.Array | None:
     """Rows of a table `[rows, features]`, decoded after they were picked."""
-    numbers, params = eqn.params["dimension_numbers"], eqn.params
-    plain = [tuple(f.role for f in axis) for axis in own_layout(q).axes] == [("out",), ("in",)]
-    rows = numbers.collapsed_slice_dims == (0,) and numbers.operand_batching_dims == ()
-    whole = params["slice_sizes"] == (1, q.shape[-1])
-    last = eqn.outvars[0].aval.ndim - 1  # type: ignore[attr-defined]
-    two = all(leaf.ndim == 2 for leaf in q.params.values())
-    # Only a float parameter of its own can say that a row is out of range: NaN.
-    tells = any(len(x) > 1 and jnp.issubdtype(x.dtype, jnp.floating) for x in q.params.values())
-    if (
-        not (plain and rows and whole and two and tells and numbers.offset_dims == (last,))
-        or q.blocks.axis != "in"
-    ):
+    if not (_is_table(q) and _picks_rows(eqn, q.shape[-1])):
         return None
 
     def pick(leaf: jax.Array) -> jax.Array:
         # Out of range, a float parameter takes the fill value (NaN) and so does what it decodes to.
-        fill = params["fill_value"] if jnp.issubdtype(leaf.dtype, jnp.floating) else 0
-        changed = {**params, "slice_sizes": (1, leaf.shape[1]), "fill_value": fill}
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        fill = eqn.params["fill_value"] if floating else 0
+        changed = {**eqn.params, "slice_sizes": (1, leaf.shape[1]), "fill_value": fill}
         return eqn.primitive.bind(leaf, rest[0], **changed)
 
     codes = pick(q.codes)
@@ -132,6 +122,27 @@ def _gather(q: QTensor, rest: Sequence[Any], eqn: core.JaxprEqn) -> jax.Array | 
         left, right = q.compensation.factors()
         values = values + jnp.matmul(pick(left), right, precision=lax.Precision.HIGHEST)
     return as_dtype(values, q.dtype)
+
+
+def _is_table(q: QTensor) -> bool:
+    """Whether rows of codes and of group parameters can be picked for rows of the weight."""
+    plain = [tuple(f.role for f in axis) for axis in own_layout(q).axes] == [("out",), ("in",)]
+    by_rows = q.blocks.axis == "in" and all(leaf.ndim == 2 for leaf in q.params.values())
+    # Only a float parameter of its own can say that a row is out of range: NaN.
+    tells = any(len(x) > 1 and jnp.issubdtype(x.dtype, jnp.floating) for x in q.params.values())
+    return plain and by_rows and tells
+
+
+def _picks_rows(eqn: core.JaxprEqn, features: int) -> bool:
+    """Whether a `gather` picks whole rows of a table, features last."""
+    numbers = eqn.params["dimension_numbers"]
+    last = eqn.outvars[0].aval.ndim - 1  # type: ignore[attr-defined]
+    return (
+        numbers.collapsed_slice_dims == (0,)
+        and numbers.operand_batching_dims == ()
+        and numbers.offset_dims == (last,)
+        and eqn.params["slice_sizes"] == (1, features)
+    )
 
 
 _VIEWS = {

@@ -1,6 +1,6 @@
 """What a user of the walker decides: which values are special, and what becomes of them.
 
-`walker` is the `programs.walker.Walker` that asks.
+`walker` is the `interpreter.Walker` that asks.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jax.extend import core
 
-Rule = Callable[[core.JaxprEqn, list[Any], Any], Sequence[Any] | None]
-
 
 @runtime_checkable
 class Client(Protocol):
     """What a user of the walker decides."""
 
-    def special(self, value: Any) -> bool:
+    def special(self, value: Any, /) -> bool:
         """Whether a value needs the client's attention."""
         ...
 
@@ -27,11 +25,11 @@ class Client(Protocol):
         """Whether the rule is to be asked about an equation without special operands."""
         ...
 
-    def rule(self, eqn: core.JaxprEqn, values: list[Any], walker: Any) -> Sequence[Any] | None:
+    def rule(self, eqn: core.JaxprEqn, values: list[Any], walker: Any, /) -> Sequence[Any] | None:
         """The results of an equation with a special operand; None lets the walker descend."""
         ...
 
-    def drop(self, value: Any, eqn: core.JaxprEqn, data: bool = False) -> jax.Array:
+    def drop(self, value: Any, eqn: core.JaxprEqn, data: bool = False, /) -> jax.Array:
         """An ordinary array in place of a special value that cannot go on as such; may raise.
 
         `data`: it is the first of the values that a loop makes of it and of ordinary ones.
@@ -51,24 +49,33 @@ class Client(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class EveryEquation:
-    """The client of a walker that asks about every equation: no value is special, only rules act.
+Rule = Callable[[core.JaxprEqn, list[Any], Any], Sequence[Any] | None]
 
-    Args:
-        decide: `(eqn, values, walker)` to the results; None lets the walker descend.
+
+def _never(value: Any) -> bool:
+    return False
+
+
+def _nothing_to_drop(value: Any, eqn: core.JaxprEqn, data: bool = False) -> jax.Array:
+    raise AssertionError("this client has no special values")
+
+
+@dataclass(frozen=True)
+class Silent:
+    """A client that emits nothing and asks about no equation of ordinary values: a rule alone.
+
+    Attributes:
+        rule: see `Client`.
+        special: likewise; None is by default.
+        drop: likewise.
     """
 
-    decide: Rule
-
-    def special(self, value: Any) -> bool:
-        return False
+    rule: Rule
+    special: Callable[[Any], bool] = _never
+    drop: Callable[..., jax.Array] = _nothing_to_drop
 
     def asks(self, eqn: core.JaxprEqn, values: Sequence[Any]) -> bool:
-        return True
-
-    def rule(self, eqn: core.JaxprEqn, values: list[Any], walker: Any) -> Sequence[Any] | None:
-        return self.decide(eqn, values, walker)
+        return False
 
     def leave(self, results: list[Any], walker: Any) -> list[Any]:
         return results
@@ -76,8 +83,5 @@ class EveryEquation:
     def names(self, value: Any) -> tuple[()]:
         return ()
 
-    def drop(self, value: Any, eqn: core.JaxprEqn, data: bool = False) -> jax.Array:
-        raise AssertionError("no value is special")
-
     def merge(self, left: Any, right: Any) -> Any:
-        raise AssertionError("nothing is emitted")
+        raise AssertionError("this client emits nothing")

@@ -1,0 +1,103 @@
+"""Products of rows and a quantized weight: one table of kernels.
+
+A kernel gives `[*batch, tokens, out]` of an input `[*batch, tokens, in]` and a `QTensor`, and knows
+nothing of equations. Its row in `TABLE` says which weights it takes: how their inputs are
+quantized, their grid, the axis of their groups, and on which platform. The first row that fits is
+taken, on each platform; where none fits, the weight is decoded and multiplied as the function has
+it. So a new kernel is a file and a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+from jaxtyping import Array, Float
+
+from jquant.axes.dimensions import Product
+from jquant.grids import Float as FloatGrid
+from jquant.grids import Uniform
+from jquant.inference.codes import fits, on_codes
+from jquant.inference.inputs import no_integers, round_input
+from jquant.inference.late import decoded
+from jquant.programs.walker import bind
+from jquant.trees.placement import automatic, typed
+from jquant.weights.activations import Way
+from jquant.weights.qtensor import QTensor
+
+Kernel = Callable[[Float[Array, "*batch tokens in"], QTensor], Float[Array, "*batch tokens out"]]
+
+
+class Row(NamedTuple):
+    """Which products a kernel computes.
+
+    Attributes:
+        way: of products with quantized inputs, see `Activations.way`; None: inputs are as they are.
+        grids: of the weight, one of these classes.
+        groups: along which axis the weight's groups run.
+        kernel: see `Kernel`; its result may have any float dtype.
+        fits: whether it takes this one of such weights.
+        platform: as `jax.lax.platform_dependent` names it; None: all.
+    """
+
+    way: Way | None
+    grids: tuple[type, ...]
+    groups: Literal["in", "out"]
+    kernel: Kernel
+    fits: Callable[[QTensor], bool] = lambda q: True
+    platform: str | None = None
+
+    def takes(self, q: QTensor) -> bool:
+        way = None if q.activations is None else q.activations.choice.way(q.grid, q.blocks)
+        fine = way == self.way and isinstance(q.grid, self.grids) and q.blocks.axis == self.groups
+        return fine and self.fits(q)
+
+
+TABLE: tuple[Row, ...] = (
+    Row("integer", (Uniform,), "in", partial(on_codes, dtype=jnp.int8), fits),
+    Row("float", (Uniform, FloatGrid), "in", partial(on_codes, dtype=jnp.bfloat16), fits),
+)
+
+
+def product(eqn: core.JaxprEqn, dimensions: Product, x: jax.Array, q: QTensor) -> jax.Array:
+    """The result of a `dot_general` of an array and a weight without a term beside it.
+
+    Raises:
+        UnsupportedPrimitiveError: a product of integers was asked for, and this is none.
+    """
+    kind: Any = eqn.outvars[0].aval
+
+    def on_rows(kernel: Kernel, q: QTensor, x: jax.Array) -> jax.Array:
+        y = kernel(dimensions.input.rows(x), q)
+        return dimensions.result(y, kind.shape).astype(kind.dtype)
+
+    def placed(kernel: Kernel) -> Callable[[QTensor, jax.Array], jax.Array]:
+        return lambda q, x: automatic(partial(on_rows, kernel), q, x, out=typed(kind))
+
+    rows = [row for row in TABLE if row.takes(q)] if dimensions.role == "in" else []
+    kernels = {row.platform: placed(row.kernel) for row in reversed(rows)}
+    everywhere = kernels.pop(None, None) or partial(_decoded, eqn, dimensions)
+    if not kernels:
+        return everywhere(q, x)
+    own = {str(platform): kernel for platform, kernel in kernels.items()}
+    return lax.platform_dependent(q, x, default=everywhere, **own)
+
+
+def _decoded(eqn: core.JaxprEqn, dimensions: Product, q: QTensor, x: jax.Array) -> jax.Array:
+    """The product as the function has it, of the rounded input and the decoded weight."""
+    if q.activations is not None:
+        if q.activations.choice.path == "integer":
+            raise no_integers(
+                q.shape, "it is contracted along its output axis, or over too many inputs"
+            )
+        rounded = partial(round_input, dimensions.input)
+        x = automatic(rounded, q.activations, x, out=typed(x))
+    operands = [x, x]
+    operands[dimensions.at] = decoded(q, x)
+    (y,) = bind(eqn, operands)
+    return y
