@@ -47,7 +47,7 @@ def statics(tree: Any) -> list[tuple[type, Any]]:
     found: list[tuple[type, Any]] = []
 
     def look(node: Any) -> bool:
-        if type(node).__module__ == "jquant.weights.qtensor":
+        if type(node).__module__.startswith("jquant.weights."):
             found.append((type(node), jax.tree_util.default_registry.flatten_one_level(node)[1]))
         return False
 

@@ -7,10 +7,11 @@ that needs its values: at any moment the program holds the codes and the few wei
 that cannot be expressed on codes waits beside them until then. Under a scan a quantized stack
 slices itself.
 
-Matrix products go through one table of kernels (`kernels.py`), decoding among them. A low-rank
-compensation enters one as two thin products beside it (`products.py`), a lookup as a thin product
-of the rows that were picked. Elsewhere (convolutions, `ragged_dot`, views
-that wait, products of a part of an axis) the weight is decoded with the term added in.
+Matrix products go through one table of kernels (`kernels.py`), decoding among them. Parts of a
+weight besides its codes enter one from the side of its input (`products.py`): a low-rank term as
+two thin products beside it. Of a lookup they are those of the rows that were picked. Elsewhere
+(convolutions, `ragged_dot`, views that wait, products of a part of an axis) the weight is decoded
+with its parts.
 """
 
 from __future__ import annotations
@@ -32,13 +33,8 @@ from jquant.inference.views import view
 from jquant.programs.calls import RULED
 from jquant.programs.client import Silent
 from jquant.programs.walker import DESCENDED, VIEWS, Walker, bind, trace
-from jquant.weights.qtensor import (
-    Inputs,
-    QTensor,
-    is_qtensor,
-    tree_map_weights,
-    type_of,
-)
+from jquant.weights.parts import Part
+from jquant.weights.qtensor import QTensor, is_qtensor, tree_map_weights, type_of
 
 # Their rules belong to the function, and so does what each device gets: they are called with
 # decoded weights, not inlined.
@@ -60,10 +56,10 @@ class _Waiting:
     views: tuple[tuple[core.JaxprEqn, int], ...] = field(metadata={"static": True})  # which result
 
 
-def _inputs(value: Any) -> Inputs | None:
-    """What a value asks of its inputs."""
+def _altering(value: Any) -> tuple[Part, ...]:
+    """The parts of a weight that its products must see, innermost first."""
     q = value.q if isinstance(value, _Waiting) else value
-    return q.activations if isinstance(q, QTensor) else None
+    return tuple(part for part in q.parts if part.alters) if isinstance(q, QTensor) else ()
 
 
 def _special(value: Any) -> bool:
@@ -95,21 +91,21 @@ def _rule(eqn: core.JaxprEqn, values: list[Any], walker: Any) -> Sequence[Any] |
 def _sliceable(values: Sequence[Any]) -> list[Any]:
     """What a scan may slice: codes can be sliced, views to come can not."""
     waiting = [v for v in values if isinstance(v, _Waiting)]
-    if any(map(_inputs, waiting)):
+    if any(map(_altering, waiting)):
         raise _hidden("a scan, after a view that codes cannot follow")
     return [_decode(v) if isinstance(v, _Waiting) else v for v in values]
 
 
 def _refuse_hidden(eqn: core.JaxprEqn, values: Sequence[Any]) -> None:
     name, inside = eqn.primitive.name, any(True for _ in core.jaxprs_in_params(eqn.params))
-    if any(map(_inputs, values)) and (inside or name in _HIDING):
+    if any(map(_altering, values)) and (inside or name in _HIDING):
         raise _hidden(repr(name))
 
 
 def _wait(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[_Waiting] | None:
     """A weight that a view is yet to be taken of, for each result; None if this is no view."""
     name, value = eqn.primitive.name, values[0]
-    if len(values) > 1 or not (name in VIEWS or (_inputs(value) and name in _SAME_NUMBERS)):
+    if len(values) > 1 or not (name in VIEWS or (_altering(value) and name in _SAME_NUMBERS)):
         return None
     q, views = (value.q, value.views) if isinstance(value, _Waiting) else (value, ())
     return [_Waiting(q, (*views, (eqn, k))) for k in range(len(eqn.outvars))]
@@ -117,7 +113,7 @@ def _wait(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[_Waiting] | None:
 
 def _decoded(eqn: core.JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
     """The results on decoded weights, and on rounded inputs where a weight asks for such."""
-    operands = rounded_inputs(eqn, values, [_inputs(v) for v in values])
+    operands = rounded_inputs(eqn, values, [_altering(v) for v in values])
     other = next((v for v in operands if isinstance(v, jax.Array) and v.size), None)
     return bind(eqn, [_decode(v, other) if _special(v) else v for v in operands])
 

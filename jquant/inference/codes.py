@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from jquant.grids import Grid, Params
 from jquant.inference.late import held_codes
 from jquant.numerics.formats import FORMATS
-from jquant.weights.activations import encode, numbers, rounded
+from jquant.weights.activations import encode, numbers
 from jquant.weights.qtensor import QTensor, canonical_weight
 
 # Sums of products of int8 are below 2^31 for inputs of this length, with zero points or without.
@@ -55,8 +55,7 @@ def on_codes(
 
     def straight(x: Array, q: QTensor) -> Array:
         assert q.activations is not None
-        seen = rounded(x, q.activations.choice, q.activations.params)
-        return jnp.matmul(seen, jnp.swapaxes(canonical_weight(q), -1, -2))
+        return jnp.matmul(q.activations.rows(x), jnp.swapaxes(canonical_weight(q), -1, -2))
 
     @run.defjvp
     def _(primals: Any, tangents: Any) -> tuple[Array, Array]:

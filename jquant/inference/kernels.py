@@ -23,11 +23,12 @@ from jquant.axes.dimensions import Product
 from jquant.grids import Float as FloatGrid
 from jquant.grids import Uniform
 from jquant.inference.codes import fits, on_codes
-from jquant.inference.inputs import no_integers, round_input
+from jquant.inference.inputs import refuse_integers, seen_by
 from jquant.inference.late import decoded
 from jquant.programs.walker import bind
 from jquant.trees.placement import automatic, typed
 from jquant.weights.activations import Way
+from jquant.weights.inputs import Inputs
 from jquant.weights.qtensor import QTensor
 
 Kernel = Callable[[Float[Array, "*batch tokens in"], QTensor], Float[Array, "*batch tokens out"]]
@@ -53,9 +54,19 @@ class Row(NamedTuple):
     platform: str | None = None
 
     def takes(self, q: QTensor) -> bool:
-        way = None if q.activations is None else q.activations.choice.way(q.grid, q.blocks)
-        fine = way == self.way and isinstance(q.grid, self.grids) and q.blocks.axis == self.groups
-        return fine and self.fits(q)
+        fine = isinstance(q.grid, self.grids) and q.blocks.axis == self.groups
+        return fine and _way(q) == self.way and self.fits(q)
+
+
+def _way(q: QTensor) -> Way | None:
+    """How a product with a weight is computed, see `Row.way`."""
+    match q.parts:
+        case ():
+            return None
+        case (Inputs() as inputs,):
+            return inputs.choice.way(q.grid, q.blocks)
+        case _:
+            return "simulated"
 
 
 TABLE: tuple[Row, ...] = (
@@ -65,7 +76,7 @@ TABLE: tuple[Row, ...] = (
 
 
 def product(eqn: core.JaxprEqn, dimensions: Product, x: jax.Array, q: QTensor) -> jax.Array:
-    """The result of a `dot_general` of an array and a weight without a term beside it.
+    """The result of a `dot_general` of an array and a weight without parts but one that alters it.
 
     Raises:
         UnsupportedPrimitiveError: a product of integers was asked for, and this is none.
@@ -90,13 +101,11 @@ def product(eqn: core.JaxprEqn, dimensions: Product, x: jax.Array, q: QTensor) -
 
 def _decoded(eqn: core.JaxprEqn, dimensions: Product, q: QTensor, x: jax.Array) -> jax.Array:
     """The product as the function has it, of the rounded input and the decoded weight."""
-    if q.activations is not None:
-        if q.activations.choice.path == "integer":
-            raise no_integers(
-                q.shape, "it is contracted along its output axis, or over too many inputs"
-            )
-        rounded = partial(round_input, dimensions.input)
-        x = automatic(rounded, q.activations, x, out=typed(x))
+    for part in q.parts:
+        refuse_integers(
+            part, q.shape, "it is contracted along its output axis, or over too many inputs"
+        )
+        x = automatic(partial(seen_by, dimensions.input), part, x, out=typed(x))
     operands = [x, x]
     operands[dimensions.at] = decoded(q, x)
     (y,) = bind(eqn, operands)

@@ -25,10 +25,10 @@ def decoded(q: QTensor, after: jax.Array | None = None) -> jax.Array:
 
 
 def _held_weight(q: QTensor, after: jax.Array) -> QTensor:
-    """The weight itself; it cannot be decoded before `after` is there."""
-    low, params = _held((q.compensation, q.params), after)
-    q = replace(q, compensation=low, params=params)
-    return q if jax.tree.leaves(params) else replace(q, codes=_held(q.codes, after))
+    """The weight itself, without parts that are nothing of the array; it waits for `after`."""
+    q = q.only(lambda part: not part.alters)
+    rest = replace(_held(replace(q, codes=None), after), codes=q.codes)
+    return rest if jax.tree.leaves(q.params) else replace(rest, codes=_held(q.codes, after))
 
 
 def held_codes(codes: Array, after: jax.Array) -> Array:

@@ -1,19 +1,22 @@
-"""A product with a weight that is more than its codes: thin products beside the one of codes.
+"""A product with a weight that is more than its codes, taken apart from outside in.
+
+Each part of a weight (`weights/parts.py`) is taken off on the side of the input: it changes the
+rows that the others see, or it is two thin products beside theirs,
 
     x · (Q + left @ right)  =  x · Q  +  (x · right) · left
 
 for any `dot_general` that contracts the weight's whole input axis, or (as a tied embedding may be
-used) its whole output axis, and runs along all of its batch axes. The sum of codes and factors is
-never made: it would be as large as the weight. A product that cannot be split so (a part of an axis
-is contracted, or both operands are compensated weights) is left to the caller, who decodes the
-weight with the term added in. The factors see the input as it is; the codes' own product goes
-through the table of `kernels.py`.
+used, and for thin products alone) its whole output axis, and runs along all of its batch axes. The
+sum of codes and factors is never made: it would be as large as the weight. A product that cannot be
+taken apart so (a part of an axis is contracted, or both operands are weights) is left to the
+caller, who decodes the weight with its parts. Thin products see the input as it is, the codes' own
+one goes through the table of `kernels.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,10 +25,13 @@ from jax import lax
 from jax.extend import core
 
 from jquant.axes.dimensions import Product
+from jquant.inference.inputs import seen_by
 from jquant.inference.kernels import product
 from jquant.inference.views import own_layout
 from jquant.numerics.narrow import as_dtype, is_coarse
-from jquant.weights.qtensor import LowRank, QTensor
+from jquant.trees.placement import automatic, typed
+from jquant.weights.parts import Part
+from jquant.weights.qtensor import QTensor
 
 
 def dot(eqn: core.JaxprEqn, values: Sequence[Any]) -> jax.Array | None:
@@ -45,12 +51,32 @@ def dot(eqn: core.JaxprEqn, values: Sequence[Any]) -> jax.Array | None:
     dimensions = Product.of(eqn, at, own_layout(q))
     if dimensions is None:
         return None
-    if q.compensation is None:
-        return product(eqn, dimensions, x, q)
-    if is_coarse(q.dtype):  # as one such factors are too few
+    if not all(_comes_off(part, dimensions, q) for part in q.parts):
         return None
-    main = product(eqn, dimensions, x, replace(q, compensation=None))
-    return main + _thin(eqn, dimensions, x, q.compensation, q.dtype).astype(main.dtype)
+    inner, outer = _apart(q)
+    thin: list[tuple[Part, jax.Array]] = []
+    for part in reversed(outer):
+        if part.rank:
+            thin.append((part, x))
+        else:
+            x = automatic(partial(seen_by, dimensions.input), part, x, out=typed(x))
+    y = product(eqn, dimensions, x, inner)
+    for part, x in thin:
+        y = y + _thin(eqn, dimensions, x, part, q.dtype).astype(y.dtype)
+    return y
+
+
+def _comes_off(part: Part, dimensions: Product, q: QTensor) -> bool:
+    """Whether a product sees a part from the side of its input."""
+    if part.rank:
+        return not is_coarse(q.dtype)  # as one such factors are too few
+    return part.alters or dimensions.role == "in"
+
+
+def _apart(q: QTensor) -> tuple[QTensor, tuple[Part, ...]]:
+    """What kernels know, codes and an innermost part that alters their products; and the rest."""
+    own = q.parts[:1] if q.parts and q.parts[0].alters else ()
+    return q.only(lambda part: any(part is one for one in own)), q.parts[len(own) :]
 
 
 def _weight_of(eqn: core.JaxprEqn, values: Sequence[Any]) -> int | None:
@@ -64,10 +90,10 @@ def _weight_of(eqn: core.JaxprEqn, values: Sequence[Any]) -> int | None:
 
 
 def _thin(
-    eqn: core.JaxprEqn, dimensions: Product, x: jax.Array, low: LowRank, dtype: Any
+    eqn: core.JaxprEqn, dimensions: Product, x: jax.Array, part: Part, dtype: Any
 ) -> jax.Array:
     """`(x · right) · left`, or of a product along the output axis `(x · left) · right`."""
-    left, right = low.factors()
+    left, right = part.factors()
     factors = {"out": as_dtype(left, dtype), "in": as_dtype(right, dtype)}
     wide = x.dtype if x.dtype.itemsize > 4 else jnp.dtype(jnp.float32)
     at = dimensions.at
@@ -83,8 +109,8 @@ def _thin(
             preferred_element_type=wide,
         )
 
-    first, here = dimensions.factor(dimensions.role, low.rank)
-    last, there = dimensions.factor(dimensions.other, low.rank)
+    first, here = dimensions.factor(dimensions.role, part.rank)
+    last, there = dimensions.factor(dimensions.other, part.rank)
     inner = thin(
         first.original(factors[dimensions.role]), x,
         [(here[k], axis) for k, axis in dimensions.contracted],

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend import core
 
 from jquant.axes.groups import from_blocks, to_blocks
@@ -37,13 +36,8 @@ def own_layout(q: QTensor) -> Layout:
 
 
 def _leaves(q: QTensor, function: Any, layout: Layout) -> QTensor:
-    # Factors have the weight's batch axes, so what is done to those of the codes is done to theirs.
-    # Static ranges of inputs are one for each of the batch too.
-    whole = q.codes, q.params, q.compensation, q.activations
-    codes, params, low, inputs = jax.tree.map(function, whole)
-    return replace(
-        q, codes=codes, params=params, layout=layout, compensation=low, activations=inputs
-    )
+    # Parts have the weight's batch axes first, so what is done to those of codes is done to theirs.
+    return replace(jax.tree.map(function, q), layout=layout)
 
 
 def _convert(q: QTensor, _: Sequence[Any], eqn: core.JaxprEqn) -> QTensor | None:
@@ -118,9 +112,8 @@ def _gather(q: QTensor, rest: Sequence[Any], eqn: core.JaxprEqn) -> jax.Array | 
     grid_params = {name: x[0] if len(x) == 1 else pick(x) for name, x in q.params.items()}
     values = q.grid.decode(to_blocks(codes.astype(jnp.int32), q.blocks), grid_params)
     values = from_blocks(values, q.blocks, q.shape[-1])
-    if q.compensation is not None:
-        left, right = q.compensation.factors()
-        values = values + jnp.matmul(pick(left), right, precision=lax.Precision.HIGHEST)
+    for part in q.parts:
+        values = part.picked(pick).weight(values)
     return as_dtype(values, q.dtype)
 
 

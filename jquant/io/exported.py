@@ -18,7 +18,7 @@ from jquant.calibration.spread import Spread
 from jquant.errors import CheckpointError
 from jquant.io.container import parse_json
 from jquant.io.schemes import from_json, to_json
-from jquant.weights.qtensor import Inputs, LowRank, QTensor
+from jquant.io.tree import NODES
 
 
 def write_static(static: tuple[Any, ...]) -> bytes:
@@ -52,5 +52,5 @@ def _register(kind: type) -> None:
     )
 
 
-for _kind in (QTensor, LowRank, Inputs, Evidence, Spread):
+for _kind in (*NODES.values(), Evidence, Spread):
     _register(_kind)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -32,8 +32,8 @@ FLOATS = tuple(name for name, dtype in JAX_DTYPES.items() if jnp.issubdtype(dtyp
 def classes() -> Mapping[str, type]:
     """The classes a file may name: dataclasses of grids, `axes/groups.py`, `activations.py`."""
     exported = [getattr(grids, name) for name in grids.__all__]
-    found = [c for c in exported if isinstance(c, type) and dataclasses.is_dataclass(c)]
-    return {c.__name__: c for c in (*found, Blocks, Factor, Layout, Activations, Percentile)}
+    own = [c for c in exported if isinstance(c, type) and dataclasses.is_dataclass(c)]
+    return {c.__name__: c for c in (*own, Blocks, Factor, Layout, Activations, Percentile)}
 
 
 def to_json(value: Any) -> Any:
@@ -84,22 +84,10 @@ def from_json(data: Any) -> Any:
     if len(data) != 1:
         raise CheckpointError(f"a scheme must name one class, got {sorted(data)[:4]}")
     ((name, value),) = data.items()
-    if name == "float" and value in ("inf", "-inf", "nan"):
-        return float(value)
-    if name == "complex" and isinstance(value, list) and len(value) == 2:
-        parts = from_json(value)
-        if all(isinstance(part, (int, float)) for part in parts):
-            return complex(*parts)
-    if name in ("dtype", "scalar"):
-        if value not in FLOATS:
-            raise CheckpointError(f"a scheme names the dtype {value!r}; a weight has a float dtype")
-        scalar = getattr(jnp, value)
-        return jnp.dtype(scalar) if name == "dtype" else scalar
+    if name in _SCALARS:
+        return _SCALARS[name](value)
     if name not in classes() or not isinstance(value, dict):
-        raise CheckpointError(
-            f"a scheme names {name!r}, which this version of jquant does not have; "
-            f"nearest known: {near(name, classes())}"
-        )
+        raise _no_class(name)
     kind = classes()[name]
     if set(value) != set(_fields(kind)):
         raise CheckpointError(
@@ -110,6 +98,41 @@ def from_json(data: Any) -> Any:
         return kind(**fields)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{name} refuses the values in the file: {error}") from error
+
+
+def _no_class(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"a scheme names {name!r}, which this version of jquant does not have; "
+        f"nearest known: {near(name, classes())}"
+    )
+
+
+def _float(value: Any) -> float:
+    if value not in ("inf", "-inf", "nan"):
+        raise _no_class("float")
+    return float(value)
+
+
+def _complex(value: Any) -> complex:
+    parts = from_json(value) if isinstance(value, list) and len(value) == 2 else ()
+    if not parts or not all(isinstance(part, (int, float)) for part in parts):
+        raise _no_class("complex")
+    return complex(*parts)
+
+
+def _scalar(value: Any) -> Any:
+    if value not in FLOATS:
+        raise CheckpointError(f"a scheme names the dtype {value!r}; a weight has a float dtype")
+    return getattr(jnp, value)
+
+
+# What is no class of ours: how to read it, by name.
+_SCALARS: Mapping[str, Callable[[Any], Any]] = {
+    "float": _float,
+    "complex": _complex,
+    "dtype": lambda value: jnp.dtype(_scalar(value)),
+    "scalar": _scalar,
+}
 
 
 def _fields(kind: type) -> tuple[str, ...]:

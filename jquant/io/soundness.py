@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jquant.weights import qtensor
-from jquant.weights.activations import Activations
+from jquant.weights.inputs import Inputs
+from jquant.weights.parts import Part
+from jquant.weights.qtensor import LowRank, QTensor, dequantize_weight
 
 # What the code of grids and layouts may raise when it is traced with a hostile file's values.
 REFUSALS = (
@@ -22,14 +23,24 @@ REFUSALS = (
 
 
 def check_weight(tree: Any, leaves: tuple[tuple[tuple[int, ...], Any], ...]) -> None:
-    """Raise if a weight of this structure cannot be what it says; nothing is computed."""
+    """Raise if a weight, or a part of one, cannot be what it says; nothing is computed.
+
+    Args:
+        tree: its structure.
+        leaves: shape and dtype of each of its arrays.
+    """
     weight = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(s, d) for s, d in leaves])
-    if isinstance(weight, qtensor.LowRank):
-        _sound_factors(weight)
+    if not isinstance(weight, QTensor):
+        weight.check(None)
         return
-    if isinstance(weight, qtensor.Inputs):
-        _sound_inputs(weight)
-        return
+    _check_codes(weight)
+    _check_parts(weight)
+    whole = jax.eval_shape(dequantize_weight, weight)
+    if whole.shape != weight.shape or whole.dtype != weight.dtype:
+        raise ValueError(f"it dequantizes to {whole.shape}, not to {weight.shape}")
+
+
+def _check_codes(weight: QTensor) -> None:
     layout, codes = weight.layout, weight.codes
     factors = [factor for axis in layout.axes for factor in axis]
     if not all(f.role in ("batch", "out", "in") and f.size >= 0 <= f.place for f in factors):
@@ -40,48 +51,13 @@ def check_weight(tree: Any, leaves: tuple[tuple[tuple[int, ...], Any], ...]) -> 
         raise ValueError(f"codes {codes.shape} have more batch axes than the layout")
     if not jnp.issubdtype(codes.dtype, jnp.integer) or not isinstance(weight.grid.codes[0], int):
         raise TypeError("codes must be integers")
-    low = weight.compensation
-    if low is not None and (
-        not isinstance(low, qtensor.LowRank) or tuple(low.shape) != tuple(codes.shape)
-    ):
-        raise ValueError(f"its compensation does not fit codes {codes.shape}")
-    inputs = weight.activations
-    if inputs is not None:
-        if not isinstance(inputs, qtensor.Inputs):
-            raise TypeError("its inputs' quantization is none")
-        inputs.choice.way(weight.grid, weight.blocks)
-        if any(leaf.shape != codes.shape[:-2] for leaf in jax.tree.leaves(inputs.params)):
-            raise ValueError(f"its inputs' ranges do not fit codes {codes.shape}")
-    whole = jax.eval_shape(qtensor.dequantize_weight, weight)
-    if whole.shape != weight.shape or whole.dtype != weight.dtype:
-        raise ValueError(f"it dequantizes to {whole.shape}, not to {weight.shape}")
 
 
-def _sound_factors(low: qtensor.LowRank) -> None:
-    for factor in (low.left, low.right):
-        if not isinstance(factor, jax.ShapeDtypeStruct | qtensor.QTensor):
-            raise TypeError("a factor must be an array or a weight")
-        if isinstance(factor, qtensor.QTensor) and (
-            factor.compensation is not None or factor.shape != factor.codes.shape
-        ):
-            raise ValueError("a quantized factor must lie as it is used")
-        if not jnp.issubdtype(factor.dtype, jnp.floating):
-            raise TypeError("factors must be floats")
-    left, right = low.left.shape, low.right.shape
-    if len(left) < 2 or left[:-2] != right[:-2] or left[-1] != right[-2]:
-        raise ValueError(f"factors {left} and {right} have no product")
-
-
-def _sound_inputs(inputs: qtensor.Inputs) -> None:
-    choice, params = inputs.choice, inputs.params
-    if not isinstance(choice, Activations):
-        raise TypeError("inputs are quantized by no Activations")
-    wanted: Any = None
-    if choice.granularity == "static":
-        shape = jax.tree.leaves(params)[0].shape
-        end = jax.ShapeDtypeStruct(shape, jnp.float32)
-        wanted = dict(jax.eval_shape(choice.fit, end, end))
-    if jax.tree.map(lambda x: (x.shape, x.dtype), params) != jax.tree.map(
-        lambda x: (x.shape, x.dtype), wanted
-    ):
-        raise ValueError("ranges of inputs do not fit their grid")
+def _check_parts(weight: QTensor) -> None:
+    for name, kind in (("compensation", LowRank), ("activations", Inputs)):
+        if not isinstance(getattr(weight, name), kind | None):
+            raise TypeError(f"its {name} are no {kind.__name__}")
+    for part in weight.parts:
+        if not isinstance(part, Part):
+            raise TypeError("a part of it is none")
+        part.check(weight)

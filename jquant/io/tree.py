@@ -24,21 +24,18 @@ from jquant.io.leaves import claim, describe
 from jquant.io.schemes import from_json, to_json
 from jquant.io.soundness import REFUSALS, check_weight
 from jquant.trees.lazy import Lazy
-from jquant.weights import qtensor
 from jquant.weights.arguments import named_leaf, path_of, refusal_of
+from jquant.weights.inputs import Inputs
+from jquant.weights.parts import Part
+from jquant.weights.qtensor import LowRank, QTensor
 
 _MAX_DEPTH = 64
 _SEQUENCES = {"list": list, "tuple": tuple}
 _ARRAYS = (jax.Array, np.ndarray, Lazy)
 
-# The dataclasses with arrays inside that a file may name.
-NODES: Mapping[str, type] = {
-    name: value
-    for name, value in vars(qtensor).items()
-    if dataclasses.is_dataclass(value)
-    and isinstance(value, type)
-    and value.__module__ == qtensor.__name__
-}
+# The dataclasses with arrays inside that a file may name: weights, and the parts of weights. The
+# classes of their static fields are those of `schemes.classes`.
+NODES: dict[str, type] = {kind.__name__: kind for kind in (QTensor, LowRank, Inputs)}
 
 
 def _fields(kind: type) -> tuple[list[str], list[str]]:
@@ -49,8 +46,12 @@ def _fields(kind: type) -> tuple[list[str], list[str]]:
 
 
 def _optional(kind: type) -> set[str]:
-    """The fields that are left out of a file where they are None."""
-    return {f.name for f in dataclasses.fields(kind) if f.default is None}
+    """The fields that are left out of a file where they are None or an empty tuple."""
+    return {f.name for f in dataclasses.fields(kind) if f.default is None or f.default == ()}
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (type(value) is tuple and not value)
 
 
 class Encoder:
@@ -89,13 +90,23 @@ class Encoder:
             return self._dataclass(value, path)
         if isinstance(value, (*_ARRAYS, np.generic)):
             return self._array(value, path, getattr(grid, "codes", None))
+        return self._other(value, path)
+
+    def _other(self, value: Any, path: tuple[str, ...]) -> Any:
+        """The node of a value of a kind that is none of ours, or of a number."""
+        if isinstance(value, Part):
+            raise TreeError(
+                f"{_at(path)}: parts of the class {type(value).__name__} are not stored; leave the "
+                "transform out, or store jq.dequantize(qparams)"
+            )
         children = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda x: x is not value)[0]
         if [keys for keys, _ in children] != [()]:  # a node: what is none is its own only leaf
             return {"dict": self._children(children, path)}
-        said = refusal_of(value, self.tree)
-        if said is not None or isinstance(value, jax.ShapeDtypeStruct):
-            said = said or "only described by a ShapeDtypeStruct. Pass arrays"
-            raise TreeError(f"{named_leaf('the tree', '/'.join(path))} is {said}")
+        refusal = refusal_of(value, self.tree)
+        if refusal is None and isinstance(value, jax.ShapeDtypeStruct):
+            refusal = "only described by a ShapeDtypeStruct. Pass arrays"
+        if refusal is not None:
+            raise TreeError(f"{named_leaf('the tree', '/'.join(path))} is {refusal}")
         return {"number": to_json(value)}
 
     def _children(self, children: Sequence[Any], path: tuple[str, ...]) -> list[Any]:
@@ -116,13 +127,13 @@ class Encoder:
                 self._index[choices] = len(self.statics) - 1
         except ValueError as error:
             raise ValueError(f"{_at(path)}: {error}") from None
-        absent = {n for n in _optional(type(value)) if getattr(value, n) is None}
+        absent = {n for n in _optional(type(value)) if _is_empty(getattr(value, n))}
         fields = {n: self._field(value, n, path) for n in arrays if n not in absent}
         return {"class": type(value).__name__, "static": self._index[choices], "fields": fields}
 
     def _field(self, value: Any, name: str, path: tuple[str, ...]) -> Any:
         field, grid = getattr(value, name), getattr(value, "grid", None)
-        if name != "codes" or not isinstance(value, qtensor.QTensor):
+        if name != "codes" or not isinstance(value, QTensor):
             return self.node(field, (*path, name), grid)
         if not isinstance(field, _ARRAYS) or not jnp.issubdtype(field.dtype, jnp.integer):
             kind = getattr(field, "dtype", type(field).__name__)
@@ -271,7 +282,7 @@ class Decoder:
             if not all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
                 raise TypeError("it holds another weight")
             self._sound(tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-            if not isinstance(weight, qtensor.QTensor):
+            if not isinstance(weight, QTensor):
                 return
             low, high = weight.grid.codes
         except REFUSALS as error:

@@ -190,15 +190,8 @@ def describe(scheme: Scheme) -> str:
     """A scheme in a few words: `Uniform 4b, in 64, GPTQ`."""
     groups = scheme.groups
     size = "all" if groups.size is None else groups.size
-    more = "" if scheme.compensation is None else f", LoRC {scheme.compensation.rank}"
+    parts = "".join(f", {part.label}" for part in scheme.parts)
     return (
         f"{type(scheme.grid).__name__} {scheme.grid.bits}b, {groups.axis} {size}, "
-        f"{type(scheme.rounding).__name__}{more}{_of_inputs(scheme)}"
+        f"{type(scheme.rounding).__name__}{parts}"
     )
-
-
-def _of_inputs(scheme: Scheme) -> str:
-    choice = scheme.activations
-    if choice is None:
-        return ""
-    return f", inputs {type(choice.grid).__name__} {choice.grid.bits}b {choice.granularity}"

@@ -23,17 +23,16 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jquant.axes.groups import from_blocks, to_blocks
 from jquant.axes.layout import Layout
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.spread import Spread
-from jquant.errors import WeightError
+from jquant.errors import PlanError, WeightError
 from jquant.grids.base import nearest
 from jquant.numerics.distortion import output_error
-from jquant.numerics.extremes import largest
 from jquant.numerics.narrow import as_dtype, ends, is_coarse
 from jquant.rounding.base import Rounded
 from jquant.rounding.elementwise import Nearest, fit_grid
-from jquant.schemes.scheme import Scheme, check_inputs
+from jquant.schemes.inputs import quantized_inputs
+from jquant.schemes.scheme import Scheme
+from jquant.weights.parts import Part
 from jquant.weights.qtensor import (
-    Inputs,
     LowRank,
     QTensor,
     canonical_weight,
@@ -79,8 +78,22 @@ def quantize_weight(
     canonical = layout.canonical(w)
     if is_coarse(w.dtype):  # exact, and a dtype that all arithmetic and all checks of types know
         canonical = canonical.astype(jnp.float32)
+    transforms, canonical, evidence = _apart(canonical, scheme, evidence)
+    scheme = dataclasses.replace(scheme, transforms=())
     rounded = scheme.rounding(canonical, scheme.grid, scheme.groups, evidence=evidence, key=key)
-    return stored(canonical, rounded, scheme, layout, w.dtype, evidence, key)
+    q, info = stored(canonical, rounded, scheme, layout, w.dtype, evidence, key)
+    return dataclasses.replace(q, transforms=transforms), info
+
+
+def _apart(
+    canonical: Float[Array, "*batch out in"], scheme: Scheme, evidence: Evidence | None
+) -> tuple[tuple[Part, ...], Float[Array, "*batch out in"], Evidence | None]:
+    """The parts that a scheme's transforms take off a weight, what is left, and its evidence."""
+    parts: list[Part] = []
+    for transform in scheme.transforms:
+        part, canonical, evidence = transform.apart(canonical, evidence)
+        parts.append(part)
+    return tuple(parts), canonical, evidence
 
 
 def stored(
@@ -92,7 +105,16 @@ def stored(
     evidence: Evidence | None,
     key: PRNGKeyArray | None = None,
 ) -> tuple[QTensor, dict[str, Array]]:
-    """What `quantize_weight` returns of a weight that has been rounded."""
+    """What `quantize_weight` returns of a weight that has been rounded.
+
+    Raises:
+        PlanError: the scheme has transforms, which were to be taken off before.
+    """
+    if scheme.transforms:
+        raise PlanError(
+            f"weights with transforms are not learned by a whole network, got {scheme}; pass "
+            "Scheme(..., transforms=()), or another rounding or objective"
+        )
     moment = None if evidence is None else evidence.second_moment
     info = dict(_errors(canonical, rounded, moment, scheme), **rounded.info)
     low = None
@@ -101,29 +123,12 @@ def stored(
         info |= found
     q = QTensor(
         rounded.codes, dict(rounded.params), scheme.grid, scheme.groups, layout,
-        jnp.dtype(dtype), low, _inputs(scheme, evidence),
+        jnp.dtype(dtype), low, quantized_inputs(scheme.activations, evidence),
     )  # fmt: skip
     if is_coarse(dtype) or ends(dtype)[1] < FAR:
         known = {name: info[name] for name in ("error", "nearest_error")}
         info |= _errors_as_kept(canonical, q, moment, known)
     return q, info
-
-
-def _inputs(scheme: Scheme, evidence: Evidence | None) -> Inputs | None:
-    """What is stored of how inputs are quantized, with the ranges that evidence gives."""
-    choice = scheme.activations
-    if choice is None or choice.granularity != "static":
-        return None if choice is None else Inputs(choice)
-    check_inputs("", choice, evidence)
-    assert evidence is not None
-    if evidence.spread is not None:
-        return Inputs(choice, dict(_ranges(evidence.spread, choice)))
-    assert evidence.abs_max is not None
-    most = largest(evidence.abs_max, axis=-1)
-    return Inputs(choice, dict(choice.fit(-most, most)))
-
-
-_ranges = jax.jit(Spread.params, static_argnums=1)
 
 
 def key_of(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
@@ -140,7 +145,7 @@ def remainder(
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "*batch out in"]:
     """What the codes of a scheme leave of a weight for a compensation, float32; see above."""
-    canonical = layout.canonical(w)
+    _, canonical, evidence = _apart(layout.canonical(w), scheme, evidence)
     rounded = scheme.rounding(canonical, scheme.grid, scheme.groups, evidence=evidence, key=key)
     return _left(canonical if rounded.target is None else rounded.target, rounded, scheme)
 

@@ -31,7 +31,8 @@ from jquant.numerics.narrow import as_dtype
 from jquant.rounding.descent import Descent
 from jquant.rounding.relaxed import Between, Unit, Variables
 from jquant.weights.arguments import by_path, replaced
-from jquant.weights.qtensor import LowRank, QTensor, is_qtensor
+from jquant.weights.parts import Part
+from jquant.weights.qtensor import QTensor, is_qtensor
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +42,7 @@ class _Coded:
 
     codes: Integer[Array, "*batch out in"]
     params: Params
-    low: LowRank | None  # a compensation stays as it is
+    parts: tuple[Part, ...]  # they stay as they are
     grid: Grid = field(metadata={"static": True})
     blocks: Blocks = field(metadata={"static": True})
 
@@ -56,8 +57,10 @@ class _Coded:
         groups = to_blocks(codes.astype(jnp.int32), self.blocks)
         values = self.grid.decode(groups, self.params if params is None else params)
         length = codes.shape[-1 if self.blocks.axis == "in" else -2]
-        canonical = from_blocks(values, self.blocks, length)
-        return canonical if self.low is None else canonical + self.low.product()
+        values = from_blocks(values, self.blocks, length)
+        for part in self.parts:
+            values = part.weight(values)
+        return values
 
 
 @jax.tree_util.register_static
@@ -167,9 +170,7 @@ def tune_scales(
         Network.of(fn, structure, leaves, quantized), _Scales(descent), objective,
         tuple(q.layout for q in quantized.values()), tuple(q.dtype for q in quantized.values()),
     )  # fmt: skip
-    targets = [
-        _Coded(q.codes, q.params, q.compensation, q.grid, q.blocks) for q in quantized.values()
-    ]
+    targets = [_Coded(q.codes, q.params, q.parts, q.grid, q.blocks) for q in quantized.values()]
     fixed = [None if path in quantized else leaf for path, leaf in leaves.items()]
     feed = Feed(jax.jit(fn), params, batches)
     found, trace = descend(task, targets, fixed, feed, list(quantized), told=progress)

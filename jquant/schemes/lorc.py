@@ -131,22 +131,31 @@ class LoRC:
                 raise ValueError(f"LoRC.{name} must be an int of at least 1, got {value!r}")
         if self.factor_grid is not None and not isinstance(self.factor_grid, Grid):
             raise ValueError(f"LoRC.factor_grid must be a grid or None, got {self.factor_grid!r}")
-        for name, known in (
+        for name, allowed in (
             ("metric", ("plain", "evidence")),
             ("method", ("exact", "randomized", "auto")),
             ("dtype", _DTYPES),
         ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"LoRC.{name} must be one of {known}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"LoRC.{name} must be one of {allowed}, got {getattr(self, name)!r}"
+                )
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset() if self.metric == "plain" else frozenset({"moment"})
 
     @property
+    def label(self) -> str:
+        return f"LoRC {self.rank}"
+
+    def check(self, grid: Grid, blocks: Blocks) -> None:
+        """A low-rank term is of any grid and groups."""
+
+    @property
     def papers(self) -> tuple[str, ...]:
-        known = ("zhang2024qera", "liu2024eora") if self.metric == "evidence" else ()
-        return ("yao2023zeroquantv2", *known, *(("li2023loftq",) if self.rounds > 1 else ()))
+        weighed = ("zhang2024qera", "liu2024eora") if self.metric == "evidence" else ()
+        return ("yao2023zeroquantv2", *weighed, *(("li2023loftq",) if self.rounds > 1 else ()))
 
     def __call__(
         self,
@@ -242,15 +251,15 @@ def _directions(
 ) -> tuple[Float[Array, "*batch out rank"], Float[Array, "*batch rank"]]:
     """The leading left singular vectors of `E S`, and the singular values."""
     weighed = error if moment is None else _matmul(error, root(moment.astype(jnp.float32)))
-    sides, wanted = min(error.shape[-2:]), choice.rank + OVERSAMPLING
-    small = choice.method == "auto" and (sides <= LARGE or 4 * wanted > sides)
-    if choice.method == "exact" or small or wanted >= sides:
-        found, values = _left_vectors(weighed)
+    sides, columns = min(error.shape[-2:]), choice.rank + OVERSAMPLING
+    small = choice.method == "auto" and (sides <= LARGE or 4 * columns > sides)
+    if choice.method == "exact" or small or columns >= sides:
+        vectors, values = _left_vectors(weighed)
     else:
-        span = _range(weighed, wanted)
+        span = _range(weighed, columns)
         inner, values = _left_vectors(_matmul(jnp.swapaxes(span, -1, -2), weighed))
-        found = _matmul(span, inner)
-    return found[..., : choice.rank], values[..., : choice.rank]
+        vectors = _matmul(span, inner)
+    return vectors[..., : choice.rank], values[..., : choice.rank]
 
 
 def _left_vectors(

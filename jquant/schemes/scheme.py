@@ -8,7 +8,7 @@ checkpoints as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import jax
 
@@ -21,6 +21,7 @@ from jquant.rounding.base import Rounding
 from jquant.rounding.elementwise import Nearest
 from jquant.schemes.lorc import LoRC
 from jquant.weights.activations import Activations
+from jquant.weights.parts import Choice, Transform
 
 
 @jax.tree_util.register_static
@@ -37,13 +38,16 @@ class Scheme:
         compensation: what makes up for the error that is left, `LoRC(rank)`, or None.
         activations: how the inputs of the weight's products are quantized, `Activations(grid)`, or
             None: not at all.
+        transforms: what is taken off the weight before it is rounded, first to last, as the
+            protocol `jquant.weights.parts.Transform` says; default none.
         fallback: whether nearest rounding may stand in where the rounding's factorisation fails at
             every damping, and where no token reaches the weight, or one of its experts or layers;
             the report says where it did. Otherwise that is an error.
 
     Raises:
-        ValueError: `grid`, `compensation` or `activations` is something else.
-        PlanError: `activations` ask for a product of integers that grid and blocks do not have.
+        ValueError: `grid`, `compensation`, `activations` or a transform is something else.
+        PlanError: `activations` ask for a product of integers that grid and blocks do not have; a
+            transform refuses these.
 
     Example:
         >>> from jquant.grids import Uniform
@@ -56,6 +60,7 @@ class Scheme:
     rounding: Rounding = Nearest()
     compensation: LoRC | None = None
     activations: Activations | None = None
+    transforms: tuple[Transform, ...] = field(default=(), kw_only=True)
     fallback: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -76,8 +81,18 @@ class Scheme:
             raise ValueError(
                 f"Scheme.activations must be a jq.Activations or None, got {self.activations!r}"
             )
-        if self.activations is not None:
-            self.activations.way(self.grid, self.groups)
+        if not all(isinstance(one, Transform) for one in self.transforms):
+            raise ValueError(
+                "Scheme.transforms must be a tuple of transforms, see jquant.weights.parts, got "
+                f"{self.transforms!r}"
+            )
+        for part in self.parts:
+            part.check(self.grid, self.groups)
+
+    def __repr__(self) -> str:
+        """As it is made, transforms left out where there are none."""
+        shown = [f.name for f in fields(self) if f.name != "transforms" or self.transforms]
+        return f"Scheme({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @property
     def groups(self) -> Blocks:
@@ -88,8 +103,13 @@ class Scheme:
     @property
     def needs(self) -> frozenset[str]:
         """What must be told: a subset of `{"moment", "drift", "key", "inputs", "spread"}`."""
-        more = (part.needs for part in (self.compensation, self.activations) if part is not None)
-        return self.rounding.needs.union(*more)
+        return self.rounding.needs.union(*(part.needs for part in self.parts))
+
+    @property
+    def parts(self) -> tuple[Choice, ...]:
+        """What the weight is to have besides its codes."""
+        own = (self.compensation, self.activations)
+        return (*(part for part in own if part is not None), *self.transforms)
 
 
 def check_inputs(name: str, choice: Activations, evidence: Evidence | None) -> None:

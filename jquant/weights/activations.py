@@ -89,11 +89,11 @@ class Activations:
     path: Path = "auto"
 
     def __post_init__(self) -> None:
-        for name, known in (("granularity", Granularity), ("path", Path)):
+        for name, allowed in (("granularity", Granularity), ("path", Path)):
             got = getattr(self, name)
-            if got not in get_args(known):
+            if got not in get_args(allowed):
                 raise ValueError(
-                    f"Activations.{name} must be one of {get_args(known)}, got {got!r}"
+                    f"Activations.{name} must be one of {get_args(allowed)}, got {got!r}"
                 )
         if not isinstance(self.range, MinMax | MSE | Percentile):
             raise ValueError(
@@ -137,6 +137,14 @@ class Activations:
         floats = () if isinstance(self.grid, Uniform) else ("wu2023zeroquantfp",)
         return ("yao2022zeroquant", *floats)
 
+    @property
+    def label(self) -> str:
+        return f"inputs {type(self.grid).__name__} {self.grid.bits}b {self.granularity}"
+
+    def check(self, grid: Grid, blocks: Blocks) -> None:
+        """Refuse what `way` refuses."""
+        self.way(grid, blocks)
+
     def way(self, grid: Grid, blocks: Blocks) -> Way:
         """How products with a weight on `grid` in `blocks` are computed.
 
@@ -145,11 +153,11 @@ class Activations:
         """
         if self.path == "simulated":
             return "simulated"
-        found: Way = "simulated"
+        way: Way = "simulated"
         if blocks.axis == "in":
             both = {_kind(self.grid), _kind(grid)}
-            found = "integer" if both == {"integer"} else "simulated" if None in both else "float"
-        if self.path == "integer" and found != "integer":
+            way = "integer" if both == {"integer"} else "simulated" if None in both else "float"
+        if self.path == "integer" and way != "integer":
             why = (
                 f"{type(grid).__name__} has no integers"
                 if blocks.axis == "in"
@@ -159,7 +167,7 @@ class Activations:
                 f"Activations.path='integer' with a weight on {grid!r} in {blocks!r}: {why}; pass "
                 "grids.Uniform in blocks along the input axis, or path='auto'"
             )
-        return found
+        return way
 
     def fit(self, low: Float[Array, "*r"], high: Float[Array, "*r"]) -> Params:
         """The grid's parameters for ranges `[low, high]`, one for each."""
@@ -249,8 +257,8 @@ def numbers(grid: Grid, codes: Integer[Array, "*s"], dtype: Any) -> tuple[Array,
         dtype: int8, or a float dtype that holds the numbers exactly.
 
     Example:
-        >>> found, less = numbers(Uniform(8), jnp.array([0, 255], jnp.uint8), jnp.int8)
-        >>> found.tolist(), less
+        >>> c, less = numbers(Uniform(8), jnp.array([0, 255], jnp.uint8), jnp.int8)
+        >>> c.tolist(), less
         ([-128, 127], 128)
     """
     if not isinstance(grid, Uniform):

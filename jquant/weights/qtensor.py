@@ -7,7 +7,7 @@ stores a batch size, so a `QTensor` may be sliced by `scan`, `vmap` or `jax.tree
 q)`. Codes of 2 bits are joined by `packed.joined` and never as they are. A weight with a low-rank
 `compensation` stands for the sum of both; its factors have the same batch axes, so they are sliced
 along. How the inputs of its products are quantized is not part of what it stands for, but stays
-with it (`Inputs`).
+with it (`Inputs`). Both are parts of the weight (`parts.py`), and there may be more.
 """
 
 from __future__ import annotations
@@ -15,66 +15,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
+from jax.tree_util import GetAttrKey
 from jaxtyping import Array, Float, Integer
 
 from jquant.axes.groups import Blocks, from_blocks, to_blocks
 from jquant.axes.layout import Layout
-from jquant.errors import QuantizedWeightError
 from jquant.grids.base import Grid, Params
 from jquant.numerics.distortion import bits_per_weight
 from jquant.numerics.narrow import as_dtype
 from jquant.trees.placement import automatic, entries_of, fitting, put, typed
-from jquant.weights.activations import Activations
+from jquant.weights.inputs import Inputs
+from jquant.weights.parts import Part
+from jquant.weights.refusal import no_array
 
-_Class = TypeVar("_Class", bound=type)
-
-
-def _no_array(cls: _Class) -> _Class:
-    """Have a class refuse all that arrays can do, in words.
-
-    It looks like an array (`shape`, `dtype`), so it ends up where one is wanted, most often in a
-    function that was called without `apply`. Pytrees, `==`, `bool` and the attributes it has are
-    left as they are.
-    """
-
-    def refused(what: str) -> Callable[..., Any]:
-        def refuse(self: Any, *_: Any, **__: Any) -> Any:
-            raise QuantizedWeightError(
-                f"a quantized weight {self.dtype}{list(self.shape)} was used as an array ({what}): "
-                "call jq.apply(fn)(qparams, ...) in place of fn(qparams, ...), or take plain "
-                "arrays from jq.dequantize(qparams)"
-            )
-
-        return refuse
-
-    def missing(self: Any, name: str) -> Any:
-        if name not in _OF_ARRAYS:
-            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-        refused(f".{name}")(self)
-
-    for name in _OPERATORS:
-        setattr(cls, f"__{name}__", refused(f"__{name}__"))
-    setattr(cls, "__getattr__", missing)  # noqa: B010
-    return cls
+_CHILDREN = ("codes", "params", "compensation", "activations")
 
 
-_BINARY = "add sub mul truediv floordiv mod divmod pow matmul lshift rshift and or xor".split()
-_OPERATORS = (
-    *_BINARY, *(f"r{name}" for name in _BINARY),
-    *"lt le gt ge neg pos abs invert getitem array jax_array float int complex index".split(),
-)  # fmt: skip
-_OF_BOTH = {"shape", "ndim", "size", "dtype"}
-_OF_ARRAYS = {name for name in dir(jax.Array) if not name.startswith("_")} - _OF_BOTH
-
-
-@_no_array
-@jax.tree_util.register_dataclass
+@no_array
+@jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
 class QTensor:
     """A weight on a grid. `shape`, `ndim` and `dtype` are those of the array it stands for.
@@ -91,6 +55,40 @@ class QTensor:
     dtype: Any = field(metadata={"static": True})
     compensation: LowRank | None = None
     activations: Inputs | None = None
+    transforms: tuple[Part, ...] = ()  # in the order in which they were taken off the weight
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All that belongs to the weight besides its codes, innermost first."""
+        own = (self.activations, self.compensation)
+        return (*(part for part in own if part is not None), *reversed(self.transforms))
+
+    def only(self, kept: Callable[[Part], bool]) -> QTensor:
+        """The weight with those of its parts that are to be kept."""
+
+        def of(part: Any) -> Any:
+            return part if part is not None and kept(part) else None
+
+        return replace(
+            self,
+            compensation=of(self.compensation),
+            activations=of(self.activations),
+            transforms=tuple(filter(kept, self.transforms)),
+        )
+
+    # A pytree of its arrays and parts. A transform more is a child more.
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        children = [(GetAttrKey(name), getattr(self, name)) for name in _CHILDREN]
+        children += [(GetAttrKey(f"transforms_{k}"), t) for k, t in enumerate(self.transforms)]
+        return children, (self.grid, self.blocks, self.layout, self.dtype)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, ...], children: Sequence[Any]) -> QTensor:
+        codes, params, compensation, activations, *transforms = children
+        grid, blocks, layout, dtype = static
+        parts = compensation, activations, tuple(transforms)
+        return cls(codes, params, grid, blocks, layout, dtype, *parts)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -130,6 +128,10 @@ class LowRank:
     def rank(self) -> int:
         return self.left.shape[-1]
 
+    @property
+    def alters(self) -> bool:
+        return False
+
     def factors(self) -> tuple[Float[Array, "*batch out rank"], Float[Array, "*batch rank in"]]:
         """Both factors as float32 arrays."""
         left, right = (
@@ -142,19 +144,33 @@ class LowRank:
         """The whole term, float32."""
         return jnp.matmul(*self.factors(), precision=lax.Precision.HIGHEST)
 
+    def weight(self, values: Float[Array, "*batch out in"]) -> Float[Array, "*batch out in"]:
+        return values + self.product()
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Inputs:
-    """How the inputs of a weight are quantized where it is multiplied.
+    def rows(self, x: Float[Array, "*batch tokens in"]) -> Float[Array, "*batch tokens in"]:
+        return x
 
-    Attributes:
-        choice: the scheme's.
-        params: of the inputs' grid, leaves `[*batch]`, where ranges are static; else None.
-    """
+    def picked(self, pick: Callable[[Array], Array]) -> Part:
+        left, right = self.factors()
+        return LowRank(pick(left), right)
 
-    choice: Activations = field(metadata={"static": True})
-    params: Params | None = None
+    def array_bits(self) -> list[float]:
+        return [bits for factor in (self.left, self.right) for bits in array_bits(factor)]
+
+    def check(self, whole: QTensor | None) -> None:
+        """Raise if the factors have no product, or one that is not the weight's size."""
+        for factor in (self.left, self.right):
+            if not isinstance(factor, jax.ShapeDtypeStruct | QTensor):
+                raise TypeError("a factor must be an array or a weight")
+            if isinstance(factor, QTensor) and (factor.parts or factor.shape != factor.codes.shape):
+                raise ValueError("a quantized factor must lie as it is used")
+            if not jnp.issubdtype(factor.dtype, jnp.floating):
+                raise TypeError("factors must be floats")
+        left, right = self.left.shape, self.right.shape
+        if len(left) < 2 or left[:-2] != right[:-2] or left[-1] != right[-2]:
+            raise ValueError(f"factors {left} and {right} have no product")
+        if whole is not None and tuple(self.shape) != tuple(whole.codes.shape):
+            raise ValueError(f"its compensation does not fit codes {whole.codes.shape}")
 
 
 def is_qtensor(leaf: object) -> bool:
@@ -170,10 +186,10 @@ def canonical_weight(q: QTensor) -> Float[Array, "*batch out in"]:
     """The array a `QTensor` stands for in its canonical view, float32."""
     codes = to_blocks(q.codes.astype(jnp.int32), q.blocks)
     length = q.codes.shape[-1 if q.blocks.axis == "in" else -2]
-    canonical = from_blocks(q.grid.decode(codes, q.params), q.blocks, length)
-    if q.compensation is not None:
-        canonical = canonical + q.compensation.product()
-    return canonical
+    values = from_blocks(q.grid.decode(codes, q.params), q.blocks, length)
+    for part in q.parts:
+        values = part.weight(values)
+    return values
 
 
 def dequantize_weight(q: QTensor) -> Float[Array, ...]:
@@ -213,13 +229,11 @@ def placed(q: QTensor, like: Any) -> QTensor:
     def put_as(marks: Sequence[Any]) -> Callable[[Array], Array]:
         return lambda leaf: put(leaf, like.sharding.mesh, marks)
 
-    everywhere = jax.tree.map(put_as(()), (q.compensation, q.activations))
+    everywhere = jax.tree.map(put_as(()), replace(q, codes=None, params=None))
     return replace(
-        q,
+        everywhere,
         codes=put_as((*batch, rows, inner))(q.codes),
         params=jax.tree.map(put_as((*batch, *groups)), q.params),
-        compensation=everywhere[0],
-        activations=everywhere[1],
     )
 
 
@@ -245,8 +259,8 @@ def dequantize(qparams: Any) -> Any:
 
 
 def weight_bits(q: QTensor) -> float:
-    """Stored bits per weight: codes, group parameters, factors of a compensation, static
-    ranges of inputs.
+    """Stored bits per weight: codes, group parameters, and all parts (factors of a compensation,
+    static ranges of inputs).
 
     Works on all that has shapes and dtypes.
 
@@ -260,11 +274,8 @@ def weight_bits(q: QTensor) -> float:
         >>> weight_bits(q)  # 4, a float16 for 8 of them, 12 float16 for 32 of them
         12.0
     """
-    plain = bits_per_weight(q.codes, q.params, q.grid.bits)
-    more = 0.0 if q.compensation is None else factor_bits(q.compensation)
-    if q.activations is not None:
-        more += sum(8 * x.dtype.itemsize * x.size for x in jax.tree.leaves(q.activations.params))
-    return plain + more / q.size
+    parts = sum(bits for part in q.parts for bits in part.array_bits())
+    return bits_per_weight(q.codes, q.params, q.grid.bits) + parts / q.size
 
 
 def factor_bits(low: LowRank) -> float:
@@ -279,15 +290,11 @@ def array_bits(stored: QTensor | Array) -> list[float]:
     """Stored bits of every array of a quantized weight, or of a factor; codes first."""
     if not isinstance(stored, QTensor):
         return [float(stored.size * jnp.finfo(stored.dtype).bits)]
-    plain = replace(stored, compensation=None, activations=None)
-    found = [float(plain.codes.size * plain.grid.bits)]
-    for name in plain.params:
-        alone = replace(plain, params={name: plain.params[name]})
-        found.append(weight_bits(alone) * plain.size - found[0])
-    ranges = [] if stored.activations is None else jax.tree.leaves(stored.activations.params)
-    found += [8.0 * leaf.dtype.itemsize * leaf.size for leaf in ranges]
-    low = stored.compensation
-    return found if low is None else found + array_bits(low.left) + array_bits(low.right)
+    own = [float(stored.codes.size * stored.grid.bits)]
+    for name in stored.params:
+        alone = replace(stored.only(lambda part: False), params={name: stored.params[name]})
+        own.append(weight_bits(alone) * stored.size - own[0])
+    return own + [bits for part in stored.parts for bits in part.array_bits()]
 
 
 def weight_bytes(q: QTensor) -> int:
