@@ -33,10 +33,10 @@ from safetensors.numpy import save_file
 
 from benchmarks.harness import machine
 from jquant import evaluate
-from jquant.calibration.find import path_of
 from jquant.models import smollm2
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
+from jquant.trees.paths import path_of
 
 ASSET = Path(__file__).parents[1] / "tests" / "assets" / "bytes.safetensors"
 WINDOW = 256  # bytes

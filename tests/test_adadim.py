@@ -20,13 +20,15 @@ from oracles.adadim import a2_fit, a2_round, fake_quantize
 
 import jquant as jq
 from jquant.calibration import segments
-from jquant.calibration.find import path_of
+from jquant.calibration.cutting import Recording
+from jquant.calibration.data import Data
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, PlanError, WeightError
 from jquant.grids import Uniform
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
 from jquant.rounding import GPTQ
+from jquant.weights.leaves import Leaves
 from tests.cases import layer
 from tests.networks import NETWORKS
 
@@ -334,19 +336,15 @@ def planned(name: str) -> tuple[Any, Any, Any, jq.Plan]:
 @pytest.mark.parametrize("name", WORDS)
 def test_what_is_compared_is_found_without_names(name: str) -> None:
     fn, params, batches, plan = planned(name)
-    leaves, structure = leaves_of(params)
     stacks = {path: plan.weights[path].stack_axes for path in plan}
-    walk = Walk.start(fn, leaves, structure, stacks, batches, "weight", level="residual")
-    words = {piece.path: one.words for piece, one in walk.cuts[0].comparisons.items()}
+    recording = Recording(stacks, level="residual")
+    walk = Walk.start(fn, Leaves.of(params), Data.of(batches), recording)
+    cut = next(iter(walk.cuts.kinds.values()))
+    words = {piece.path: one.words for piece, one in cut.comparisons.items()}
     assert set(words) == set(plan)
     for pattern, wanted in WORDS[name].items():
         found = {path: words[path] for path in plan if re.fullmatch(pattern, path)}
         assert found and set(found.values()) == {wanted}, found
-
-
-def leaves_of(params: Any) -> tuple[list[tuple[str, Any]], Any]:
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    return [(path_of(keys), leaf) for keys, leaf in leaves], structure
 
 
 def test_masks_are_no_stream_and_data_is() -> None:
@@ -397,7 +395,7 @@ def test_at_level_weight_it_is_the_product_alone(name: str) -> None:
     fn, params, batches, plan = planned(name)
     evidence = jq.capture(fn, params, batches)
     _, choices = adadim(fn, params, plan, batches, level="weight")
-    leaves = dict(leaves_of(params)[0])
+    leaves = Leaves.of(params).arrays
     for path, choice in choices.items():
         w = np.asarray(plan.weights[path].layout.canonical(leaves[path]))
         w = w.reshape(-1, *w.shape[-2:])
@@ -582,10 +580,9 @@ def test_what_is_kept_alive_does_not_grow_with_depth() -> None:
     for depth in (2, 5):
         tapped = transformer(depth)
         stacks = dict.fromkeys(tapped.params, ())
-        leaves, structure = leaves_of(tapped.params)
-        walk = Walk.start(
-            tapped.fn(), leaves, structure, stacks, tapped.batches, "weight", level="residual"
-        )
+        recording = Recording(stacks, level="residual")
+        data = Data.of(tapped.batches)
+        walk = Walk.start(tapped.fn(), Leaves.of(tapped.params), data, recording)
         most.append(max(walk.alive_bytes(stage) for stage in range(len(walk.stages))))
     assert most[0] == most[1] > 0
 

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 import jquant as jq
-from jquant.calibration.find import path_of
 from jquant.grids import Uniform
 from jquant.models import Decoder, DecoderConfig
 from jquant.rounding import GPTQ
 from jquant.trees.lazy import Lazy, Window, is_lazy, realize
+from jquant.trees.paths import path_of
 
 pytestmark = pytest.mark.slow
 

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 import jquant as jq
-from jquant.calibration.onepass import OnePass
 from jquant.errors import WorkDirError
 from jquant.grids import Uniform
-from jquant.jobs.fingerprint import fingerprint
-from jquant.jobs.quantize import prepare
+from jquant.jobs.fingerprint import digest_objective
+from jquant.jobs.request import Request, aim_of
 from jquant.learning.objectives import KL, MSE, Fisher, Stagewise
 from jquant.rounding import Descent, DiscQuant
 from tests.functions import _normal
@@ -32,13 +31,8 @@ PLAN = jq.plan(jq.find_weights(fn, PARAMS, BATCHES[0]), {".*": SCHEME})
 
 def said(objective, batches=BATCHES):
     """The item of a fingerprint, as `quantize` makes it for this objective."""
-    walk = OnePass(fn, PARAMS, list(PLAN), list(PLAN), batches)
-    if isinstance(objective, Stagewise):
-        walk, _ = prepare(
-            fn, PARAMS, PLAN, batches, evidence=None, key=KEY, granularity="weight", budget=None,
-            objective=objective,
-        )  # fmt: skip
-    return fingerprint(walk, PLAN, PARAMS, {}, None, "weight", objective)["the objective"]
+    request = Request(fn, PARAMS, PLAN, {}, KEY, aim_of(objective)).checked(batches)
+    return digest_objective(request, request.walk(None))
 
 
 def factory(power, weights=None):

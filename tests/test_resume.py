@@ -107,7 +107,7 @@ def test_finished_stages_are_not_done_again(
             (tmp_path / name).unlink()
         calls.update(gather=0, round=0)
         assert_same(job(tmp_path, granularity=granularity), wanted)
-        left = 0 if granularity == "all" else len(files) - kept
+        left = len(files) - kept
         assert calls == {"gather": left, "round": sum(weights[kept:])}
 
 

@@ -10,11 +10,14 @@ import pytest
 from jax import lax
 
 import jquant as jq
+from jquant.calibration.cutting import Recording
+from jquant.calibration.data import Data
 from jquant.calibration.routing import routing
 from jquant.calibration.stages import cut_at_weights
 from jquant.calibration.walk import Walk
 from jquant.jobs.estimate import estimate
 from jquant.programs.straight import Piece, flatten
+from jquant.weights.leaves import Leaves
 
 TOKENS, WIDTH, EXPERTS, SLOTS = 24, 6, 3, 12
 
@@ -114,9 +117,8 @@ def network(dispatch: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 def read(fn: Any, granularity: Any = "weight") -> Any:
     """The evidence of `up` behind another `mix`, beside the network as it came."""
-    leaves = sorted(PARAMS.items())
-    planned: dict[str, tuple[int, ...]] = {"mix": (), "up": ()}
-    walk = Walk.start(fn, leaves, jax.tree.structure(PARAMS), planned, [X], granularity, drift=True)
+    recording = Recording({"mix": (), "up": ()}, granularity, drift=True)
+    walk = Walk.start(fn, Leaves.of(PARAMS), Data.of([X]), recording)
     values = dict(PARAMS)
 
     def current(piece: Piece) -> jax.Array:
@@ -179,10 +181,8 @@ def test_choices_are_shared_across_stages() -> None:
         return jnp.einsum("ecd,edf->ecf", later[places], params["up"])
 
     params = PARAMS | {"then": normal(6, WIDTH, WIDTH)}
-    walk = Walk.start(
-        fn, sorted(params.items()), jax.tree.structure(params),
-        {"mix": (), "then": (), "up": ()}, [X, X[::-1]], "weight", drift=True,
-    )  # fmt: skip
+    recording = Recording({"mix": (), "then": (), "up": ()}, drift=True)
+    walk = Walk.start(fn, Leaves.of(params), Data.of([X, X[::-1]]), recording)
 
     def current(piece: Piece) -> jax.Array:
         return MOVED if piece.path == "mix" else params[piece.path]

@@ -22,15 +22,19 @@ from jax import lax
 
 import jquant as jq
 from jquant.calibration import segments
-from jquant.calibration.find import path_of
+from jquant.calibration.cutting import Recording
+from jquant.calibration.data import Data
 from jquant.calibration.running import evaluate
-from jquant.calibration.walk import Store, Walk
+from jquant.calibration.store import Store
+from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, PlanError
 from jquant.grids import Uniform
 from jquant.programs.keys import const_key, equation_key, jaxpr_key, text
 from jquant.programs.straight import Flat, Piece, flatten
 from jquant.programs.walker import Walker
 from jquant.rounding import GPTQ
+from jquant.trees.paths import path_of
+from jquant.weights.leaves import Leaves
 
 GPTQ3 = jq.Scheme(Uniform(3), 4, GPTQ())
 NEAREST3 = jq.Scheme(Uniform(3), 4)
@@ -57,7 +61,8 @@ def walk_of(
 ) -> Walk:
     """The walk with every weight planned; `stacks` are the axes of those that are stacked."""
     found = {path: () for path in jq.find_weights(fn, params, *_tuple(batches[0]))}
-    return Walk.start(fn, *leaves_of(params), {**found, **(stacks or {})}, batches, granularity)
+    recording = Recording({**found, **(stacks or {})}, granularity)
+    return Walk.start(fn, Leaves.of(params), Data.of(batches), recording)
 
 
 def _tuple(batch: Any) -> tuple[Any, ...]:
@@ -537,13 +542,14 @@ def decoder(depth: int) -> Made:
 def test_cheap_values_are_made_again_and_not_kept() -> None:
     fn, params, batches = decoder(2)
     walk = walk_of(fn, params, batches)
-    flat = walk.cuts[0].flat
-    kept = {flat.shapes[n].shape for alive in walk.cuts[0].alive for n in alive}
+    (cut,) = walk.cuts.kinds.values()
+    flat = cut.flat
+    kept = {flat.shapes[n].shape for alive in cut.alive for n in alive}
     assert kept == {(4, 9, 6)}  # no mask [batch, time, time], no position [time, 1]
     # The mask is made of the tokens in every segment that needs it.
     readers = [
         stage.pieces[0].path
-        for stage, segment in zip(walk.stages, walk.cuts[0].advances, strict=True)
+        for stage, segment in zip(walk.stages, cut.advances, strict=True)
         if flat.inputs[0] in segment.sources
     ]
     assert readers == ["embed", "blocks/0/q", "blocks/1/q"]

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 import jquant as jq
-from jquant.calibration.find import path_of
 from jquant.calibration.stages import Granularity
 from jquant.grids import Uniform
 from jquant.rounding import GPTQ
+from jquant.trees.paths import path_of
 from tests.networks import NETWORKS, Network, Stages
 
 pytestmark = pytest.mark.slow

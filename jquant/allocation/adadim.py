@@ -22,25 +22,26 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jquant.allocation.choices import Axis, Choice, Choices
 from jquant.axes.groups import Blocks
 from jquant.axes.layout import Layout
 from jquant.calibration.comparison import Level
+from jquant.calibration.cutting import Recording
+from jquant.calibration.data import Data
 from jquant.calibration.find import Weight
-from jquant.calibration.tokens import Given, all_weighed
+from jquant.calibration.tokens import Given
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, PlanError
 from jquant.grids.base import Grid
 from jquant.jobs.progress import Progress, Told
-from jquant.layerwise.checks import check_compared, check_finite, check_weights, not_used
+from jquant.layerwise.checks import check_compared, check_reached, check_weights
 from jquant.programs.straight import Piece
 from jquant.rounding import GPTQ, Nearest
 from jquant.schemes.scheme import Plan, Scheme
-from jquant.trees.lazy import read
 from jquant.weights.arguments import by_path
+from jquant.weights.leaves import Leaves
 from jquant.weights.qtensor import QTensor, dequantize_weight
 
 
@@ -122,27 +123,20 @@ def adadim(
     """
     if level not in ("residual", "weight"):
         raise PlanError(f"level must be 'residual' or 'weight', got {level!r}")
-    arrays, structure = by_path(params), jax.tree.structure(params)
-    check_weights(plan, arrays)
+    check_weights(plan, by_path(params))
     left = {path: why for path in plan if (why := _no_choice(plan.weights[path], plan[path]))}
     _check_any(plan, left)
     planned = {path: w.stack_axes for path in plan if (w := plan.weights[path]).has_inputs}
-    batches, weights = all_weighed(batches, token_weights)
-    walk = Walk.start(
-        fn, list(arrays.items()), structure, planned, batches, "weight",
-        budget=budget, level=level, weights=weights,
-    )  # fmt: skip
-    check_compared(walk, token_weights)
-    reached = {piece.path for stage in walk.stages for piece in stage.pieces}
-    for path in planned:
-        if path not in reached:
-            raise EvidenceError(not_used(path))
+    leaves, data = Leaves.of(params), Data.of(batches, token_weights)
+    walk = Walk.start(fn, leaves, data, Recording(planned, level=level), budget)
+    check_compared(walk, data)
+    check_reached(walk, planned)
     if level == "weight":
         for piece, loop in walk.nested.items():
             why = f"it is used inside a {loop}; level='residual' compares what comes out"
             left[piece.path] = why
         _check_any(plan, left)
-    chooser = _Chooser(plan, arrays, walk, left, progress)
+    chooser = _Chooser(plan, leaves, walk, left, progress)
     chooser.run()
     choices = Choices({path: chooser.choice(path) for path in plan}, level)
     return chosen(plan, {path: choice.axis for path, choice in choices.items()}), choices
@@ -171,12 +165,12 @@ class _Chooser:
     def __init__(
         self,
         plan: Plan,
-        arrays: Mapping[str, Any],
+        leaves: Leaves,
         walk: Walk,
         left: Mapping[str, str],
         progress: Told | None,
     ):
-        self.plan, self.arrays, self.walk, self.left = plan, arrays, walk, left
+        self.plan, self.leaves, self.walk, self.left = plan, leaves, walk, left
         self.progress = progress
         self.at = 0
         self.done: dict[Piece, Array] = {}  # weights of this stage, rounded
@@ -230,15 +224,12 @@ class _Chooser:
         )
 
     def words(self, piece: Piece) -> str:
-        return self.walk.cuts[0].comparisons[piece].words
+        return self.walk.comparison(piece).words
 
     def original(self, piece: Piece) -> Array:
         """The piece as it came."""
-        leaf = self.arrays[piece.path]
-        array = jnp.asarray(read(leaf, piece.index(len(leaf.shape))))
-        if piece.path in self.plan and not isinstance(leaf, jax.Array):
-            check_finite(piece.path, array)
-        return array
+        planned = piece.path in self.plan
+        return self.leaves.read_weight(piece) if planned else self.leaves.read(piece)
 
     def current(self, piece: Piece) -> Array:
         """The piece as it is by now; of other stages than this one, as it came."""

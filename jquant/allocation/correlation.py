@@ -26,15 +26,17 @@ from jaxtyping import Array, Float, PyTree
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.sensitivity import Sensitivity
 from jquant.allocation.trials import Told, outputs
+from jquant.calibration.cutting import Recording
+from jquant.calibration.data import Data
 from jquant.calibration.place import Place
 from jquant.calibration.stages import block_of
-from jquant.calibration.tokens import Given, Weights, all_weighed, chosen
+from jquant.calibration.tokens import Given, Weights
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError
-from jquant.layerwise.checks import check_finite, check_weights, not_used
-from jquant.programs.straight import Piece
-from jquant.trees.lazy import read, realize
+from jquant.layerwise.checks import check_weights, not_used
+from jquant.trees.lazy import realize
 from jquant.weights.arguments import by_path
+from jquant.weights.leaves import Leaves
 
 RIDGE = 1e-3
 ROWS_PER_FEATURE = 4
@@ -139,32 +141,22 @@ def cmpq(
         Nanda et al., CPTQuant, 2024, https://arxiv.org/abs/2412.03599; Raghu et al., SVCCA, 2017,
         https://arxiv.org/abs/1706.05806
     """
-    arrays, structure = by_path(params), jax.tree.structure(params)
-    check_weights(candidates.plan({}), arrays)
-    batches, counted = all_weighed(batches, token_weights)
+    check_weights(candidates.plan({}), by_path(params))
+    leaves, data = Leaves.of(params), Data.of(batches, token_weights)
+    batches, counted = data.batches, data.weights
     weights = candidates.weights
     # All weights cut, also those that are kept: the head ends the last block.
     planned = {path: w.stack_axes for path, w in weights.items() if w.has_inputs}
-    walk = Walk.start(
-        fn, list(arrays.items()), structure, planned, batches, "block", weights=counted
-    )
-    said = chosen(token_weights)
-
-    def current(piece: Piece) -> Array:
-        leaf = arrays[piece.path]
-        array = jnp.asarray(read(leaf, piece.index(len(leaf.shape))))
-        if not isinstance(leaf, jax.Array):
-            check_finite(piece.path, array)
-        return array
-
+    walk = Walk.start(fn, leaves, data, Recording(planned, "block"))
+    current = leaves.read_weight
     walk.advance(None, current, current)
     lengths = [next(len(x) for x in jax.tree.leaves(batch) if np.ndim(x)) for batch in batches]
 
     def pooled(values: Sequence[Mapping[Any, Any]]) -> Array | None:
-        if counted is None or said is None:
+        if counted is None:
             return _pooled(values, lengths)
-        places = [cut.places for cut in walk.cuts]
-        return _pooled(values, lengths, places, counted, said.unmatched == "raise")
+        places = [run.cut.places for run in walk.runs]
+        return _pooled(values, lengths, places, counted, data.strict)
 
     states = {-1: pooled(walk.alive)}
     for at in range(len(walk.stages)):
@@ -176,8 +168,8 @@ def cmpq(
             whole = realize(params)
             found = [jax.tree.leaves(outputs(fn, whole, batch)) for batch in batches]
             states[at] = pooled([
-                _named(leaves, None if counted is None else cut.flat.outputs)
-                for cut, leaves in zip(walk.cuts, found, strict=True)
+                _named(leaves, None if counted is None else run.cut.flat.outputs)
+                for run, leaves in zip(walk.runs, found, strict=True)
             ])  # fmt: skip
         if progress is not None:
             progress(at + 1, len(walk.stages))

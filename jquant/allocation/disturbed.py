@@ -13,7 +13,6 @@ then costs is a heuristic, see `sensitivity.py`.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from jquant.axes.layout import Layout
 from jquant.calibration.tokens import Given
 from jquant.errors import PlanError
 from jquant.numerics.narrow import as_dtype
+from jquant.trees.paths import key_of
 
 Unit = Literal["block", "weight"]
 
@@ -161,7 +161,7 @@ def tdmpq(
     units = _units(trials, "block")
     noisy = {}
     for name, paths in units.items():
-        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        own = key_of(key, name)
         w = trials.leaves[paths[0]]
         drawn = noise * jax.random.normal(own, w.shape, jnp.float32)
         noisy[name] = {paths[0]: as_dtype(w.astype(jnp.float32) + drawn, w.dtype)}

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,13 +26,15 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from jquant.calibration.evidence import Evidence
 from jquant.errors import PlanError
-from jquant.layerwise.checks import check_evidence, check_finite, check_needs, check_weights
+from jquant.layerwise.checks import check_evidence, check_needs, check_weights
 from jquant.layerwise.weight import remainder
 from jquant.numerics.distortion import output_error
 from jquant.schemes.lorc import LoRC
 from jquant.schemes.scheme import Plan, Scheme
 from jquant.trees.lazy import read
+from jquant.trees.paths import key_of
 from jquant.weights.arguments import by_path
+from jquant.weights.leaves import check_finite
 from jquant.weights.qtensor import array_bits
 
 
@@ -166,7 +167,7 @@ def _offer(
     w = jnp.asarray(read(leaf))
     if not isinstance(leaf, jax.Array):
         check_finite(path, w)
-    own = None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()))
+    own = None if key is None else key_of(key, path)
     left = remainder(w, scheme, layout, evidence=evidence, key=own)
     whole = layout.canonical(w).astype(jnp.float32)
     if choice.metric == "plain" or evidence is None:

@@ -19,15 +19,17 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jquant.allocation.candidates import Candidates, draft, key_of_scheme
 from jquant.axes.layout import Layout
+from jquant.calibration.data import Data
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.stages import block_of
-from jquant.calibration.tokens import Given, all_weighed
+from jquant.calibration.tokens import Given
 from jquant.errors import EvidenceError, PlanError
 from jquant.layerwise.checks import check_evidence, check_needs, check_weights
-from jquant.layerwise.weight import key_of, quantize_weight
+from jquant.layerwise.weight import quantize_weight
 from jquant.learning.objectives import KL, logits_of, rows_of_weights
 from jquant.schemes.scheme import Scheme
 from jquant.trees.lazy import realize
+from jquant.trees.paths import key_of
 from jquant.weights.arguments import Inputs, by_path, replaced
 from jquant.weights.qtensor import dequantize_weight
 
@@ -73,16 +75,14 @@ class Trials:
                 check_needs(plan, evidence, key, batches=False, staged=False)
                 check_evidence(plan, evidence)
         self.candidates, self.evidence, self.key = candidates, evidence, key
-        self.batches: list[Inputs]
-        self.batches, self.token_weights = all_weighed(batches, token_weights)
-        if not self.batches:
-            raise EvidenceError("got no batches; pass at least one array or tuple of inputs")
+        self.data = Data.of(batches, token_weights)
+        self.batches = self.data.batches
         self.params = realize(params)
         self.leaves = by_path(self.params)
 
     def pairs(self) -> Iterator[tuple[Inputs, Any]]:
         """For every batch its inputs, and the weights of its tokens or None."""
-        yield from zip(self.batches, self.token_weights or [None] * len(self.batches), strict=True)
+        yield from self.data.pairs()
 
     def wanted(self, fn: Callable[..., Any]) -> Iterator[tuple[Inputs, Any, float, Any]]:
         """For every batch its inputs, the logits of the network as it came, how many tokens these

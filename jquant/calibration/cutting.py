@@ -1,52 +1,157 @@
-"""A function cut for batches of one shape: flattened, its stacks taken apart if they can be."""
+"""A function cut for each kind of batch: flattened, its stacks taken apart if they can be."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import jax
 
 from jquant.calibration.comparison import Level
+from jquant.calibration.data import in_words, kind_of, not_taken
 from jquant.calibration.follow import Follower
 from jquant.calibration.place import Place
-from jquant.calibration.stages import Cut, Granularity, cut_at_weights
-from jquant.calibration.tokens import follow_steps, input_places
-from jquant.programs.straight import Flat, flatten
-from jquant.weights.arguments import shape_of
+from jquant.calibration.running import find_uses
+from jquant.calibration.segments import segment_key
+from jquant.calibration.stages import Cut, Granularity, Segment, Stage, cut_at_weights
+from jquant.calibration.tokens import Weights, follow_steps, input_places
+from jquant.errors import EvidenceError
+from jquant.programs.straight import Flat, Piece, flatten
+from jquant.weights.arguments import Inputs, shape_of
+from jquant.weights.leaves import Leaves
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Which weights a walk stops at, and what it records there.
+
+    Attributes:
+        planned: path → axes along which layers are stacked.
+        granularity: which of them are one stage. With "all", stacks stay whole and nothing is cut.
+        known: those whose evidence is there already; with "all" their inputs are not recorded.
+        drift: whether evidence says how far inputs are from the full-precision network's.
+        spread: whether evidence says how inputs are spread.
+        level: what `Walk.compare` compares weights on; None: they are not to be compared.
+        reconstruct: whose values reconstructions of stages start from; None: there are none.
+    """
+
+    planned: Mapping[str, Collection[int]]
+    granularity: Granularity = "weight"
+    known: Collection[str] = ()
+    drift: bool = False
+    spread: bool = False
+    level: Level | None = None
+    reconstruct: Literal["quantized", "full"] | None = None
+
+    @property
+    def beside(self) -> bool:
+        """Whether the full-precision network is walked beside the quantized one."""
+        return self.drift or self.reconstruct is not None
+
+
+@dataclass
+class Cuts:
+    """The cuts of a function, one for every kind of batch, made when the first of it comes."""
+
+    fn: Callable[..., Any]
+    leaves: Leaves
+    recording: Recording
+    kinds: dict[Any, Cut] = field(default_factory=dict)
+    first: Inputs | None = None
+    _keys: dict[int, Hashable] = field(default_factory=dict)
+
+    def of(self, number: int, inputs: Inputs, weights: Weights | None) -> Cut:
+        """The cut for a batch.
+
+        Raises:
+            EvidenceError: the batch differs from batch 0 in more than its length.
+        """
+        tokens = None if weights is None else weights.shape
+        kind = kind_of(inputs), tokens
+        if kind not in self.kinds:
+            try:
+                cut = cut_for(self.fn, self.leaves, inputs, tokens, self.recording)
+            except Exception as error:  # whatever the function says: Flax has its own errors
+                if self.first is None or isinstance(error, EvidenceError):
+                    raise
+                raise not_taken(number, inputs, self.first, error) from error
+            if self.first is None:
+                self.first = inputs
+            elif cut.stages != next(iter(self.kinds.values())).stages:
+                raise EvidenceError(
+                    f"batch {number} ({in_words(inputs)}) takes another path through the "
+                    f"function than batch 0 ({in_words(self.first)}): its weights are used in "
+                    "another order; pass batches that differ in their length only"
+                )
+            self.kinds[kind] = cut
+        return self.kinds[kind]
+
+    def key(self, cut: Cut, segment: Segment) -> Hashable:
+        """What the segment of a cut has in common with equal ones: see `segment_key`."""
+        if id(segment) not in self._keys:  # segments live as long as their cut, and that as self
+            self._keys[id(segment)] = segment_key(segment, cut.flat.shapes)
+        return self._keys[id(segment)]
 
 
 def cut_for(
     fn: Callable[..., Any],
-    leaves: Sequence[tuple[str, jax.ShapeDtypeStruct]],
-    structure: Any,
-    inputs: tuple[Any, ...],
-    planned: Mapping[str, Collection[int]],
-    granularity: Granularity,
-    level: Level | None,
-    reconstruct: bool,
-    drift: bool,
-    tokens: Sequence[int] | None = None,
+    leaves: Leaves,
+    inputs: Inputs,
+    tokens: Sequence[int] | None,
+    recording: Recording,
 ) -> Cut:
     """Flatten and cut; a stack is taken as a whole unless every layer is used, and by itself.
 
     `tokens`: the shape of the token weights, which are followed through the function.
     """
-    abstract = jax.tree.map(shape_of, inputs)
-    shapes, stacks = dict(leaves), dict(planned)
+    abstract, shapes = jax.tree.map(shape_of, inputs), leaves.shapes
+    stacks = {} if recording.granularity == "all" else dict(recording.planned)
     while True:
-        flat = flatten(fn, leaves, structure, abstract, stacks)
-        found = cut_at_weights(flat, planned.__contains__, granularity, level, reconstruct, drift)
+        flat = flatten(fn, list(shapes.items()), leaves.structure, abstract, stacks)
+        cut = _cut(flat, recording)
         layers: dict[str, list[tuple[tuple[int, int], ...]]] = {}
-        for stage in found.stages:
+        for stage in cut.stages:
             for piece in stage.pieces:
                 layers.setdefault(piece.path, []).append(piece.where)
         whole = {path for path, where in layers.items() if not _covers(shapes[path].shape, where)}
         if not whole:
-            return found if tokens is None else replace(found, places=_places(flat, tokens))
+            return cut if tokens is None else replace(cut, places=_places(flat, tokens))
         stacks = {path: axes for path, axes in stacks.items() if path not in whole}
+
+
+def _cut(flat: Flat, recording: Recording) -> Cut:
+    if recording.granularity == "all":
+        return _one_stage(flat, recording)
+    return cut_at_weights(
+        flat, recording.planned.__contains__, recording.granularity, recording.level,
+        recording.reconstruct is not None, recording.drift,
+    )  # fmt: skip
+
+
+def _one_stage(flat: Flat, recording: Recording) -> Cut:
+    """All weights as one stage: nothing comes before it or after it, nothing is kept alive."""
+    uses = find_uses(flat, (recording.planned.keys() - set(recording.known)).__contains__)
+    needed: set[int] = set()
+    kept: list[int] = []
+    for at in range(len(flat.steps))[::-1]:
+        if at in uses.uses or not needed.isdisjoint(flat.steps[at].outs):
+            kept.append(at)
+            needed.update(flat.steps[at].reads)
+    kept.reverse()
+    steps = tuple(flat.steps[at] for at in kept)
+    made = {n for step in steps for n in step.outs}
+    sources = tuple(dict.fromkeys(n for step in steps for n in step.reads if n not in made))
+    gather = Segment(
+        steps, sources, (),
+        watched=tuple(sorted({n for numbers in uses.uses.values() for n in numbers})),
+        fixed=tuple(n for n in sources if n in uses.fixed),
+        roots=tuple(k for k, at in enumerate(kept) if at in uses.uses),
+    )  # fmt: skip
+    empty, nothing = Segment((), (), ()), frozenset[int]()
+    stage = Stage(tuple(map(Piece, recording.planned)), 1, 1)
+    return Cut(flat, (stage,), empty, (gather,), (empty,), (nothing, nothing))
 
 
 def _places(flat: Flat, tokens: Sequence[int]) -> dict[int, Place]:

@@ -16,13 +16,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jaxtyping import Array, UInt8
 
-from jquant.calibration.capture import accumulate
 from jquant.calibration.find import Sightings, sightings
 from jquant.calibration.observe import Observer
 from jquant.calibration.place import Place
 from jquant.calibration.running import evaluate, read
 from jquant.calibration.stages import Segment
 from jquant.calibration.tagged import Tagged, array_of, constant
+from jquant.calibration.tally import accumulate
 from jquant.calibration.tokens import Tokens, follow_steps
 from jquant.programs.keys import equation_key, literal_key
 from jquant.programs.straight import Atom
@@ -127,7 +127,7 @@ def gather(
     `places`: where the tokens are in the sources, if tokens are weighed; their weights are the last
     operand then.
 
-    The weights are called by their place among the sources, `"0"`, `"1"`, …. Where the sources'
+    The weights are called by their place among the watched, `"0"`, `"1"`, …. Where the sources'
     values in the full-precision network are given too, the evidence holds the drift between them;
     with `spread`, how inputs are spread.
     """
@@ -148,7 +148,8 @@ def gather(
             rows = observer.rows
         observer = Observer(full=rows, spread=spread, tokens=tokens, roots=segment.roots)
         walker, _ = _watch(observer, segment, operands, seen)
-        shapes = [(str(k), tuple(x.shape)) for k, x in enumerate(operands)]
+        held = dict(zip(segment.sources, operands, strict=True))
+        shapes = [(str(k), tuple(held[n].shape)) for k, n in enumerate(segment.watched)]
         return accumulate(total, sightings(walker, observer, shapes))
 
     return _program(("gather", key, spread, places), lambda: jax.jit(run, donate_argnums=0))
@@ -161,10 +162,11 @@ def _watch(
     seen: Mapping[int, Any] | None = None,
 ) -> tuple[Walker, dict[int, Any]]:
     """Run a segment, beside the values `seen` in the full network; all values it has."""
-    watched, fixed = set(segment.watched), set(segment.fixed)
+    names = {n: str(k) for k, n in enumerate(segment.watched)}
+    fixed = set(segment.fixed)
     values: dict[int, Any] = {
-        n: Tagged.of(str(k), x) if n in watched else Tagged(x) if n in fixed else x
-        for k, (n, x) in enumerate(zip(segment.sources, operands, strict=True))
+        n: Tagged.of(names[n], x) if n in names else Tagged(x) if n in fixed else x
+        for n, x in zip(segment.sources, operands, strict=True)
     }
     walker = Walker(observer, constant=constant)
     evaluate(walker, segment.steps, values, seen, segment.shared)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -106,43 +106,6 @@ def weighed(
         yield inputs, _checked(array, inputs, number)
     if of is not None and not callable(of) and next(arrays, _END) is not _END:
         raise EvidenceError("token_weights has more arrays than there are batches")
-
-
-def all_weighed(
-    batches: Iterable[Any], given: Given
-) -> tuple[list[tuple[Any, ...]], list[Weights] | None]:
-    """All batches, and the weights of their tokens, of one dtype.
-
-    Raises:
-        EvidenceError: as `weighed`, or no token has any weight.
-    """
-    return separated(weighed(batches, given))
-
-
-def separated(
-    pairs: Iterable[tuple[tuple[Any, ...], Weights | None]],
-) -> tuple[list[tuple[Any, ...]], list[Weights] | None]:
-    """What `weighed` gives, as two lists."""
-    pairs = list(pairs)
-    inputs, arrays = [batch for batch, _ in pairs], [w for _, w in pairs if w is not None]
-    if len(arrays) < len(pairs) or not pairs:
-        return inputs, None
-    check_any(arrays)
-    if any(w.dtype != np.bool_ for w in arrays):
-        arrays = [w.astype(np.float32) for w in arrays]
-    return inputs, arrays
-
-
-def again(given: Given, weights: Sequence[Weights] | None) -> Given:
-    """The same for batches whose weights are known."""
-    choice = chosen(given)
-    return None if choice is None or weights is None else replace(choice, of=weights)
-
-
-def listed(given: Given) -> Given:
-    """The same, to be gone over more than once."""
-    choice = chosen(given)
-    return choice if choice is None or callable(choice.of) else replace(choice, of=list(choice.of))
 
 
 def check_any(arrays: Sequence[Weights]) -> None:

@@ -1,18 +1,22 @@
 """A network walked stage by stage over calibration batches, with values kept between the stages.
 
-`Walk` cuts the function once per shape of batch, holds for every batch the values that are alive,
-and offers the two motions of a stage: `gather` its weights' evidence, `advance` past it with the
-weights as they are by then. It knows nothing about quantizing: whoever walks says what a piece of
-the parameters is worth at the moment (`current`). Memory is that of one stage's weights, their
-evidence, and the values alive per batch; nothing grows with depth.
+A `Walk` holds for every batch its cut function and the values that are alive, and offers the two
+motions of a stage: `gather` its weights' evidence, `advance` past it with the weights as they are
+by then. It knows nothing about quantizing: whoever walks says what a piece of the parameters is
+worth at the moment (`current`). Memory is that of one stage's weights, their evidence, and the
+values alive per batch; nothing grows with depth.
+
+All weights at once are a walk of one stage (`capture` takes its batches one by one). Without data
+there are no batches: then every weight is a stage, in which nothing is read and nothing is run.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import ChainMap, Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,22 +24,69 @@ import numpy as np
 from jaxtyping import Array
 
 from jquant.calibration import segments
-from jquant.calibration.capture import Tally, in_words, kinds, not_taken
-from jquant.calibration.comparison import Level
-from jquant.calibration.cutting import cut_for
+from jquant.calibration.cutting import Cuts, Recording
+from jquant.calibration.data import Data
 from jquant.calibration.difference import count, squares
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.segments import Reconstruction, Task, segment_key
-from jquant.calibration.stages import Cut, Granularity, Segment, Stage
+from jquant.calibration.segments import Reconstruction, Task
+from jquant.calibration.stages import Comparison, Cut, Segment, Stage
 from jquant.calibration.store import Store
+from jquant.calibration.tally import Tally
 from jquant.calibration.tokens import Weights
-from jquant.errors import EvidenceError
-from jquant.programs.keys import const_key, equation_key, literal_key, text
 from jquant.programs.straight import Piece
-from jquant.weights.arguments import inputs_of, shape_of, value_of
+from jquant.weights.arguments import value_of
+from jquant.weights.leaves import Leaves
 
 Current = Callable[[Piece], Array]  # the array that a piece of the parameters is at the moment
 Told = Callable[[int], None]  # called with the number of batches done
+_NOTHING: Mapping[int, Any] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A batch on its way through the network.
+
+    Attributes:
+        cut: the function, cut for batches of this kind.
+        inputs: the leaves of its inputs, by the number of the value.
+        weights: of its tokens.
+        alive: the values kept for later stages: in the network with quantized weights, and in the
+            one without.
+    """
+
+    cut: Cut
+    inputs: Mapping[int, Any]
+    weights: Weights | None
+    alive: tuple[dict[int, Any], dict[int, Any]]
+
+    @staticmethod
+    def of(cut: Cut, inputs: Any, weights: Weights | None) -> Run:
+        leaves = map(value_of, jax.tree.leaves(inputs))
+        return Run(cut, dict(zip(cut.flat.inputs, leaves, strict=True)), weights, ({}, {}))
+
+    @property
+    def weighed(self) -> tuple[Weights, ...]:
+        """The weights of the tokens as the last operands of a program: one, or none."""
+        return () if self.weights is None else (self.weights,)
+
+    def operands(
+        self,
+        segment: Segment,
+        side: int,
+        read: Current,
+        made: Mapping[int, Any] = _NOTHING,
+    ) -> list[Any]:
+        """The values that a segment starts from.
+
+        Args:
+            segment: of this cut.
+            side: the network: 0 with quantized weights, 1 without.
+            read: gives the pieces of the parameters.
+            made: values that are neither alive nor made in the segment.
+        """
+        held = ChainMap(self.alive[side], made, self.inputs, self.cut.flat.consts)  # type: ignore[arg-type]
+        pieces = self.cut.flat.pieces
+        return [read(pieces[n]) if n in pieces else held[n] for n in segment.sources]
 
 
 @dataclass
@@ -43,178 +94,117 @@ class Walk:
     """A walk over the stages of a function; see `start`.
 
     Attributes:
-        batches: the leaves of every batch's inputs.
-        cuts: the cut function for every batch; batches of one shape share it.
-        quantized, full: the values alive in the network with quantized weights, and in the one
-            without if it is walked beside.
-        drift, spread: whether evidence says how far the two are apart, and how inputs are spread.
-        teacher: whether reconstructions start from what the one without has.
-        weights: what the tokens of every batch count; None: each counts 1.
+        cuts: the cut function for every kind of batch.
+        runs: the batches; each is gone over in every motion.
+        stages: the weights that are calibrated together, in order.
+        stores: of the values alive, a network each.
     """
 
-    batches: list[list[Any]]
-    cuts: list[Cut]
-    quantized: Store
-    full: Store | None
-    drift: bool = False
-    spread: bool = False
-    teacher: bool = False
-    weights: Sequence[Weights] | None = None
-    _keys: dict[int, Any] = field(default_factory=dict)
+    cuts: Cuts
+    runs: Iterable[Run]
+    stages: tuple[Stage, ...] = ()
+    stores: tuple[Store, ...] = ()
 
     @staticmethod
     def start(
         fn: Callable[..., Any],
-        leaves: Sequence[tuple[str, Any]],
-        structure: Any,
-        planned: Mapping[str, Collection[int]],
-        batches: Iterable[Any],
-        granularity: Granularity,
-        *,
+        leaves: Leaves,
+        data: Data,
+        recording: Recording,
         budget: int | None = None,
-        drift: bool = False,
-        spread: bool = False,
-        level: Level | None = None,
-        reconstruct: bool = False,
-        weights: Sequence[Weights] | None = None,
     ) -> Walk:
-        """Cut `fn` and check that all batches go through it in the same way; nothing is run.
+        """Cut the function for all batches; nothing is computed yet.
 
         Args:
             fn: any JAX function `fn(params, *inputs)`.
-            leaves: its parameters, `(path, leaf)`; a leaf needs a shape and a dtype only.
-            structure: the tree they are the leaves of.
-            planned: the weights to be quantized: path → axes along which layers are stacked.
-            batches: see `inputs_of`.
-            granularity: what a stage is.
+            leaves: its parameters; a leaf needs a shape and a dtype only.
+            data: the batches.
+            recording: where the walk stops, and what it records.
             budget: bytes of values kept on the device between stages; None: no limit.
-            drift, spread: what evidence says besides; see the attributes.
-            level: what `compare` compares weights on; None: they are not to be compared.
-            weights: of the tokens of every batch.
-            reconstruct: also walk the network with the weights it came with, for stages to aim at.
 
         Raises:
-            EvidenceError: no batches, or batches that differ in more than their length.
+            EvidenceError: batches that differ in more than their length.
         """
-        shapes = [(path, shape_of(x)) for path, x in leaves]
-        flats: dict[Any, Cut] = {}
-        cuts: list[Cut] = []
-        inputs: list[list[Any]] = []
-        for number, batch in enumerate(batches):
-            given = inputs_of(batch, number)
-            tokens = None if weights is None else weights[number].shape
-            kind = jax.tree.structure(given), kinds(given), tokens
-            if kind not in flats:
-                try:
-                    flats[kind] = cut_for(
-                        fn, shapes, structure, given, planned, granularity, level, reconstruct,
-                        drift, tokens,
-                    )  # fmt: skip
-                except Exception as error:  # whatever the function says: Flax has its own errors
-                    if not cuts or isinstance(error, EvidenceError):
-                        raise
-                    raise not_taken(number, given, inputs[0], error) from error
-                if cuts and flats[kind].stages != cuts[0].stages:
-                    raise EvidenceError(
-                        f"batch {number} ({in_words(given)}) takes another path through the "
-                        f"function than batch 0 ({in_words(inputs[0])}): its weights are used in "
-                        "another order; pass batches that differ in their length only"
-                    )
-            cuts.append(flats[kind])
-            inputs.append([value_of(leaf) for leaf in jax.tree.leaves(given)])
-        if not cuts:
-            raise EvidenceError("got no batches; pass at least one array or tuple of inputs")
+        cuts = Cuts(fn, leaves, recording)
+        runs = [
+            Run.of(cuts.of(number, inputs, weights), inputs, weights)
+            for number, (inputs, weights) in enumerate(data.pairs())
+        ]
+        sides = range(2 if recording.beside else 1)
+        stores = tuple(Store(budget, [run.alive[side] for run in runs]) for side in sides)
+        return Walk(cuts, runs, runs[0].cut.stages, stores)
 
-        stores = [Store(budget, [{} for _ in cuts]) for _ in range(2)]
-        beside = stores[1] if drift or reconstruct else None
-        return Walk(inputs, cuts, stores[0], beside, drift, spread, weights=weights)
+    @staticmethod
+    def without_data(fn: Callable[..., Any], leaves: Leaves, paths: Iterable[str]) -> Walk:
+        """A walk over no batches, with a stage for every weight; the function is not called."""
+        stages = tuple(Stage((Piece(path),), k, k) for k, path in enumerate(paths, start=1))
+        return Walk(Cuts(fn, leaves, Recording({})), (), stages)
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
-        return self.cuts[0].stages
+    def recording(self) -> Recording:
+        return self.cuts.recording
 
     @property
     def batch_count(self) -> int:
-        return len(self.batches)
+        return sum(1 for _ in self.runs)
 
     @property
     def alive(self) -> list[dict[int, Any]]:
-        """The values kept for later stages, per batch."""
-        return self.quantized.values
+        """The values kept for later stages in the network with quantized weights, per batch."""
+        return [run.alive[0] for run in self.runs]
 
     @property
     def nested(self) -> Mapping[Piece, str]:
         """Weights that are used inside a loop or branch, and which it is."""
-        return self.cuts[0].nested
+        return next((cut.nested for cut in self.cuts.kinds.values()), {})
 
     @property
     def unpaired(self) -> Mapping[Piece, str]:
         """Weights whose inputs cannot be paired with the full network's, and why."""
-        found = {piece: f"inside a {name}" for piece, name in self.nested.items()}
-        for cut in self.cuts:
-            found |= {p: f"behind a {n} that moves tokens" for p, n in cut.unpaired.items()}
-        return found
+        reasons = {piece: f"inside a {name}" for piece, name in self.nested.items()}
+        for cut in self.cuts.kinds.values():
+            reasons |= {p: f"behind a {n} that moves tokens" for p, n in cut.unpaired.items()}
+        return reasons
 
     @property
     def unmatched(self) -> dict[Piece, str]:
         """Weights used where the tokens of the rows are not known → why."""
-        found: dict[Piece, str] = {}
-        pairs = zip(self.cuts, self.weights or (), strict=False)
-        for cut, weights in {id(cut): (cut, weights) for cut, weights in pairs}.values():
-            for segment in cut.gathers:
-                operands = [cut.flat.shapes[n] for n in segment.sources]
-                seen = jax.eval_shape(self._reads(cut, segment), None, operands, None, weights)[0]
-                for name, why in seen.unmatched:
-                    found.setdefault(cut.flat.pieces[segment.sources[int(name)]], why)
-        return found
-
-    def describe(self) -> Iterator[str]:
-        """What the function computes, for a fingerprint."""
-        for cut in {id(cut): cut for cut in self.cuts}.values():
-            flat = cut.flat
-            for step in flat.steps:
-                ins = [a if isinstance(a, int) else literal_key(a.val) for a in step.ins]
-                yield text((equation_key(step.eqn), tuple(ins), step.outs))
-            for number, const in flat.consts.items():
-                yield text((number, const_key(const)))
-            for number, piece in flat.pieces.items():  # which layer, where an index is not a step
-                yield text((number, piece))
-
-    def data(self) -> Iterator[Any]:
-        """All arrays of all batches."""
-        for leaves in self.batches:
-            yield from leaves
-        yield from self.weights or ()
+        reasons: dict[Piece, str] = {}
+        for run in {id(run.cut): run for run in self.runs}.values():
+            for piece, why in unmatched(self.cuts, run).items():
+                reasons.setdefault(piece, why)
+        return reasons
 
     def tasks(self) -> Iterator[Task]:
         """Every program of the walk with the shapes it runs on."""
-        kinds = {id(one): one for one in self.cuts}
-        times = Counter(map(id, self.cuts))
-        numbers = {id(one): number for number, one in enumerate(self.cuts)}
-        beside = 1 if self.full is None else 2
-        for kind, one in kinds.items():
-            for stage, segment in enumerate(one.gathers):
-                run = self._reads(one, segment)
-                operands = [one.flat.shapes[n] for n in segment.sources]
-                rest = (operands if self.drift else None, *self._weighed(numbers[kind]))
-                total = jax.eval_shape(run, None, operands, *rest)[0]
-                yield Task("reading", stage, run, (total, operands, *rest), times[kind])
-            for stage, segment in enumerate((one.prologue, *one.advances)):
+        times = Counter(id(run.cut) for run in self.runs)
+        for run in {id(run.cut): run for run in self.runs}.values():
+            cut, many = run.cut, times[id(run.cut)]
+            shapes = cut.flat.shapes
+            for stage, segment in enumerate(cut.gathers):
+                program = _reads(self.cuts, cut, segment)
+                operands = [shapes[n] for n in segment.sources]
+                rest = (operands if self.recording.drift else None, *run.weighed)
+                total = jax.eval_shape(program, None, operands, *rest)[0]
+                yield Task("reading", stage, program, (total, operands, *rest), many)
+            for stage, segment in enumerate((cut.prologue, *cut.advances)):
                 if segment.outputs:
-                    operands = [one.flat.shapes[n] for n in segment.sources]
-                    key, at = self._key(one, segment), max(stage - 1, 0)
+                    operands = [shapes[n] for n in segment.sources]
+                    key, at = self.cuts.key(cut, segment), max(stage - 1, 0)
                     # What comes before all stages is told as part of the first.
                     if segment.shared:
-                        run = segments.advance_both(segment, key)
-                        yield Task("advancing", at, run, (operands, operands), times[kind])
+                        program = segments.advance_both(segment, key)
+                        yield Task("advancing", at, program, (operands, operands), many)
                     else:
-                        run = segments.advance(segment, key)
-                        yield Task("advancing", at, run, (operands,), times[kind] * beside)
+                        program, sides = segments.advance(segment, key), len(self.stores)
+                        yield Task("advancing", at, program, (operands,), many * sides)
 
     def alive_bytes(self, stage: int) -> int:
         """Bytes that are kept of all batches while a stage is read and rounded."""
-        held = sum(_bytes(one.flat.shapes[n]) for one in self.cuts for n in one.alive[stage])
-        return held * (1 if self.full is None else 2)
+        held = sum(
+            _bytes(run.cut.flat.shapes[n]) for run in self.runs for n in run.cut.alive[stage]
+        )
+        return held * len(self.stores)
 
     def gather(
         self, stage: int, current: Current, original: Current, told: Told | None = None
@@ -224,29 +214,27 @@ class Walk:
         Raises:
             EvidenceError: an input is NaN, infinite or too large; names weight, batch and stage.
         """
-        tally, names = Tally(), {}
-        arrays: dict[Piece, Array] = {}
-        for batch, cut in enumerate(self.cuts):
-            segment = cut.gathers[stage]
-            run = self._reads(cut, segment)
-            operands = self._operands(batch, segment, self.quantized, arrays, current)
-            full = None
-            if self.drift:  # weights of this stage are still what they were
-                assert self.full is not None
-                full = self._operands(batch, segment, self.full, arrays, original)
-            tally.add(run, operands, full, *self._weighed(batch))
-            pieces = cut.flat.pieces
-            names = {str(k): pieces[n] for k, n in enumerate(segment.sources) if n in pieces}
+        tally, drift = Tally(), self.recording.drift
+        # Weights of this stage are still what they were in either network.
+        read = functools.cache(current)
+        for number, run in enumerate(self.runs):
+            segment, pieces = run.cut.gathers[stage], run.cut.flat.pieces
+            operands = run.operands(segment, 0, read)
+            full = run.operands(segment, 1, read) if drift else None
+            names = [pieces[n] for n in segment.watched]
+            tally.add(names, _reads(self.cuts, run.cut, segment), operands, full, *run.weighed)
             if told is not None:
                 tally.wait()
-                told(batch + 1)
-        found = tally.evidence(
-            lambda name: str(names[name]),
-            f", at stage {stage + 1} of {len(self.stages)}, the first that saw it",
-        )
-        known = {names[name]: evidence for name, evidence in found.items()}
-        lost = {piece: replace(known[piece], drift=None) for piece in self.unpaired.keys() & known}
-        return known | lost
+                told(number + 1)
+        staged = self.recording.granularity != "all"
+        where = f", at stage {stage + 1} of {len(self.stages)}, the first that saw it"
+        evidence = tally.evidence(where if staged else "")
+        lost = self.unpaired.keys() & evidence
+        return evidence | {piece: replace(evidence[piece], drift=None) for piece in lost}
+
+    def comparison(self, piece: Piece) -> Comparison:
+        """What `compare` compares a weight on, on batches like the first."""
+        return next(iter(self.cuts.kinds.values())).comparisons[piece]
 
     def compare(
         self, piece: Piece, candidates: Sequence[Array], current: Current
@@ -262,21 +250,21 @@ class Walk:
             float32, batches in float64.
         """
         sums, total = np.zeros(len(candidates)), 0.0
-        arrays: dict[Piece, Array] = {}
-        original = current(piece)
-        for batch, cut in enumerate(self.cuts):
-            one = cut.comparisons[piece]
-            arrays[piece] = original
-            held = self._run(batch, one.fixed, self.quantized, arrays, current)
-            made = dict(zip(one.fixed.outputs, held, strict=True))
-            wanted = self._run(batch, one.varying, self.quantized, arrays, current, made)
-            weights = self._weighed(batch)
-            places = tuple(cut.places[n] for n in one.varying.outputs) if weights else ()
-            total += count([x.shape for x in wanted], places, *weights)
+        read = functools.cache(current)
+        for run in self.runs:
+            one = run.cut.comparisons[piece]
+            made = dict(zip(one.fixed.outputs, self._outputs(run, one.fixed, 0, read), strict=True))
+            before = self._outputs(run, one.varying, 0, read, made)
+            outputs, weights = one.varying.outputs, run.weighed
+            places = tuple(run.cut.places[n] for n in outputs) if weights else ()
+            total += count([x.shape for x in before], places, *weights)
             for k, candidate in enumerate(candidates):
-                arrays[piece] = candidate
-                found = self._run(batch, one.varying, self.quantized, arrays, current, made)
-                sums[k] += float(squares(found, wanted, places, *weights))
+
+                def other(asked: Piece, candidate: Array = candidate) -> Array:
+                    return candidate if asked == piece else read(asked)
+
+                after = self._outputs(run, one.varying, 0, other, made)
+                sums[k] += float(squares(after, before, places, *weights))
         return sums.tolist(), total
 
     def reconstruction(
@@ -288,99 +276,73 @@ class Walk:
             the function, per batch what it takes besides those weights, and per batch what the
             network with the weights it came with has in the place of its outputs.
         """
-        assert self.full is not None
-        runs: dict[Any, Any] = {}
-        inputs, wanted = [], []
-        now, before = {}, {}
-        for batch, cut in enumerate(self.cuts):
-            segment, pieces = cut.reconstructions[stage], cut.flat.pieces
+        programs: dict[Any, Any] = {}
+        inputs, targets = [], []
+        side = 1 if self.recording.reconstruct == "full" else 0
+        now, before = functools.cache(current), functools.cache(original)
+        for run in self.runs:
+            segment, pieces = run.cut.reconstructions[stage], run.cut.flat.pieces
             places = {pieces[n]: k for k, n in enumerate(segment.sources) if n in pieces}
-            run = segments.advance(segment, self._key(cut, segment))
-            wanted.append(self._run(batch, segment, self.full, before, original))
-            store = self.full if self.teacher else self.quantized
-            operands = self._operands(batch, segment, store, now, current)
+            program = segments.advance(segment, self.cuts.key(run.cut, segment))
+            targets.append(self._outputs(run, segment, 1, before))
+            operands = run.operands(segment, side, now)
             for piece in learned:
                 operands[places[piece]] = None
             shapes = tuple(x.shape for x in operands if x is not None)
-            runs[shapes] = run, tuple(places[piece] for piece in learned)
+            programs[shapes] = program, tuple(places[piece] for piece in learned)
             inputs.append(operands)
-        return Reconstruction(tuple(runs.items())), inputs, wanted
+        return Reconstruction(tuple(programs.items())), inputs, targets
 
     def advance(
         self, stage: int | None, current: Current, original: Current, told: Told | None = None
     ) -> None:
         """Run a stage (None: what comes before all stages) with the weights as they are now."""
-        sides = [(self.quantized, current)]
-        sides += [] if self.full is None else [(self.full, original)]
-        arrays: list[dict[Piece, Array]] = [{} for _ in sides]
-        for batch, cut in enumerate(self.cuts):
-            segment = cut.prologue if stage is None else cut.advances[stage]
-            results: Sequence[list[Array]] = [[] for _ in sides]
+        readers = [functools.cache(read) for read in (current, original)[: len(self.stores)]]
+        for number, run in enumerate(self.runs):
+            segment = run.cut.prologue if stage is None else run.cut.advances[stage]
+            results: Sequence[list[Array]] = [[] for _ in readers]
             if segment.outputs:
-                key, both = self._key(cut, segment), zip(sides, arrays, strict=True)
-                operands = [self._operands(batch, segment, s, a, v) for (s, v), a in both]
+                key = self.cuts.key(run.cut, segment)
+                operands = [run.operands(segment, k, read) for k, read in enumerate(readers)]
                 if segment.shared:
                     results = segments.advance_both(segment, key)(*operands)
                 else:
                     results = [segments.advance(segment, key)(each) for each in operands]
-            for (store, _), found in zip(sides, results, strict=True):
-                store.keep(batch, cut.alive[0 if stage is None else stage + 1])
-                for number, result in zip(segment.outputs, found, strict=True):
-                    store.put(batch, number, result)
+            for store, made in zip(self.stores, results, strict=True):
+                store.keep(number, run.cut.alive[0 if stage is None else stage + 1])
+                for value, array in zip(segment.outputs, made, strict=True):
+                    store.put(number, value, array)
             if told is not None:
                 jax.block_until_ready(results)
-                told(batch + 1)
+                told(number + 1)
 
-    def _run(
-        self,
-        batch: int,
-        segment: Segment,
-        store: Store,
-        arrays: dict[Piece, Array],
-        value: Current,
-        made: Mapping[int, Array] | None = None,
-    ) -> list[Array]:
-        """A segment's outputs; `made` are values that are neither alive nor made in it."""
+    def _outputs(
+        self, run: Run, segment: Segment, side: int, read: Current,
+        made: Mapping[int, Array] = _NOTHING,
+    ) -> list[Array]:  # fmt: skip
+        """A segment's outputs; see `Run.operands`."""
         if not segment.outputs:
             return []
-        run = segments.advance(segment, self._key(self.cuts[batch], segment))
-        return run(self._operands(batch, segment, store, arrays, value, made))
+        program = segments.advance(segment, self.cuts.key(run.cut, segment))
+        return program(run.operands(segment, side, read, made))
 
-    def _key(self, cut: Cut, segment: Segment) -> Any:
-        if id(segment) not in self._keys:  # segments live as long as their cut, and that as self
-            self._keys[id(segment)] = segment_key(segment, cut.flat.shapes)
-        return self._keys[id(segment)]
 
-    def _reads(self, cut: Cut, segment: Segment) -> segments.Gather:
-        places = None if self.weights is None else tuple(cut.places[n] for n in segment.sources)
-        return segments.gather(segment, self._key(cut, segment), self.spread, places)
+def unmatched(cuts: Cuts, run: Run) -> dict[Piece, str]:
+    """Weights that a batch uses where the tokens of the rows are not known → why."""
+    reasons: dict[Piece, str] = {}
+    for segment in run.cut.gathers if run.weighed else ():
+        operands = [run.cut.flat.shapes[n] for n in segment.sources]
+        program = _reads(cuts, run.cut, segment)
+        seen = jax.eval_shape(program, None, operands, None, *run.weighed)[0]
+        for name, why in seen.unmatched:
+            reasons.setdefault(run.cut.flat.pieces[segment.watched[int(name)]], why)
+    return reasons
 
-    def _weighed(self, batch: int) -> tuple[Weights, ...]:
-        return () if self.weights is None else (self.weights[batch],)
 
-    def _operands(
-        self,
-        batch: int,
-        segment: Segment,
-        store: Store,
-        arrays: dict[Piece, Array],
-        value: Current,
-        made: Mapping[int, Array] | None = None,
-    ) -> list[Any]:
-        flat = self.cuts[batch].flat
-        inputs = dict(zip(flat.inputs, self.batches[batch], strict=True))
-        alive = store.values[batch]
-
-        def operand(number: int) -> Any:
-            piece = flat.pieces.get(number)
-            if piece is not None:
-                if piece not in arrays:
-                    arrays[piece] = value(piece)
-                return arrays[piece]
-            held = (alive, made or {}, inputs, flat.consts)
-            return next(values[number] for values in held if number in values)
-
-        return [operand(number) for number in segment.sources]
+def _reads(cuts: Cuts, cut: Cut, segment: Segment) -> segments.Gather:
+    """The program that reads the evidence of a segment's weights."""
+    places = tuple(cut.places[n] for n in segment.sources) if cut.places else None
+    return segments.gather(segment, cuts.key(cut, segment), cuts.recording.spread, places)
 
 
 def _bytes(shape: jax.ShapeDtypeStruct) -> int:

@@ -24,7 +24,8 @@ from jquant.io.leaves import claim, describe
 from jquant.io.schemes import from_json, to_json
 from jquant.io.soundness import REFUSALS, check_weight
 from jquant.trees.lazy import Lazy
-from jquant.weights.arguments import named_leaf, path_of, refusal_of
+from jquant.trees.paths import path_of
+from jquant.weights.arguments import named_leaf, refusal_of
 from jquant.weights.inputs import Inputs
 from jquant.weights.parts import Part
 from jquant.weights.qtensor import LowRank, QTensor

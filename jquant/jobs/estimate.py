@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,11 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from jquant.axes.layout import Layout
 from jquant.calibration.evidence import Evidence
+from jquant.calibration.segments import Task
 from jquant.calibration.stages import Granularity
 from jquant.calibration.tokens import Given
 from jquant.errors import extra
-from jquant.jobs.quantize import prepare
+from jquant.jobs.request import Request
 from jquant.jobs.stages import peak_bytes
 from jquant.layerwise.weight import quantize_weight, stored_bits
 from jquant.programs.straight import Piece
@@ -36,6 +37,7 @@ from jquant.trees.placement import transferring
 if TYPE_CHECKING:
     from rich.table import Table
 
+_DOINGS = "compiling", "reading", "rounding", "advancing"
 _WIDEST = 2048  # a wider weight is rounded as a part of that size, and its time scaled
 
 
@@ -120,47 +122,16 @@ def estimate(
         >>> estimate(fn, params, plan, [x]).evidence_bytes == 4 * (8 * 8 + 2 * 8 + 1)
         True
     """
-    walk, arrays = prepare(
-        fn, params, plan, batches,
-        evidence=evidence, key=key, granularity=granularity, budget=budget,
-        token_weights=token_weights,
-    )  # fmt: skip
-    start = time.perf_counter()
-    seconds = {"compiling": 0.0, "reading": 0.0, "rounding": 0.0, "advancing": 0.0}
-    extra: dict[tuple[str, int], int] = {}
-    held: dict[int, int] = {}  # stage → bytes of evidence
-    flops, known = 0.0, {}
+    request = Request(fn, params, plan, dict(evidence or {}), key, granularity=granularity)
+    request = request.checked(batches, token_weights)
+    walk = request.walk(budget)
+    start, costs = time.perf_counter(), _Costs()
     for task in walk.tasks():
-        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(task.operands))
-        cost = known.get((task.run, shapes))
-        if cost is None:
-            cost = known[task.run, shapes] = _cost(task.run, task.operands)
-        seconds[task.doing] += cost.seconds * task.times
-        flops += cost.flops * task.times
-        place = task.doing, task.stage
-        extra[place] = max(extra.get(place, 0), cost.extra)
-        if task.doing == "reading":
-            held[task.stage] = _bytes(task.operands[0])
-    rounding: dict[Any, _Cost] = {}
-    stored: dict[Any, int] = {}
-    result = 0
+        costs.run(task)
     for stage, named in enumerate(walk.stages):
         for piece in named.pieces:
-            scheme, shape = plan[piece.path], _shape(piece, plan)
-            informed = plan.weights[piece.path].has_inputs and (
-                batches is not None or piece.path in (evidence or {})
-            )
-            kind = scheme, shape, plan.weights[piece.path].layout, informed
-            if kind not in rounding:
-                rounding[kind] = _rounding(piece, plan, shape, informed)
-                stored[kind] = _stored(piece, plan, shape)
-            cost = rounding[kind]
-            seconds["rounding"] += cost.seconds
-            place = "rounding", stage
-            extra[place] = max(extra.get(place, 0), cost.extra)
-            result += stored[kind]
-    measured = sum(cost.seconds for cost in [*known.values(), *rounding.values()])
-    seconds["compiling"] = max(time.perf_counter() - start - 2 * measured, 0.0)
+            costs.round(request, stage, piece)
+    costs.seconds["compiling"] = max(time.perf_counter() - start - 2 * costs.measured, 0.0)
     weights = [
         sum(math.prod(_shape(p, plan)) * plan.weights[p.path].dtype.itemsize for p in stage.pieces)
         for stage in walk.stages
@@ -170,21 +141,78 @@ def estimate(
     peaks = [
         walk.alive_bytes(at)
         + walk.alive_bytes(at + 1)
-        + held.get(at, 0)
+        + costs.evidence.get(at, 0)
         + 2 * weights[at]
-        + max(extra.get((doing, at), 0) for doing in seconds)
+        + max(costs.extra.get((doing, at), 0) for doing in costs.seconds)
         for at in range(len(weights))
     ]
     return Estimate(
         stages=tuple(tuple(map(str, stage.pieces)) for stage in walk.stages),
-        flops=flops,
-        evidence_bytes=max(held.values(), default=0),
+        flops=costs.flops,
+        evidence_bytes=max(costs.evidence.values(), default=0),
         alive_bytes=max((walk.alive_bytes(at) for at in range(len(weights))), default=0),
         weight_bytes=max(weights, default=0),
-        peak_bytes=_resident() + max(peaks, default=0) + result,
-        result_bytes=result,
-        seconds=seconds,
+        peak_bytes=_resident() + max(peaks, default=0) + costs.stored,
+        result_bytes=costs.stored,
+        seconds=costs.seconds,
     )
+
+
+@dataclass
+class _Costs:
+    """What a job takes, added up; equal programs and equal weights are measured once.
+
+    Attributes:
+        seconds: by what is done.
+        extra: (what is done, stage) → the most bytes beside the operands.
+        evidence: stage → bytes of evidence.
+        flops: of all programs.
+        stored: bytes of the quantized weights in a file.
+    """
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_DOINGS, 0.0))
+    extra: dict[tuple[str, int], int] = field(default_factory=dict)
+    evidence: dict[int, int] = field(default_factory=dict)
+    flops: float = 0.0
+    stored: int = 0
+    _programs: dict[Any, _Cost] = field(default_factory=dict)
+    _weights: dict[Any, tuple[_Cost, int]] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> float:
+        """Seconds that the measured programs have run, once each."""
+        rounded = [cost for cost, _ in self._weights.values()]
+        return sum(cost.seconds for cost in [*self._programs.values(), *rounded])
+
+    def run(self, task: Task) -> None:
+        """Add a program that the walk runs."""
+        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(task.operands))
+        cost = self._programs.get((task.run, shapes))
+        if cost is None:
+            cost = self._programs[task.run, shapes] = _cost(task.run, task.operands)
+        self._add(task.doing, task.stage, cost, task.times)
+        self.flops += cost.flops * task.times
+        if task.doing == "reading":
+            self.evidence[task.stage] = _bytes(task.operands[0])
+
+    def round(self, request: Request, stage: int, piece: Piece) -> None:
+        """Add the rounding of a weight, or of a layer of it."""
+        plan, path = request.plan, piece.path
+        shape = _shape(piece, plan)
+        known = path in request.evidence or path in request.unknown and bool(request.data.batches)
+        informed = plan.weights[path].has_inputs and known
+        kind = plan[path], shape, plan.weights[path].layout, informed
+        if kind not in self._weights:
+            cost = _rounding(piece, plan, shape, informed)
+            self._weights[kind] = cost, _stored(piece, plan, shape)
+        cost, size = self._weights[kind]
+        self._add("rounding", stage, cost, 1)
+        self.stored += size
+
+    def _add(self, doing: str, stage: int, cost: _Cost, times: int) -> None:
+        self.seconds[doing] += cost.seconds * times
+        place = doing, stage
+        self.extra[place] = max(self.extra.get(place, 0), cost.extra)
 
 
 def _cost(run: Any, operands: tuple[Any, ...]) -> _Cost:
@@ -223,21 +251,21 @@ def _rounding(piece: Piece, plan: Plan, shape: tuple[int, ...], informed: bool) 
     layout = Layout.of((*batch, small_rows, small), batch_axes=range(len(batch)),
                        in_axes=(len(batch) + 1,))  # fmt: skip
     x = jax.random.normal(jax.random.key(0), (*batch, 2 * small, small), jnp.float32)
-    found = Evidence.of(x, spread="spread" in scheme.needs) if informed else None
-    if found is not None and "drift" in scheme.needs:
-        found = dataclasses.replace(found, drift=jnp.zeros_like(found.second_moment))
+    evidence = Evidence.of(x, spread="spread" in scheme.needs) if informed else None
+    if evidence is not None and "drift" in scheme.needs:
+        evidence = dataclasses.replace(evidence, drift=jnp.zeros_like(evidence.second_moment))
     w = jax.random.normal(jax.random.key(1), (*batch, small_rows, small), jnp.float32)
     w = w.astype(weight.dtype)
 
     def run(w: jax.Array, evidence: Evidence | None) -> Any:
         return quantize_weight(w, scheme, layout, evidence=evidence, key=jax.random.key(2))
 
-    compiled = jax.jit(run).lower(w, found).compile()
+    compiled = jax.jit(run).lower(w, evidence).compile()
     memory = compiled.memory_analysis()
     extra = 0 if memory is None else memory.temp_size_in_bytes + memory.output_size_in_bytes
-    jax.block_until_ready(compiled(w, found))
+    jax.block_until_ready(compiled(w, evidence))
     start = time.perf_counter()
-    jax.block_until_ready(compiled(w, found))
+    jax.block_until_ready(compiled(w, evidence))
     grown = (rows / small_rows) * (width / small) ** 2
     return _Cost(int(extra * grown), (time.perf_counter() - start) * grown, 0.0)
 

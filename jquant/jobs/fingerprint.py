@@ -6,72 +6,79 @@ called: two closures of one factory differ, a new name changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core
-from jaxtyping import PRNGKeyArray
 
-from jquant.calibration.capture import kinds
-from jquant.calibration.evidence import Evidence
-from jquant.calibration.onepass import OnePass
 from jquant.calibration.walk import Walk
 from jquant.errors import WorkDirError
 from jquant.jobs.records import digest, leaf_digest, version_of
-from jquant.learning.objectives import Objective, Stagewise
+from jquant.jobs.request import Alone, Request
+from jquant.learning.objectives import Stagewise
 from jquant.programs.keys import jaxpr_key, text
 from jquant.programs.walker import trace
-from jquant.schemes.scheme import Plan
-from jquant.trees.lazy import abstract
-from jquant.weights.arguments import inputs_of
 
 
-def fingerprint(
-    walk: Walk | OnePass,
-    plan: Plan,
-    arrays: Mapping[str, Any],
-    given: Mapping[str, Evidence],
-    key: PRNGKeyArray | None,
-    granularity: str,
-    objective: Objective | None,
-) -> dict[str, str]:
+def fingerprint(request: Request, walk: Walk) -> dict[str, str]:
     """All that the result depends on, item by item.
+
+    Args:
+        request: the job.
+        walk: its stages.
 
     Raises:
         WorkDirError: the objective calls back into Python, where what it computes is out of sight.
     """
-    known = [leaf for path in given for leaf in jax.tree.leaves((path, given[path]))]
+    plan, evidence = request.plan, request.evidence
+    given = [leaf for path in evidence for leaf in jax.tree.leaves((path, evidence[path]))]
     device = jax.local_devices()[0]
     return {
-        "granularity": granularity,
+        "granularity": request.granularity,
         "JAX": jax.__version__,
         "jaxlib": version_of("jaxlib"),
         "jquant": version_of("jquant-jax"),
         "device": f"{device.platform} {device.device_kind}",
-        "the function": digest(walk.describe()),
+        "the function": digest(_function(request)),
         "the plan": digest(
             f"{path} {scheme!r} {plan.weights[path].layout!r}" for path, scheme in plan.items()
         ),
         "the parameters": digest(
-            item for path, leaf in arrays.items() for item in (path, *leaf_digest(leaf))
+            item
+            for path, leaf in request.leaves.arrays.items()
+            for item in (path, *leaf_digest(leaf))
         ),
         "the data": digest(
             item
-            for leaf in [*walk.data(), *known]
+            for leaf in [*request.data.arrays(), *given]
             for item in leaf_digest(leaf if isinstance(leaf, jax.Array) else np.asarray(leaf))
         ),
-        "the objective": "none" if objective is None else digest(_computed(objective, walk)),
-        "the key": "none" if key is None else digest(leaf_digest(key)),
+        "the objective": digest_objective(request, walk),
+        "the key": "none" if request.key is None else digest(leaf_digest(request.key)),
     }
 
 
-def _computed(objective: Objective, walk: Walk | OnePass) -> Iterator[str]:
+def _function(request: Request) -> Iterator[str]:
+    """What the function computes on each kind of batch."""
+    for inputs in request.data.kinds():
+        yield text(jaxpr_key(trace(request.fn, request.leaves.abstract, *inputs)[0]))
+
+
+def digest_objective(request: Request, walk: Walk) -> str:
+    """The item of what the job aims at: what the objective computes."""
+    return "none" if isinstance(request.aim, Alone) else digest(_objective(request, walk))
+
+
+def _objective(request: Request, walk: Walk) -> Iterator[str]:
     """What an objective computes on each kind of outputs that it is given."""
-    if isinstance(objective, Stagewise):
-        yield f"of stages, on {objective.inputs} inputs"
-    for outputs, inputs in _given(walk):
+    aim = request.aim
+    assert not isinstance(aim, Alone)
+    objective = aim.objective
+    if isinstance(aim, Stagewise):
+        yield f"of stages, on {aim.inputs} inputs"
+    for outputs, inputs in _given(request, walk):
         # A new function for JAX: what an old one has been traced to may not be what it is now.
         closed, _ = trace(lambda *given: objective(*given), outputs, outputs, *inputs)
         if _calls_back(closed.jaxpr):
@@ -83,20 +90,15 @@ def _computed(objective: Objective, walk: Walk | OnePass) -> Iterator[str]:
         yield text(jaxpr_key(closed))
 
 
-def _given(walk: Walk | OnePass) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+def _given(request: Request, walk: Walk) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """The outputs and inputs, abstract, that an objective is given: of stages, or of all."""
-    if isinstance(walk, Walk):
-        for cut in {id(cut): cut for cut in walk.cuts}.values():
+    if isinstance(request.aim, Stagewise):
+        for cut in walk.cuts.kinds.values():
             for segment in cut.reconstructions:
                 yield [cut.flat.shapes[number] for number in segment.outputs], ()
         return
-    seen = set()
-    for number, batch in enumerate(walk.batches):
-        inputs = inputs_of(batch, number)
-        kind = jax.tree.structure(inputs), kinds(inputs)
-        if kind not in seen:
-            seen.add(kind)
-            yield jax.eval_shape(walk.fn, abstract(walk.params), *inputs), inputs
+    for inputs in request.data.kinds():
+        yield jax.eval_shape(request.fn, request.leaves.abstract, *inputs), inputs
 
 
 def _calls_back(jaxpr: core.Jaxpr) -> bool:

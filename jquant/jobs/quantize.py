@@ -1,48 +1,31 @@
 """`quantize`: a plan, a function and data in, quantized parameters and a report out.
 
-All that can be checked is checked before any work. Then the function is taken stage by stage (see
-`jobs/stages.py`), so that what comes later is calibrated on what it will really see.
+What is asked becomes one value that is checked before any work (`jobs/request.py`). Then the
+function is taken stage by stage (`jobs/stages.py`), so that what comes later is calibrated on what
+it will really see.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-import jax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.onepass import OnePass
 from jquant.calibration.stages import Granularity
-from jquant.calibration.tokens import Given, again, all_weighed, listed, separated, weighed
-from jquant.calibration.walk import Walk
-from jquant.errors import EvidenceError, PlanError
+from jquant.calibration.tokens import Given
 from jquant.jobs.fingerprint import fingerprint
-from jquant.jobs.progress import Progress, Told
+from jquant.jobs.progress import Told
 from jquant.jobs.records import open_work_dir
 from jquant.jobs.report import Report
-from jquant.jobs.stages import Job, peak_bytes, row_of
-from jquant.layerwise.checks import (
-    check_evidence,
-    check_matched,
-    check_needs,
-    check_weights,
-    not_used,
-)
-from jquant.learning.checks import check_logits, check_objective
-from jquant.learning.descend import is_learned
-from jquant.learning.network import learn_whole
-from jquant.learning.objectives import Objective, Stagewise
+from jquant.jobs.request import Request, Resources, aim_of
+from jquant.jobs.stages import Job
+from jquant.learning.objectives import Objective
 from jquant.schemes.scheme import Plan
-from jquant.trees.lazy import Lazy, realize
 from jquant.trees.placement import transferring
-from jquant.weights.arguments import by_path, replaced
-from jquant.weights.qtensor import placed
+from jquant.weights.arguments import replaced
 
 
 @transferring
@@ -108,7 +91,7 @@ def quantize(
         WorkDirError: the work directory cannot be written to, or is another job's.
 
     Example:
-        >>> import jax.numpy as jnp, jquant as jq
+        >>> import jax, jax.numpy as jnp, jquant as jq
         >>> params = {"up": jnp.linspace(-1.0, 1.0, 32).reshape(4, 8), "down": jnp.ones((8, 4))}
         >>> fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]
         >>> x = jax.random.normal(jax.random.key(0), (16, 4))
@@ -117,154 +100,17 @@ def quantize(
         >>> report.stages
         (('up',), ('down',))
     """
-    if objective is not None:
-        check_objective(
-            plan, objective, evidence or {}, key,
-            batches=batches is not None, granularity=granularity, weighed=token_weights is not None,
-        )  # fmt: skip
-    if objective is not None and not isinstance(objective, Stagewise):
-        return _whole(
-            fn, params, plan, batches or (), objective, evidence=dict(evidence or {}), key=key,
-            granularity=granularity, token_weights=token_weights, work_dir=work_dir, budget=budget,
-            progress=progress,
-        )  # fmt: skip
-    if work_dir is not None and batches is not None:
-        batches = list(batches)  # what is in them is part of the fingerprint
-        token_weights = listed(token_weights)
-    walk, arrays = prepare(
-        fn, params, plan, batches,
-        evidence=evidence, key=key, granularity=granularity, budget=budget, objective=objective,
-        token_weights=token_weights,
-    )  # fmt: skip
-    given = dict(evidence or {})
-    work = None
-    if work_dir is not None:
-        said = fingerprint(walk, plan, arrays, given, key, granularity, objective)
-        work = open_work_dir(work_dir, said)
-    job = Job(plan, arrays, given, key, walk, work, progress, objective)
+    request = Request(
+        fn, params, plan, dict(evidence or {}), key, aim_of(objective), granularity
+    ).checked(batches, token_weights)
+    return run(request, Resources(work_dir, budget, progress))
+
+
+def run(request: Request, resources: Resources) -> tuple[PyTree, Report]:
+    """The result of a request that is checked; see `quantize`."""
+    walk, work = request.walk(resources.budget), None
+    if resources.work_dir is not None:
+        work = open_work_dir(resources.work_dir, fingerprint(request, walk))
+    job = Job(request, walk, work, resources.progress)
     job.run()
-    lazy = any(isinstance(leaf, Lazy) for leaf in arrays.values())
-    quantized = {path: job.whole(path) for path in plan}
-    if not lazy:
-        quantized = {path: placed(realize(q), arrays[path]) for path, q in quantized.items()}
-    return replaced(params, quantized), job.report(quantized)
-
-
-def _whole(
-    fn: Callable[..., Any],
-    params: PyTree,
-    plan: Plan,
-    batches: Iterable[Any],
-    objective: Objective,
-    *,
-    evidence: dict[str, Evidence],
-    key: PRNGKeyArray | None,
-    granularity: Granularity,
-    token_weights: Given,
-    work_dir: str | os.PathLike[str] | None,
-    budget: int | None,
-    progress: Told | None,
-) -> tuple[PyTree, Report]:
-    """The learned weights of a plan on the whole network, after the others, stage by stage."""
-    learned = Plan({path: s for path, s in plan.items() if is_learned(s)}, plan.weights)
-    others = Plan({path: s for path, s in plan.items() if not is_learned(s)}, plan.weights)
-    descent = next(iter(learned.values())).rounding.descent  # type: ignore[attr-defined]
-    pairs = itertools.islice(weighed(batches, token_weights), descent.steps * descent.accumulate)
-    batches, weights = separated(pairs)
-    given = None if weights is None else again(token_weights, weights)
-    if not batches:
-        raise EvidenceError("got no batches; pass at least one array or tuple of inputs")
-    params = realize(params)
-    arrays = by_path(params)
-    check_weights(learned, arrays)
-    check_evidence(learned, evidence)
-    check_logits(fn, params, objective, batches, weights)
-    before, record = None, None
-    if work_dir is not None:
-        before = Path(work_dir, "others")
-        walk = OnePass(fn, params, list(plan), list(plan), batches, token_weights=given)
-        said = fingerprint(walk, plan, arrays, evidence, key, granularity, objective)
-        record = open_work_dir(Path(work_dir, "learned"), said)
-    qparams, report = params, Report({})
-    if others:
-        qparams, report = quantize(
-            fn, params, others, batches, evidence=evidence, key=key, granularity=granularity,
-            token_weights=given, work_dir=before, budget=budget, progress=progress,
-        )  # fmt: skip
-        qparams = realize(qparams)
-    start = time.perf_counter()
-    name = f"{len(learned)} weights together"
-
-    def told(done: int) -> None:
-        if progress is not None:
-            progress(Progress(0, 1, name, "learning", done, descent.steps))
-
-    leaves = by_path(qparams)
-    found, trace = learn_whole(
-        fn, params, leaves, learned, batches, objective,
-        token_weights=weights, evidence=evidence, key=key, record=record,
-        told=None if progress is None else told,
-    )  # fmt: skip
-    rows = dict(report) | {
-        path: row_of(path, learned[path], q, outcome, "") for path, (q, outcome) in found.items()
-    }
-    whole = Report(
-        {path: rows[path] for path in plan},
-        tuple(path for path in plan.weights if path not in plan),
-        (*report.stages, tuple(learned)),
-        dict(report.seconds) | {"learning": time.perf_counter() - start},
-        report.evidence_bytes,
-        peak_bytes(),
-        (trace,),
-    )
-    return replaced(qparams, {path: q for path, (q, _) in found.items()}), whole
-
-
-def prepare(
-    fn: Callable[..., Any],
-    params: PyTree,
-    plan: Plan,
-    batches: Iterable[Any] | None,
-    *,
-    evidence: Mapping[str, Evidence] | None,
-    key: PRNGKeyArray | None,
-    granularity: Granularity,
-    budget: int | None,
-    objective: Objective | None = None,
-    token_weights: Given = None,
-) -> tuple[Walk | OnePass, dict[str, Any]]:
-    """All that `quantize` does before any work: the checks, the stages, the leaves by path."""
-    if granularity not in ("weight", "block", "all"):
-        raise PlanError(f"granularity must be 'weight', 'block' or 'all', got {granularity!r}")
-    arrays, structure = by_path(params), jax.tree.structure(params)
-    given = dict(evidence or {})
-    check_weights(plan, arrays)
-    staged = batches is not None and granularity != "all"
-    check_needs(plan, given, key, batches=batches is not None, staged=staged)
-    check_evidence(plan, given)
-    wanted = [path for path in plan if plan.weights[path].has_inputs and path not in given]
-    spread = any("spread" in scheme.needs for scheme in plan.values())
-    walk: Walk | OnePass
-    if batches is None or not wanted:
-        walk = OnePass(fn, params, list(plan))
-    elif granularity == "all":
-        walk = OnePass(fn, params, list(plan), wanted, batches, spread, token_weights)
-    else:
-        batches, weights = all_weighed(batches, token_weights)
-        stacks = {path: plan.weights[path].stack_axes for path in plan}
-        walk = Walk.start(
-            fn, list(arrays.items()), structure, stacks, batches, granularity,
-            budget=budget, drift=any("drift" in scheme.needs for scheme in plan.values()),
-            reconstruct=objective is not None, spread=spread, weights=weights,
-        )  # fmt: skip
-        walk.teacher = isinstance(objective, Stagewise) and objective.inputs == "full"
-        _check_reached(plan, walk)
-        check_matched(walk, token_weights, wanted)
-    return walk, arrays
-
-
-def _check_reached(plan: Plan, walk: Walk) -> None:
-    reached = {piece.path for stage in walk.stages for piece in stage.pieces}
-    for path in plan:
-        if path not in reached:
-            raise EvidenceError(not_used(path))
+    return replaced(request.params, job.quantized), job.report()

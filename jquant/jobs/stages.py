@@ -22,43 +22,48 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.onepass import OnePass
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, WeightError
 from jquant.jobs.progress import Doing, Progress, Told
 from jquant.jobs.records import Record, WorkDir
 from jquant.jobs.report import WORSE, Report, WeightReport
-from jquant.layerwise.checks import check_finite, not_used
+from jquant.jobs.request import Request, Whole
+from jquant.layerwise.checks import not_used
 from jquant.layerwise.standin import check_tokens, stand_in
-from jquant.layerwise.weight import Outcome, key_of, quantize_weight
-from jquant.learning.descend import Learned, is_learned, learn, relaxation_of
-from jquant.learning.objectives import Objective
+from jquant.layerwise.weight import Outcome, quantize_weight
+from jquant.learning.descend import Learned, Problem, descent_of, is_learned, learn
+from jquant.learning.network import Setting, learn_whole
+from jquant.learning.objectives import Objective, Stagewise
 from jquant.learning.trace import Trace
 from jquant.numerics.packed import joined
 from jquant.programs.straight import Piece
 from jquant.schemes.scheme import Plan, Scheme
-from jquant.trees.lazy import Lazy, read, realize
+from jquant.trees.lazy import Lazy, realize
+from jquant.trees.paths import key_of
 from jquant.trees.placement import at_ease, sliced
 from jquant.weights.qtensor import QTensor, dequantize_weight, placed, weight_bits
 
 
 class Job:
-    """The state of one call of `quantize`; see there."""
+    """The state of one call of `quantize`: the one driver of all jobs.
+
+    Args:
+        request: what is asked, checked.
+        walk: its stages.
+        work: where finished stages are kept; None: nowhere.
+        progress: whom to tell.
+
+    Attributes:
+        quantized: path → quantized weight, once the job has run.
+    """
 
     def __init__(
-        self,
-        plan: Plan,
-        arrays: Mapping[str, Any],
-        given: Mapping[str, Evidence],
-        key: PRNGKeyArray | None,
-        walk: Walk | OnePass,
-        work: WorkDir | None,
-        progress: Told | None,
-        objective: Objective | None = None,
-    ):
-        self.plan, self.arrays, self.given, self.key = plan, arrays, given, key
-        self.walk, self.work, self.progress = walk, work, progress
-        self.objective = objective  # of stages; None: every weight is rounded by itself
+        self, request: Request, walk: Walk, work: WorkDir | None, progress: Told | None
+    ) -> None:
+        self.request, self.walk, self.work, self.progress = request, walk, work, progress
+        self.plan, self.leaves = request.plan, request.leaves
+        self.quantized: dict[str, QTensor] = {}
+        self.rows: dict[str, WeightReport] = {}
         self.traces: list[Trace] = []
         self.done: dict[Piece, QTensor] = {}
         self.outcomes: dict[Piece, Outcome] = {}
@@ -67,66 +72,81 @@ class Job:
         self.at = 0  # the stage at work
         self.logs: list[float] = []  # of the weights' errors relative to nearest
 
+    @property
+    def stage_count(self) -> int:
+        """The stages of the walk, and one for the weights that are learned after all of them."""
+        return len(self.walk.stages) + bool(self.request.learned)
+
     def run(self) -> None:
         """Take all stages, those that a record is there of without reading and rounding."""
-        stages = self.walk.stages
         try:
             self.advance(None)
-            for self.at in range(len(stages)):
-                names = [str(piece) for piece in stages[self.at].pieces]
-                found = None if self.work is None else self.work.finished(self.at, names)
-                if found is None:
-                    found = self.solve(self.at)
+            for at, stage in enumerate(self.walk.stages):
+                self.at, names = at, [str(piece) for piece in stage.pieces]
+                record = None if self.work is None else self.work.finished(at, names)
+                if record is None:
+                    record = self.solve(at)
                     if self.work is not None:
-                        found = self.work.finish(self.at, found)
-                self.take(self.at, found)
-                self.advance(self.at)
+                        record = self.work.finish(at, record)
+                self.take(at, record)
+                self.advance(at)
+            self.finish()
+            if isinstance(self.request.aim, Whole):
+                self.learn_whole(self.request.aim.objective)
         except KeyboardInterrupt as stop:
             if self.work is not None:
                 stop.add_note(
-                    f"stopped in stage {self.at + 1} of {len(stages)}; the same call with "
+                    f"stopped in stage {self.at + 1} of {self.stage_count}; the same call with "
                     f"work_dir={str(self.work.path)!r} goes on from there"
                 )
             raise
 
     def solve(self, stage: int) -> Record:
         """Read the inputs of a stage's weights, and round them."""
-        start, pieces = time.perf_counter(), self.walk.stages[stage].pieces
-        evidence = self.walk.gather(stage, self.current, self.original, self.tell("reading"))
+        evidence = self.read(stage)
+        together = isinstance(self.request.aim, Stagewise)
+        pieces: tuple[list[Piece], list[Piece]] = [], []
+        for piece in self.walk.stages[stage].pieces:
+            pieces[together and is_learned(self.plan[piece.path])].append(piece)
+        alone, learned = pieces
+        for piece in alone:  # before any of them is rounded
+            if piece in evidence and piece.path not in self.request.evidence:
+                check_tokens(str(piece), self.plan[piece.path], evidence[piece])
+        told, record = self.told("rounding", len(alone)), {}
+        for number, piece in enumerate(alone, start=1):
+            q, outcome = self.round(piece, evidence.pop(piece, None))
+            record[str(piece)] = q, outcome
+            self.seconds["rounding"] += outcome.seconds
+            if told is not None:
+                told(number)
+        if learned:
+            self.done |= {piece: record[str(piece)][0] for piece in alone}
+            record |= self.learn(stage, learned, evidence)
+        return record
+
+    def read(self, stage: int) -> dict[Piece, Evidence]:
+        """The evidence of a stage's weights, from all batches."""
+        start = time.perf_counter()
+        told = self.told("reading")
+        evidence = self.walk.gather(stage, self.current, self.original, told)
         distinct = {id(e.second_moment): e for e in evidence.values()}.values()
         held = sum(leaf.nbytes for e in distinct for leaf in jax.tree.leaves(e))
         self.evidence_bytes = max(self.evidence_bytes, held)
         self.seconds["reading"] += time.perf_counter() - start
-        learned = self.objective is not None
-        together = [p for p in pieces if learned and is_learned(self.plan[p.path])]
-        alone = [p for p in pieces if p not in together]
-        for piece in alone:  # before any of them is rounded
-            if piece in evidence and piece.path not in self.given:
-                check_tokens(str(piece), self.plan[piece.path], evidence[piece])
-        told, found = self.tell("rounding", len(alone)), {}
-        for number, piece in enumerate(alone, start=1):
-            q, outcome = self.round(piece, evidence.pop(piece, None))
-            found[str(piece)] = q, outcome
-            self.seconds["rounding"] += outcome.seconds
-            if told is not None:
-                told(number)
-        if together:
-            self.done |= {piece: found[str(piece)][0] for piece in alone}
-            found |= self.learn(stage, together, evidence)
-        return found
+        return evidence
 
     def round(self, piece: Piece, evidence: Evidence | None) -> tuple[QTensor, Outcome]:
         start = time.perf_counter()
         scheme, layout = self.plan[piece.path], self.plan.weights[piece.path].layout
-        evidence, nearest, told = self.known(piece, evidence), False, ()
+        evidence, nearest, told = self.evidence_of(piece, evidence), False, ()
         if evidence is not None:
             why = self.walk.unpaired.get(piece, "")
             scheme, evidence, nearest, told = stand_in(str(piece), scheme, evidence, why)
         elif {"moment", "inputs"} & scheme.needs:
             raise EvidenceError(not_used(str(piece)))
-        own = None
-        if "key" in scheme.needs and self.key is not None:
-            own = key_of(self.key, str(piece))
+        key, own = self.request.key, None
+        if "key" in scheme.needs and key is not None:
+            own = key_of(key, str(piece))
         w = self.original(piece)
 
         def rounded(w: Array, evidence: Evidence | None, key: PRNGKeyArray | None) -> Any:
@@ -156,38 +176,51 @@ class Job:
         self, stage: int, pieces: Sequence[Piece], evidence: Mapping[Piece, Evidence]
     ) -> Record:
         """Round weights of a stage together, by what the stage makes of them."""
-        assert isinstance(self.walk, Walk) and self.objective is not None
-        start, names = time.perf_counter(), [str(piece) for piece in pieces]
+        assert isinstance(self.request.aim, Stagewise)
+        start = time.perf_counter()
         weights = [
             Learned(
                 str(piece), self.original(piece), self.plan[piece.path],
-                self.plan.weights[piece.path].layout, self.known(piece, evidence.get(piece)),
+                self.plan.weights[piece.path].layout, self.evidence_of(piece, evidence.get(piece)),
             )
             for piece in pieces
         ]  # fmt: skip
-        network, inputs, wanted = self.walk.reconstruction(
+        network, inputs, targets = self.walk.reconstruction(
             stage, pieces, self.current, self.original
         )
-        feed = [(given, goal, ()) for given, goal in zip(inputs, wanted, strict=True)]
-        steps = relaxation_of(weights).descent.steps
-        found, trace = learn(
-            network, self.objective, weights, None, feed,
-            key=self.key, told=self.tell("rounding", steps),
-        )  # fmt: skip
+        feed = [(given, target, ()) for given, target in zip(inputs, targets, strict=True)]
+        told = self.told("rounding", descent_of(weight.scheme for weight in weights).steps)
+        problem = Problem(network, self.request.aim, None, feed)
+        learned, trace = learn(problem, weights, key=self.request.key, told=told)
         self.traces.append(trace)
-        jax.block_until_ready([q.codes for q, _ in found])
+        jax.block_until_ready([q.codes for q, _ in learned])
         spent = time.perf_counter() - start
         self.seconds["rounding"] += spent
         return {
-            name: (q, Outcome.of(info, weight.evidence, spent / len(names)))
-            for name, weight, (q, info) in zip(names, weights, found, strict=True)
+            weight.name: (q, Outcome.of(info, weight.evidence, spent / len(weights)))
+            for weight, (q, info) in zip(weights, learned, strict=True)
         }
 
-    def known(self, piece: Piece, evidence: Evidence | None) -> Evidence | None:
-        """What is known of a piece's inputs, given or just read, shaped as the piece is."""
+    def learn_whole(self, objective: Objective) -> None:
+        """The last stage of a job on the whole network: the weights that move together."""
+        request, start, self.at = self.request, time.perf_counter(), len(self.walk.stages)
+        plan = request.learned
+        setting = Setting(request.fn, request.params, plan, dict(self.quantized), request.evidence)
+        learned, trace = learn_whole(
+            setting, request.data, objective, key=request.key, record=self.work,
+            told=self.told("learning", descent_of(plan.values()).steps),
+        )  # fmt: skip
+        self.traces.append(trace)
+        for path, (q, outcome) in learned.items():
+            self.quantized[path] = q
+            self.rows[path] = row_of(path, plan[path], q, outcome, "")
+        self.seconds["learning"] = time.perf_counter() - start
+
+    def evidence_of(self, piece: Piece, evidence: Evidence | None) -> Evidence | None:
+        """The evidence of a piece's inputs, given or just read, shaped as the piece is."""
         axes = sorted((_place(self.plan, piece.path, axis), at) for axis, at in piece.where)
-        if piece.path in self.given:
-            evidence = self.given[piece.path]
+        if piece.path in self.request.evidence:
+            evidence = self.request.evidence[piece.path]
             for place, at in axes:
                 evidence = jax.tree.map(partial(_layer, at=at, axis=place), evidence)
             return evidence
@@ -205,18 +238,16 @@ class Job:
 
     def advance(self, stage: int | None) -> None:
         start = time.perf_counter()
-        told = None if stage is None else self.tell("advancing")
+        told = None if stage is None else self.told("advancing")
         self.walk.advance(stage, self.current, self.original, told)
         jax.block_until_ready(self.walk.alive)
         self.seconds["advancing"] += time.perf_counter() - start
 
     def original(self, piece: Piece) -> Array:
         """The piece as it came."""
-        leaf = self.arrays[piece.path]
-        array = jnp.asarray(read(leaf, piece.index(len(leaf.shape))))
-        if piece.path in self.plan and not isinstance(leaf, jax.Array):
-            check_finite(piece.path, array)
-        return array
+        if piece.path in self.request.rounded:
+            return self.leaves.read_weight(piece)
+        return self.leaves.read(piece)
 
     def current(self, piece: Piece) -> Array:
         """The piece as it is by now."""
@@ -225,18 +256,40 @@ class Job:
 
     def present(self, piece: Piece, q: QTensor) -> QTensor:
         """A quantized piece, in memory and where the piece lay."""
-        leaf = self.arrays[piece.path]
+        leaf = self.leaves.arrays[piece.path]
         return placed(realize(q), sliced(leaf, {axis for axis, _ in piece.where}))
 
-    def tell(self, doing: Doing, total: int | None = None) -> Callable[[int], None] | None:
-        """What to call with the number of batches (or weights) done."""
-        stages, progress = self.walk.stages, self.progress
+    def told(self, doing: Doing, total: int | None = None) -> Callable[[int], None] | None:
+        """What to call with the number of batches (or weights, or steps) done."""
+        progress = self.progress
         if progress is None:
             return None
         at, of = self.at, self.walk.batch_count if total is None else total
-        ratio = math.exp(sum(self.logs) / len(self.logs)) if self.logs else math.nan
-        name = stages[at].name
-        return lambda done: progress(Progress(at, len(stages), name, doing, done, of, ratio))
+        ratio, stages = math.nan, self.stage_count
+        if self.logs and doing != "learning":
+            ratio = math.exp(sum(self.logs) / len(self.logs))
+        name = [*(stage.name for stage in self.walk.stages), self.together][at]
+        return lambda done: progress(Progress(at, stages, name, doing, done, of, ratio))
+
+    @property
+    def together(self) -> str:
+        """The stage of the weights that are learned after all others, in words."""
+        return f"{len(self.request.learned)} weights together"
+
+    def finish(self) -> None:
+        """Put the weights of all stages together, and say of each how it went."""
+        lazy = any(isinstance(leaf, Lazy) for leaf in self.leaves.arrays.values())
+        notes = self.notes()
+        for path, scheme in self.request.rounded.items():
+            q = self.whole(path)
+            if not lazy:
+                q = placed(realize(q), self.leaves.arrays[path])
+            pieces = [piece for piece in self.done if piece.path == path]
+            outcome = Outcome.sum([self.outcomes[piece] for piece in pieces])
+            calibrated = [self.plan.weights[path].note] if outcome.tokens is not None else []
+            note = "; ".join(filter(None, [*calibrated, *notes.get(path, ())]))
+            self.quantized[path] = q
+            self.rows[path] = row_of(path, scheme, q, outcome, note)
 
     def whole(self, path: str) -> QTensor:
         """The quantized weight, put together from its layers, innermost loop first."""
@@ -250,37 +303,43 @@ class Job:
             parts = {outer: jax.tree.map(join, *row) for outer, row in rows.items()}
         return parts[()]
 
-    def report(self, quantized: Mapping[str, QTensor]) -> Report:
-        stages, rows = self.walk.stages, {}
-        nested, unmatched = self.walk.nested, self.walk.unmatched
-        for path, scheme in self.plan.items():
-            pieces = [piece for piece in self.done if piece.path == path]
-            outcome = Outcome.sum([self.outcomes[piece] for piece in pieces])
-            loop = next((nested[piece] for piece in pieces if piece in nested), None)
-            notes = [self.plan.weights[path].note] if outcome.tokens is not None else []
-            if loop is not None:
-                notes.append(f"in a {loop}: calibrated in one pass with all in it")
-            lost = next((unmatched[piece] for piece in pieces if piece in unmatched), None)
-            if lost is not None:
-                notes.append(f"all rows of its {lost} counted")
-            note = "; ".join(filter(None, notes))
-            rows[path] = row_of(path, scheme, quantized[path], outcome, note)
-        kept = tuple(path for path in self.plan.weights if path not in self.plan)
-        names = tuple(tuple(map(str, stage.pieces)) for stage in stages)
+    def notes(self) -> dict[str, list[str]]:
+        """Path → what the walk has to say of a weight, once for all its layers."""
+        notes: dict[str, list[str]] = {}
+        for reasons, words in (
+            (self.walk.nested, "in a {}: calibrated in one pass with all in it"),
+            (self.walk.unmatched, "all rows of its {} counted"),
+        ):
+            first: dict[str, str] = {}
+            for piece in (piece for piece in self.done if piece in reasons):
+                first.setdefault(piece.path, reasons[piece])
+            for path, reason in first.items():
+                notes.setdefault(path, []).append(words.format(reason))
+        return notes
+
+    def report(self) -> Report:
+        stages = tuple(tuple(map(str, stage.pieces)) for stage in self.walk.stages)
+        learned = (tuple(self.request.learned),) if self.request.learned else ()
         return Report(
-            rows, kept, names, self.seconds, self.evidence_bytes, peak_bytes(), tuple(self.traces)
+            {path: self.rows[path] for path in self.plan},
+            tuple(path for path in self.plan.weights if path not in self.plan),
+            (*stages, *learned),
+            self.seconds,
+            self.evidence_bytes,
+            peak_bytes(),
+            tuple(self.traces),
         )
 
 
 def row_of(path: str, scheme: Scheme, q: QTensor, outcome: Outcome, note: str) -> WeightReport:
     """The line of a report."""
-    power, warned = outcome.power or 1.0, list(outcome.told)
+    power, warnings = outcome.power or 1.0, list(outcome.told)
     if outcome.ratio > WORSE:
-        warned.append(f"its error is {outcome.ratio:.2f} times that of nearest rounding")
-    said = [note] if note else []
+        warnings.append(f"its error is {outcome.ratio:.2f} times that of nearest rounding")
+    notes = [note] if note else []
     if outcome.kept_at is not None:
         share = "" if outcome.rounded is None else f", {outcome.rounded:.0%} rounded before"
-        said.append(f"of step {outcome.kept_at}{share}")
+        notes.append(f"of step {outcome.kept_at}{share}")
     return WeightReport(
         path=path,
         shape=q.shape,
@@ -293,8 +352,8 @@ def row_of(path: str, scheme: Scheme, q: QTensor, outcome: Outcome, note: str) -
         dead=outcome.dead,
         fallback=outcome.failed,
         seconds=outcome.seconds,
-        note="; ".join(said + warned),
-        warnings=tuple(warned),
+        note="; ".join(notes + warnings),
+        warnings=tuple(warnings),
     )
 
 
@@ -318,13 +377,13 @@ def _joined(*leaves: Any, axis: int) -> Any:
     if not isinstance(first, Lazy):
         return at_ease(lambda *leaves: joined(leaves, axis), *leaves)
     shape = (*first.shape[:axis], len(leaves), *first.shape[axis + 1 :])
-    said = f"concatenated along {axis}: {'; '.join(leaf.identity for leaf in leaves)}"
+    identity = f"concatenated along {axis}: {'; '.join(leaf.identity for leaf in leaves)}"
 
     def window(index: tuple[slice, ...]) -> Any:
         inner = (*index[:axis], slice(0, 1), *index[axis + 1 :])
         return np.concatenate([leaf[inner] for leaf in leaves[index[axis]]], axis)
 
-    return Lazy(shape, first.dtype, window, said)
+    return Lazy(shape, first.dtype, window, identity)
 
 
 def peak_bytes() -> int:

@@ -6,21 +6,23 @@ Every message names the path, what was got, and what to pass instead.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from jquant.calibration.data import Data
 from jquant.calibration.difference import uncompared
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.find import Weight
-from jquant.calibration.tokens import Given, chosen, refuse
+from jquant.calibration.tokens import refuse
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, PlanError, WeightError, near
 from jquant.layerwise.standin import check_tokens
 from jquant.schemes.scheme import Plan, Scheme, check_inputs
+from jquant.weights.leaves import is_finite, refuse_unless
 from jquant.weights.qtensor import QTensor
 
 
@@ -53,9 +55,9 @@ def check_weights(plan: Mapping[str, Scheme], arrays: Mapping[str, Any]) -> None
         _check_rank(path, plan[path], plan.weights[path])
         _check_uses(path, plan[path], plan.weights[path])
         if isinstance(leaf, jax.Array):  # what lies in a file is checked when it is read
-            flags[path] = _finite(leaf)
+            flags[path] = is_finite(leaf)
     for path, flag in flags.items():
-        _refuse_unless(path, flag)
+        refuse_unless(path, flag)
 
 
 def _check_rank(path: str, scheme: Scheme, weight: Weight) -> None:
@@ -90,23 +92,6 @@ def _check_uses(path: str, scheme: Scheme, weight: Weight) -> None:
             )
 
 
-def check_finite(path: str, array: Array) -> None:
-    """Refuse a weight that was read from a file just now."""
-    _refuse_unless(path, _finite(array))
-
-
-def _refuse_unless(path: str, finite: Array) -> None:
-    if not finite:
-        raise WeightError(
-            f"weight {path!r} holds NaN or infinite values; repair it, or keep it (jq.keep)"
-        )
-
-
-@jax.jit
-def _finite(leaf: Array) -> Array:
-    return jnp.all(jnp.isfinite(leaf))
-
-
 def check_needs(
     plan: Plan,
     evidence: Mapping[str, Evidence],
@@ -117,59 +102,74 @@ def check_needs(
 ) -> None:
     """Refuse a plan whose roundings and compensations need what is not there."""
     for path, scheme in plan.items():
-        needs, name = scheme.needs, type(scheme.rounding).__name__
-        instead = "use rounding.Nearest() or keep it"
-        if "moment" not in scheme.rounding.needs:
-            name, instead = "LoRC(metric='evidence')", "pass LoRC(metric='plain') or keep it"
+        needs, given, weight = scheme.needs, evidence.get(path), plan.weights[path]
         if "key" in needs and key is None:
             random = type(scheme.rounding).__name__
             raise PlanError(f"weight {path!r}: {random} is random; pass key=jax.random.key(seed)")
-        if "moment" in needs and path not in evidence:
-            if not plan.weights[path].has_inputs:
-                raise EvidenceError(
-                    f"weight {path!r} is only looked up, so it has no second moment, which {name} "
-                    f"needs; {instead}"
-                )
-            if not batches:
-                raise EvidenceError(
-                    f"weight {path!r}: {name} needs the second moment of its inputs; pass "
-                    "calibration batches, or evidence={path: Evidence(...)}"
-                )
-        if scheme.activations is not None and "inputs" in needs:
-            if path in evidence:
-                check_inputs(path, scheme.activations, evidence[path])
-            elif not batches or not plan.weights[path].has_inputs:
-                check_inputs(path, scheme.activations, None)
-        drift = path in evidence and evidence[path].drift is not None
-        if "drift" in needs and not drift and not (staged and path not in evidence):
+        if "moment" in needs and given is None:
+            _check_readable(weight, scheme, batches)
+        read = given is None and batches and weight.has_inputs
+        if scheme.activations is not None and "inputs" in needs and not read:
+            check_inputs(path, scheme.activations, given)
+        drift = staged if given is None else given.drift is not None
+        if "drift" in needs and not drift:
             raise EvidenceError(
-                f"weight {path!r}: {name}'s correction needs the drift of its inputs, which is "
-                "known where weights are quantized stage by stage: pass granularity='weight' or "
-                "'block' and no evidence for it, or Evidence(..., drift=)"
+                f"weight {path!r}: {_asking(scheme)[0]}'s correction needs the drift of its "
+                "inputs, which is known where weights are quantized stage by stage: pass "
+                "granularity='weight' or 'block' and no evidence for it, or Evidence(..., drift=)"
             )
 
 
-def check_matched(walk: Walk, given: Given, paths: Collection[str] | None = None) -> None:
+def _check_readable(weight: Weight, scheme: Scheme, batches: bool) -> None:
+    """Refuse a weight whose second moment is needed and cannot be read from batches."""
+    name, instead = _asking(scheme)
+    if not weight.has_inputs:
+        raise EvidenceError(
+            f"weight {weight.path!r} is only looked up, so it has no second moment, which {name} "
+            f"needs; {instead}"
+        )
+    if not batches:
+        raise EvidenceError(
+            f"weight {weight.path!r}: {name} needs the second moment of its inputs; pass "
+            "calibration batches, or evidence={path: Evidence(...)}"
+        )
+
+
+def _asking(scheme: Scheme) -> tuple[str, str]:
+    """Which part of a scheme asks for evidence, and what to pass where there is none."""
+    if "moment" in scheme.rounding.needs:
+        return type(scheme.rounding).__name__, "use rounding.Nearest() or keep it"
+    return "LoRC(metric='evidence')", "pass LoRC(metric='plain') or keep it"
+
+
+def check_reached(walk: Walk, paths: Iterable[str]) -> None:
+    """Refuse weights that no batch uses."""
+    reached = {piece.path for stage in walk.stages for piece in stage.pieces}
+    for path in paths:
+        if path not in reached:
+            raise EvidenceError(not_used(path))
+
+
+def check_matched(walk: Walk, data: Data, paths: Collection[str]) -> None:
     """Refuse weights whose rows' tokens are not known, unless they are to be counted.
 
     `paths`: those whose evidence will be used.
     """
-    said = chosen(given)
-    if said is not None and said.unmatched == "raise":
-        found = walk.unmatched.items()
-        refuse([(str(piece), why) for piece, why in found if paths is None or piece.path in paths])
+    if data.strict:
+        reasons = walk.unmatched.items()
+        refuse([(str(piece), why) for piece, why in reasons if piece.path in paths])
 
 
-def check_compared(walk: Walk, given: Given) -> None:
+def check_compared(walk: Walk, data: Data) -> None:
     """Refuse weights compared on values whose tokens are not known, unless they are to be counted.
 
     Raises:
         EvidenceError: names the weight, and what lost the tokens.
     """
-    said = chosen(given)
-    if said is not None and said.unmatched == "raise":
-        found = {} if walk.weights is None else uncompared(walk.cuts, walk.weights)
-        refuse([(str(piece), why) for piece, why in found.items()])
+    if data.strict:
+        cuts = [run.cut for run in walk.runs]
+        reasons = uncompared(cuts, data.weights or ())
+        refuse([(str(piece), why) for piece, why in reasons.items()])
 
 
 def check_evidence(plan: Plan, evidence: Mapping[str, Evidence]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,11 +128,6 @@ def stored(
         known = {name: info[name] for name in ("error", "nearest_error")}
         info |= _errors_as_kept(canonical, q, moment, known)
     return q, info
-
-
-def key_of(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
-    """The key of one weight, from its name: adding a weight changes no other's."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def remainder(

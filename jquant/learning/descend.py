@@ -27,14 +27,16 @@ from jquant.axes.layout import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.errors import ObjectiveError
 from jquant.grids.base import Params, code_dtype
-from jquant.layerwise.weight import key_of, stored
+from jquant.layerwise.weight import stored
 from jquant.learning.objectives import Objective
 from jquant.learning.trace import Trace
 from jquant.numerics.narrow import as_dtype
 from jquant.rounding.base import Rounded
+from jquant.rounding.descent import Descent
 from jquant.rounding.elementwise import fit_grid, second_moment
 from jquant.rounding.relaxed import Relaxation, Target, Unit, Variables
 from jquant.schemes.scheme import Scheme
+from jquant.trees.paths import key_of
 from jquant.weights.qtensor import QTensor
 
 if TYPE_CHECKING:
@@ -109,19 +111,38 @@ def is_learned(scheme: Scheme) -> bool:
     return isinstance(scheme.rounding, Relaxation)
 
 
-def relaxation_of(weights: Sequence[Learned]) -> Relaxation:
-    """The rounding that all these weights have."""
-    relaxation = weights[0].scheme.rounding
+def relaxation_of(schemes: Iterable[Scheme]) -> Relaxation:
+    """The rounding that all these schemes have."""
+    relaxation = next(iter(schemes)).rounding
     assert isinstance(relaxation, Relaxation)
     return relaxation
 
 
+def descent_of(schemes: Iterable[Scheme]) -> Descent:
+    """The schedule that all these schemes have."""
+    return relaxation_of(schemes).descent
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What is descended.
+
+    Attributes:
+        network: what is run.
+        objective: of its outputs.
+        fixed: the rest of what the network takes, the same for all batches.
+        feed: batches, gone over again and again, in another order each time.
+    """
+
+    network: Network
+    objective: Objective
+    fixed: Any
+    feed: Feed
+
+
 def learn(
-    network: Network,
-    objective: Objective,
+    problem: Problem,
     weights: Sequence[Learned],
-    fixed: Any,
-    feed: Feed,
     *,
     key: PRNGKeyArray | None = None,
     record: Record | None = None,
@@ -130,11 +151,8 @@ def learn(
     """Learn the rounding of these weights together.
 
     Args:
-        network: what is run.
-        objective: what is descended.
+        problem: what is descended.
         weights: of one rounding.
-        fixed: the rest of what the network takes, the same for all batches.
-        feed: batches, gone over again and again, in another order each time.
         key: randomness.
         record: where to keep the state at every look.
         told: called with the number of steps done.
@@ -149,16 +167,18 @@ def learn(
     names, targets = [weight.name for weight in weights], [weight.target for weight in weights]
     keys = None if key is None else [key_of(key, name) for name in names]
     task = Task(
-        network, relaxation_of(weights), objective,
+        problem.network, relaxation_of(weight.scheme for weight in weights), problem.objective,
         tuple(weight.layout for weight in weights),
         tuple(jnp.dtype(weight.w.dtype) for weight in weights),
     )  # fmt: skip
-    rounded, trace = descend(task, targets, fixed, feed, names, keys=keys, record=record, told=told)
-    found = [
+    rounded, trace = descend(
+        task, targets, problem.fixed, problem.feed, names, keys=keys, record=record, told=told
+    )
+    learned = [
         stored(target.w, one, weight.scheme, weight.layout, weight.w.dtype, weight.evidence)
         for weight, target, one in zip(weights, targets, rounded, strict=True)
     ]
-    return found, trace
+    return learned, trace
 
 
 _fit = jax.jit(fit_grid, static_argnames=("grid", "blocks"))

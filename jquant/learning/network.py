@@ -15,14 +15,15 @@ from typing import Any
 import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from jquant.calibration.data import Data
 from jquant.calibration.evidence import Evidence
 from jquant.inference import apply
 from jquant.layerwise.weight import Outcome
-from jquant.learning.descend import Learned, Record, learn
+from jquant.learning.descend import Learned, Problem, Record, learn
 from jquant.learning.objectives import Objective, Weighed
 from jquant.learning.trace import Trace
 from jquant.schemes.scheme import Plan
-from jquant.weights.arguments import inputs_of
+from jquant.weights.arguments import by_path
 from jquant.weights.qtensor import QTensor, is_qtensor
 
 
@@ -52,34 +53,47 @@ class Network:
         return self.fn(jax.tree.unflatten(self.structure, leaves), *inputs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Feed:
     """Batches, with what the original parameters give on them."""
 
     run: Callable[..., Any]
     params: PyTree
-    batches: Sequence[Any]
-    weights: Sequence[Any] | None = None  # of their tokens: what the objective takes first, then
+    data: Data
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.data.batches)
 
     def __getitem__(self, number: int, /) -> tuple[Any, Any, tuple[Any, ...]]:
-        inputs = inputs_of(self.batches[number], number)
-        said = inputs if self.weights is None else (self.weights[number], *inputs)
-        return inputs, self.run(self.params, *inputs), said
+        inputs, weights = self.data.batches[number], self.data.weights
+        # What tokens count, the objective takes first.
+        taken = inputs if weights is None else (weights[number], *inputs)
+        return inputs, self.run(self.params, *inputs), taken
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """Weights that are to be learned, and the network around them.
+
+    Attributes:
+        fn, params: the original function and its parameters, all in memory.
+        plan: the weights to learn, all of one rounding.
+        quantized: the weights beside them that are quantized already.
+        evidence: what is known of the inputs of weights, for grids that can use it.
+    """
+
+    fn: Callable[..., Any]
+    params: PyTree
+    plan: Plan
+    quantized: Mapping[str, QTensor]
+    evidence: Mapping[str, Evidence]
 
 
 def learn_whole(
-    fn: Callable[..., Any],
-    params: PyTree,
-    leaves: Mapping[str, Any],
-    plan: Plan,
-    batches: Sequence[Any],
+    setting: Setting,
+    data: Data,
     objective: Objective,
     *,
-    token_weights: Sequence[Any] | None = None,
-    evidence: Mapping[str, Evidence],
     key: PRNGKeyArray | None,
     record: Record | None,
     told: Callable[[int], None] | None,
@@ -87,32 +101,29 @@ def learn_whole(
     """Learn the weights of a plan together.
 
     Args:
-        fn, params: the original function and its parameters, all in memory.
-        leaves: path → leaf, in the order of the tree, for all parameters; other weights may be
-            quantized already.
-        plan: the weights to learn, all of one rounding.
-        batches: as for `quantize`.
+        setting: the weights, and the network around them.
+        data: the batches; where their tokens are weighed, the objective takes the weights first.
         objective: of the function's outputs.
-        token_weights: of every batch; the objective takes them by this name.
-        evidence: what is known of the inputs of weights, for grids that can use it.
         key, record, told: see `learn`.
     """
     start = time.perf_counter()
-    network = Network.of(fn, jax.tree.structure(params), leaves, plan)
+    plan, original = setting.plan, by_path(setting.params)
+    leaves = original | dict(setting.quantized)
+    structure = jax.tree.structure(setting.params, is_leaf=is_qtensor)
+    problem = Problem(
+        Network.of(setting.fn, structure, leaves, plan),
+        objective if data.weights is None else Weighed(objective),
+        [None if path in plan else leaf for path, leaf in leaves.items()],
+        Feed(jax.jit(setting.fn), setting.params, data),
+    )
     weights = [
-        Learned(path, leaves[path], scheme, plan.weights[path].layout, evidence.get(path))
+        Learned(path, original[path], scheme, plan.weights[path].layout, setting.evidence.get(path))
         for path, scheme in plan.items()
     ]
-    fixed = [None if path in plan else leaf for path, leaf in leaves.items()]
-    feed = Feed(jax.jit(fn), params, batches, token_weights)
-    if token_weights is not None:
-        objective = Weighed(objective)
-    found, trace = learn(
-        network, objective, weights, fixed, feed, key=key, record=record, told=told
-    )
-    jax.block_until_ready([q.codes for q, _ in found])
+    learned, trace = learn(problem, weights, key=key, record=record, told=told)
+    jax.block_until_ready([q.codes for q, _ in learned])
     each = (time.perf_counter() - start) / len(weights)
     return {
         weight.name: (q, Outcome.of(info, weight.evidence, each))
-        for weight, (q, info) in zip(weights, found, strict=True)
+        for weight, (q, info) in zip(weights, learned, strict=True)
     }, trace

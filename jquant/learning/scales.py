@@ -11,7 +11,6 @@ floats (scales of MX and NV) are left alone, as steps of 1e-3 are lost in them.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
 from jquant.axes.groups import Blocks, from_blocks, to_blocks
-from jquant.errors import EvidenceError, PlanError
+from jquant.calibration.data import Data
+from jquant.errors import PlanError
 from jquant.grids.base import Grid, Params
 from jquant.learning.descend import Task, descend
 from jquant.learning.network import Feed, Network
@@ -163,16 +163,14 @@ def tune_scales(
             "no quantized weight with group parameters of 16 bits or more; pass what jq.quantize "
             "returned, on a grid with such scales"
         )
-    batches = list(itertools.islice(batches, descent.steps * descent.accumulate))
-    if not batches:
-        raise EvidenceError("got no batches; pass at least one array or tuple of inputs")
+    data = Data.of(batches, most=descent.steps * descent.accumulate)
     task = Task(
         Network.of(fn, structure, leaves, quantized), _Scales(descent), objective,
         tuple(q.layout for q in quantized.values()), tuple(q.dtype for q in quantized.values()),
     )  # fmt: skip
     targets = [_Coded(q.codes, q.params, q.parts, q.grid, q.blocks) for q in quantized.values()]
     fixed = [None if path in quantized else leaf for path, leaf in leaves.items()]
-    feed = Feed(jax.jit(fn), params, batches)
+    feed = Feed(jax.jit(fn), params, data)
     found, trace = descend(task, targets, fixed, feed, list(quantized), told=progress)
     tuned = {
         path: dataclasses.replace(q, params=dict(rounded.params))

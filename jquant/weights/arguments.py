@@ -19,15 +19,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jquant.errors import TreeError
+from jquant.trees.paths import path_of
 from jquant.trees.placement import typed
 from jquant.weights.qtensor import is_qtensor, type_of
 
 Inputs = tuple[Any, ...]
-
-
-def path_of(keys: Any) -> str:
-    """A key path as `/`-joined keys, `"layers/0/kernel"`."""
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def by_path(tree: PyTree, what: str = "params") -> dict[str, Any]:

@@ -1,0 +1,188 @@
+"""The job as asked: one value that holds all a result depends on, checked before any work.
+
+What changes no bit of the result, where it is kept and who is told, stands beside it (`Resources`).
+Every question is decided here once: what learned roundings descend (`Aim`), whether batches are
+read at all, what is recorded of them, and where the function is cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from jaxtyping import PRNGKeyArray, PyTree
+
+from jquant.calibration.cutting import Recording
+from jquant.calibration.data import Data
+from jquant.calibration.evidence import Evidence
+from jquant.calibration.stages import Granularity
+from jquant.calibration.tokens import Given
+from jquant.calibration.walk import Walk
+from jquant.errors import EvidenceError, PlanError
+from jquant.jobs.progress import Told
+from jquant.layerwise.checks import (
+    check_evidence,
+    check_matched,
+    check_needs,
+    check_reached,
+    check_weights,
+)
+from jquant.learning.checks import check_logits, check_objective, check_weighable
+from jquant.learning.descend import descent_of, is_learned
+from jquant.learning.objectives import Objective, Stagewise
+from jquant.schemes.scheme import Plan
+from jquant.trees.lazy import realize
+from jquant.weights.arguments import by_path
+from jquant.weights.leaves import Leaves
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Every weight is rounded by itself, for the squared error of its own outputs."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Learned weights move together, after all others, by the outputs of the whole function."""
+
+    objective: Objective
+
+
+Aim = Alone | Stagewise | Whole
+
+
+def aim_of(objective: Objective | None) -> Aim:
+    """What a job with this `objective=` aims at."""
+    if objective is None:
+        return Alone()
+    return objective if isinstance(objective, Stagewise) else Whole(objective)
+
+
+class Resources(NamedTuple):
+    """What changes no bit of the result.
+
+    Attributes:
+        work_dir: where finished stages are kept; None: nowhere.
+        budget: bytes of activations kept on the device between stages; None: no limit.
+        progress: whom to tell.
+    """
+
+    work_dir: str | os.PathLike[str] | None = None
+    budget: int | None = None
+    progress: Told | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """All that the result of a job depends on; see `quantize` for the fields.
+
+    `data` is empty where no batches are read.
+    """
+
+    fn: Callable[..., Any]
+    params: PyTree
+    plan: Plan
+    evidence: Mapping[str, Evidence] = dataclasses.field(default_factory=dict)
+    key: PRNGKeyArray | None = None
+    aim: Aim = Alone()  # noqa: RUF009
+    granularity: Granularity = "weight"
+    data: Data = Data()  # noqa: RUF009
+
+    def checked(self, batches: Iterable[Any] | None, token_weights: Given = None) -> Request:
+        """The request with its batches, all of it checked.
+
+        Raises:
+            what `quantize` raises before any work.
+        """
+        offered = batches is not None
+        if not isinstance(self.aim, Alone):
+            self._check_aim(offered, token_weights is not None)
+        if self.granularity not in ("weight", "block", "all"):
+            raise PlanError(
+                f"granularity must be 'weight', 'block' or 'all', got {self.granularity!r}"
+            )
+        check_weights(self.plan, by_path(self.params))
+        staged = offered and self.granularity != "all"
+        check_needs(self.rounded, self.evidence, self.key, batches=offered, staged=staged)
+        check_evidence(self.plan, self.evidence)
+        if batches is None or not (self.unknown or not isinstance(self.aim, Alone)):
+            return self
+        if not isinstance(self.aim, Whole):
+            return dataclasses.replace(self, data=Data.of(batches, token_weights))
+        descent = descent_of(self.learned.values())
+        data = Data.of(batches, token_weights, descent.steps * descent.accumulate)
+        whole = dataclasses.replace(self, data=data, params=realize(self.params))
+        check_logits(self.fn, whole.params, self.aim.objective, data)
+        return whole
+
+    def _check_aim(self, batches: bool, weighed: bool) -> None:
+        """Refuse an objective that this plan, these batches or these stages have no use for."""
+        aim = self.aim
+        objective = aim.objective if isinstance(aim, Whole) else aim
+        check_objective(self.plan, objective, self.evidence, self.key)
+        if not batches:
+            raise EvidenceError("an objective is descended on batches; pass calibration batches")
+        if weighed:
+            check_weighable(objective)
+        if isinstance(aim, Stagewise) and self.granularity == "all":
+            raise PlanError(
+                "objectives.Stagewise() needs stages: pass granularity='weight' or 'block', or "
+                "descend its objective on the whole network"
+            )
+
+    @cached_property
+    def leaves(self) -> Leaves:
+        """The parameters by path."""
+        return Leaves.of(self.params)
+
+    @cached_property
+    def learned(self) -> Plan:
+        """The weights that move together, over all stages; none unless the aim is `Whole`."""
+        return self._part(lambda path: self._is_together(path))
+
+    @cached_property
+    def rounded(self) -> Plan:
+        """The weights that are rounded stage by stage."""
+        return self._part(lambda path: not self._is_together(path))
+
+    def _is_together(self, path: str) -> bool:
+        return isinstance(self.aim, Whole) and is_learned(self.plan[path])
+
+    def _part(self, chosen: Callable[[str], bool]) -> Plan:
+        return Plan({path: s for path, s in self.plan.items() if chosen(path)}, self.plan.weights)
+
+    @cached_property
+    def unknown(self) -> tuple[str, ...]:
+        """The weights that stages round and whose inputs are to be read from batches."""
+        weights = self.plan.weights
+        return tuple(p for p in self.rounded if weights[p].has_inputs and p not in self.evidence)
+
+    @cached_property
+    def recording(self) -> Recording:
+        """Where the function is cut, and what is recorded there."""
+        needs = frozenset[str]().union(*(scheme.needs for scheme in self.rounded.values()))
+        return Recording(
+            {path: self.plan.weights[path].stack_axes for path in self.rounded},
+            self.granularity,
+            known=self.rounded.keys() - set(self.unknown),
+            drift="drift" in needs and self.granularity != "all",
+            spread="spread" in needs,
+            reconstruct=self.aim.inputs if isinstance(self.aim, Stagewise) else None,
+        )
+
+    def walk(self, budget: int | None) -> Walk:
+        """The stages of the weights that are rounded stage by stage.
+
+        Raises:
+            EvidenceError: the batches do not reach a weight, or not all tokens are known.
+        """
+        if not self.data.batches or not (self.unknown or isinstance(self.aim, Stagewise)):
+            return Walk.without_data(self.fn, self.leaves, self.rounded)
+        walk = Walk.start(self.fn, self.leaves, self.data, self.recording, budget)
+        check_reached(walk, self.rounded)
+        check_matched(walk, self.data, self.unknown)
+        return walk
