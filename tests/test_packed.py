@@ -12,7 +12,7 @@ import pytest
 from jax.extend import core
 
 import jquant as jq
-from jquant.jobs.stages import _joined
+from jquant.jobs.layers import join_layers
 from jquant.layerwise.weight import quantize_weight
 from jquant.numerics.packed import joined, unpacked
 from tests.functions import _normal
@@ -43,7 +43,7 @@ def _joins_bits(fn: Any, *args: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("join", [joined, lambda xs, axis: _joined(*xs, axis=axis)])
+@pytest.mark.parametrize("join", [joined, lambda xs, axis: join_layers(*xs, axis=axis)])
 def test_joined_as_bytes_are(kind: str, join: Any) -> None:
     dtype = jnp.dtype(kind)
     low = -2 if jnp.issubdtype(dtype, jnp.signedinteger) else 0

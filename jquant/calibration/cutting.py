@@ -13,7 +13,7 @@ from jquant.calibration.comparison import Level
 from jquant.calibration.data import in_words, kind_of, not_taken
 from jquant.calibration.follow import Follower
 from jquant.calibration.place import Place
-from jquant.calibration.running import find_uses
+from jquant.calibration.running import Found, find_uses
 from jquant.calibration.segments import segment_key
 from jquant.calibration.stages import Cut, Granularity, Segment, Stage, cut_at_weights
 from jquant.calibration.tokens import Weights, follow_steps, input_places
@@ -132,26 +132,32 @@ def _cut(flat: Flat, recording: Recording) -> Cut:
 
 def _one_stage(flat: Flat, recording: Recording) -> Cut:
     """All weights as one stage: nothing comes before it or after it, nothing is kept alive."""
-    uses = find_uses(flat, (recording.planned.keys() - set(recording.known)).__contains__)
-    needed: set[int] = set()
-    kept: list[int] = []
+    unknown = recording.planned.keys() - set(recording.known)
+    usage = find_uses(flat, unknown.__contains__)
+    stage = Stage(tuple(map(Piece, recording.planned)), 1, 1)
+    empty, nothing = Segment((), (), ()), frozenset[int]()
+    return Cut(flat, (stage,), empty, (_gather(flat, usage),), (empty,), (nothing, nothing))
+
+
+def _gather(flat: Flat, usage: Found) -> Segment:
+    """The steps that lead to any use of a weight, from the parameters and the inputs."""
+    needed, to_weights = set[int](), set[int]()
     for at in range(len(flat.steps))[::-1]:
-        if at in uses.uses or not needed.isdisjoint(flat.steps[at].outs):
-            kept.append(at)
+        if at in usage.uses or not needed.isdisjoint(flat.steps[at].outs):
+            to_weights.add(at)
             needed.update(flat.steps[at].reads)
-    kept.reverse()
+    kept = sorted(to_weights)
     steps = tuple(flat.steps[at] for at in kept)
     made = {n for step in steps for n in step.outs}
     sources = tuple(dict.fromkeys(n for step in steps for n in step.reads if n not in made))
-    gather = Segment(
-        steps, sources, (),
-        watched=tuple(sorted({n for numbers in uses.uses.values() for n in numbers})),
-        fixed=tuple(n for n in sources if n in uses.fixed),
-        roots=tuple(k for k, at in enumerate(kept) if at in uses.uses),
-    )  # fmt: skip
-    empty, nothing = Segment((), (), ()), frozenset[int]()
-    stage = Stage(tuple(map(Piece, recording.planned)), 1, 1)
-    return Cut(flat, (stage,), empty, (gather,), (empty,), (nothing, nothing))
+    return Segment(
+        steps,
+        sources,
+        outputs=(),
+        watched=tuple(sorted(set().union(*usage.uses.values()))),
+        fixed=tuple(n for n in sources if n in usage.fixed),
+        roots=tuple(k for k, at in enumerate(kept) if at in usage.uses),
+    )
 
 
 def _places(flat: Flat, tokens: Sequence[int]) -> dict[int, Place]:

@@ -33,40 +33,48 @@ class Found(NamedTuple):
 
 def find_uses(flat: Flat, planned: Callable[[str], bool]) -> Found:
     """Run all steps abstractly, watching the planned weights."""
-    wanted = {n: piece for n, piece in flat.pieces.items() if planned(piece.path)}
-    observer = Observer()
-    numbers = {str(piece): number for number, piece in wanted.items()}
-    known = {*flat.pieces, *flat.consts, *(n for n in flat.inputs if is_key(flat.shapes[n]))}
-    fixed: set[int] = set()
+    watched = {n: piece for n, piece in flat.pieces.items() if planned(piece.path)}
+    observer, fixed = _watch(flat, watched)
+    numbers = {str(piece): number for number, piece in watched.items()}
+    sightings = [
+        (site, numbers[path], reading.kind)
+        for (site, _), (path, reading, *_) in observer.uses.items()
+    ]
+    multiplied = {number for _, number, kind in sightings if kind != "lookup"}
+    uses: dict[int, dict[int, None]] = {}
+    for (at, *_), number, kind in sightings:
+        if kind != "lookup" or number not in multiplied:
+            uses.setdefault(at, {})[number] = None
+    nested = {
+        flat.pieces[number]: flat.steps[at].eqn.primitive.name
+        for (at, *inside), number, _ in sightings
+        if inside
+    }
+    return Found({at: tuple(uses[at]) for at in sorted(uses)}, nested, fixed)
+
+
+def _watch(flat: Flat, watched: Mapping[int, Piece]) -> tuple[Observer, frozenset[int]]:
+    """What an observer sees of weights in an abstract run, and the values without inputs."""
+    observer, fixed = Observer(), set[int]()
+    keys = {number for number in flat.inputs if is_key(flat.shapes[number])}
+    plain = {*flat.pieces, *flat.consts, *keys}
+
+    def tagged(number: int, value: Any) -> Any:
+        if number in watched:
+            return Tagged.of(str(watched[number]), value)
+        return Tagged(value) if number in plain else value
 
     def probe(values: dict[int, Any]) -> int:
-        tagged = {
-            n: Tagged.of(str(wanted[n]), v) if n in wanted else Tagged(v) if n in known else v
-            for n, v in values.items()
-        }
         walker = Walker(observer, constant=constant)
-        evaluate(walker, flat.steps, tagged)
-        observer.leave([tagged[n] for n in flat.outputs if isinstance(n, int)], walker)
-        fixed.update(n for n, v in tagged.items() if isinstance(v, Tagged) and not v.dependent)
+        values = {number: tagged(number, value) for number, value in values.items()}
+        evaluate(walker, flat.steps, values)
+        observer.leave([values[n] for n in flat.outputs if isinstance(n, int)], walker)
+        fixed.update(n for n, v in values.items() if isinstance(v, Tagged) and not v.dependent)
         return 0
 
     sources = [*flat.pieces, *flat.inputs, *flat.consts]
     jax.eval_shape(probe, {number: flat.shapes[number] for number in sources})
-    kinds: dict[int, set[str]] = {}
-    found: dict[int, dict[int, set[str]]] = {}
-    nested: dict[Piece, str] = {}
-    for ((at, *inside), _), (path, reading, *_) in observer.uses.items():
-        number = numbers[path]
-        kinds.setdefault(number, set()).add(reading.kind)
-        found.setdefault(at, {}).setdefault(number, set()).add(reading.kind)
-        if inside:
-            nested[flat.pieces[number]] = flat.steps[at].eqn.primitive.name
-    uses = {
-        at: tuple(n for n, how in by.items() if how != {"lookup"} or kinds[n] == {"lookup"})
-        for at, by in found.items()
-    }
-    uses = {at: numbers for at, numbers in sorted(uses.items()) if numbers}
-    return Found(uses, nested, frozenset(fixed))
+    return observer, frozenset(fixed)
 
 
 def evaluate(

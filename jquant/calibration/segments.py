@@ -106,7 +106,7 @@ class Reconstruction:
         del fixed
         operands: list[Any] = list(inputs)
         shapes = tuple(x.shape for x in inputs if x is not None)
-        run, places = next(found for known, found in self.runs if known == shapes)
+        run, places = next(program for kind, program in self.runs if kind == shapes)
         for place, weight in zip(places, weights, strict=True):
             operands[place] = weight
         return run(operands)
@@ -140,8 +140,8 @@ def gather(
     ) -> Any:
         rows = seen = tokens = None
         if weights is not None and places is not None:
-            known = dict(zip(segment.sources, places, strict=True))
-            tokens = Tokens.of(weights, lambda to: follow_steps(to, segment.steps, known))
+            start = dict(zip(segment.sources, places, strict=True))
+            tokens = Tokens.of(weights, lambda to: follow_steps(to, segment.steps, start))
         if full is not None:
             observer = Observer(keep=True, roots=segment.roots)
             _, seen = _watch(observer, segment, full)

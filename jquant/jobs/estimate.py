@@ -199,8 +199,8 @@ class _Costs:
         """Add the rounding of a weight, or of a layer of it."""
         plan, path = request.plan, piece.path
         shape = _shape(piece, plan)
-        known = path in request.evidence or path in request.unknown and bool(request.data.batches)
-        informed = plan.weights[path].has_inputs and known
+        read = path in request.unknown and bool(request.data.batches)
+        informed = read or (plan.weights[path].has_inputs and path in request.evidence)
         kind = plan[path], shape, plan.weights[path].layout, informed
         if kind not in self._weights:
             cost = _rounding(piece, plan, shape, informed)

@@ -62,11 +62,11 @@ class WorkDir:
         if not file.exists():
             return None
         with _saying_what_to_do():
-            said = read_header(file).metadata.get("outcomes", "{}")
+            told = read_header(file).metadata.get("outcomes", "{}")
             weights = load(file, lazy=True)
             outcomes = {
                 name: Outcome(**values | {"told": tuple(values.get("told", ()))})
-                for name, values in json.loads(said).items()
+                for name, values in json.loads(told).items()
             }
             if not outcomes.keys() == set(weights) == set(names):
                 raise CheckpointError(f"{file}: not the record of stage {stage + 1}")
@@ -90,9 +90,9 @@ class WorkDir:
                 f"({error.strerror or error}); all stages before it are kept: make room, and "
                 "start the same job again with this work_dir"
             ) from error
-        found = self.finished(stage, record)
-        assert found is not None
-        return found
+        written = self.finished(stage, record)
+        assert written is not None
+        return written
 
     def keep(self, state: PyTree, trace: Trace) -> None:
         """Write what a learning goes on from, in place of what was there.
@@ -102,8 +102,8 @@ class WorkDir:
         """
         leaves = {f"{k:06}": leaf for k, leaf in enumerate(jax.tree.leaves(state))}
         try:
-            said = {"trace": json.dumps(dataclasses.asdict(trace))}
-            save(self.path / _LEARNING, leaves, metadata=said)
+            metadata = {"trace": json.dumps(dataclasses.asdict(trace))}
+            save(self.path / _LEARNING, leaves, metadata=metadata)
         except OSError as error:
             raise WorkDirError(
                 f"{self.path}: what was learned up to step {len(trace.loss)} cannot be written "
@@ -122,10 +122,10 @@ class WorkDir:
             return None
         with _saying_what_to_do():
             trace = Trace(**json.loads(read_header(file).metadata.get("trace", "{}")))
-            found = load(file)
+            stored = load(file)
             leaves, structure = jax.tree.flatten(like)
-            if len(found) != len(leaves) or any(
-                found[f"{k:06}"].shape != leaf.shape for k, leaf in enumerate(leaves)
+            if len(stored) != len(leaves) or any(
+                stored[f"{k:06}"].shape != leaf.shape for k, leaf in enumerate(leaves)
             ):
                 raise CheckpointError(f"{file}: not the record of this learning")
         trace = dataclasses.replace(
@@ -133,7 +133,7 @@ class WorkDir:
             names=tuple(trace.names),
             looks={int(step): loss for step, loss in trace.looks.items()},
         )
-        placed = [jax.device_put(found[f"{k:06}"], leaf.sharding) for k, leaf in enumerate(leaves)]
+        placed = [jax.device_put(stored[f"{k:06}"], leaf.sharding) for k, leaf in enumerate(leaves)]
         return jax.tree.unflatten(structure, placed), trace
 
 
@@ -159,8 +159,8 @@ def open_work_dir(path: str | os.PathLike[str], fingerprint: Mapping[str, str]) 
             (folder / name).unlink(missing_ok=True)
         # Written again in any case: that it can be is found out now, not after the first stage.
         with replace_file(job) as file:
-            said = {"version": _VERSION, "fingerprint": dict(fingerprint)}
-            file.write(json.dumps(said, indent=1).encode())
+            contents = {"version": _VERSION, "fingerprint": dict(fingerprint)}
+            file.write(json.dumps(contents, indent=1).encode())
     except OSError as error:
         raise WorkDirError(
             f"{folder} cannot be used as a work directory ({error.strerror or error}); pass a "
@@ -171,8 +171,8 @@ def open_work_dir(path: str | os.PathLike[str], fingerprint: Mapping[str, str]) 
 
 def _compare(folder: Path, job: Path, fingerprint: Mapping[str, str]) -> None:
     try:
-        said = json.loads(job.read_bytes())
-        version, old = said["version"], dict(said["fingerprint"])
+        contents = json.loads(job.read_bytes())
+        version, old = contents["version"], dict(contents["fingerprint"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise WorkDirError(
             f"{job} is damaged ({error}); pass a new work_dir, or delete this one"

@@ -13,17 +13,15 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, WeightError
+from jquant.jobs.layers import evidence_as_layer, evidence_of_layer, put_together
 from jquant.jobs.progress import Doing, Progress, Told
 from jquant.jobs.records import Record, WorkDir
 from jquant.jobs.report import WORSE, Report, WeightReport
@@ -35,9 +33,8 @@ from jquant.learning.descend import Learned, Problem, descent_of, is_learned, le
 from jquant.learning.network import Setting, learn_whole
 from jquant.learning.objectives import Objective, Stagewise
 from jquant.learning.trace import Trace
-from jquant.numerics.packed import joined
 from jquant.programs.straight import Piece
-from jquant.schemes.scheme import Plan, Scheme
+from jquant.schemes.scheme import Scheme
 from jquant.trees.lazy import Lazy, realize
 from jquant.trees.paths import key_of
 from jquant.trees.placement import at_ease, sliced
@@ -218,15 +215,10 @@ class Job:
 
     def evidence_of(self, piece: Piece, evidence: Evidence | None) -> Evidence | None:
         """The evidence of a piece's inputs, given or just read, shaped as the piece is."""
-        axes = sorted((_place(self.plan, piece.path, axis), at) for axis, at in piece.where)
-        if piece.path in self.request.evidence:
-            evidence = self.request.evidence[piece.path]
-            for place, at in axes:
-                evidence = jax.tree.map(partial(_layer, at=at, axis=place), evidence)
-            return evidence
-        for place, _ in axes:
-            evidence = jax.tree.map(partial(jnp.expand_dims, axis=place), evidence)
-        return evidence
+        given = self.request.evidence.get(piece.path)
+        if given is not None:
+            return evidence_of_layer(given, self.plan, piece)
+        return evidence_as_layer(evidence, self.plan, piece)
 
     def take(self, stage: int, record: Record) -> None:
         """Put the stage's quantized weights in the place of the ones that were there."""
@@ -281,7 +273,7 @@ class Job:
         lazy = any(isinstance(leaf, Lazy) for leaf in self.leaves.arrays.values())
         notes = self.notes()
         for path, scheme in self.request.rounded.items():
-            q = self.whole(path)
+            q = put_together(self.plan, path, self.done)
             if not lazy:
                 q = placed(realize(q), self.leaves.arrays[path])
             pieces = [piece for piece in self.done if piece.path == path]
@@ -290,18 +282,6 @@ class Job:
             note = "; ".join(filter(None, [*calibrated, *notes.get(path, ())]))
             self.quantized[path] = q
             self.rows[path] = row_of(path, scheme, q, outcome, note)
-
-    def whole(self, path: str) -> QTensor:
-        """The quantized weight, put together from its layers, innermost loop first."""
-        parts = {piece.where: q for piece, q in self.done.items() if piece.path == path}
-        while len(next(iter(parts))) > 0:
-            place = _place(self.plan, path, next(iter(parts))[-1][0])
-            rows: dict[Any, list[QTensor]] = {}
-            for where in sorted(parts):
-                rows.setdefault(where[:-1], []).append(parts[where])
-            join = partial(_joined, axis=place)
-            parts = {outer: jax.tree.map(join, *row) for outer, row in rows.items()}
-        return parts[()]
 
     def notes(self) -> dict[str, list[str]]:
         """Path → what the walk has to say of a weight, once for all its layers."""
@@ -358,32 +338,6 @@ def row_of(path: str, scheme: Scheme, q: QTensor, outcome: Outcome, note: str) -
 
 
 _dequantize = jax.jit(dequantize_weight)
-
-
-def _place(plan: Plan, path: str, axis: int) -> int:
-    """The batch axis of the canonical view that a stacked axis of the leaf is."""
-    ((role, place, _),) = plan.weights[path].layout.axes[axis]
-    assert role == "batch", "a scan slices a weight along an axis of its stack"
-    return place
-
-
-def _layer(leaf: Array, at: int, axis: int) -> Array:
-    return jax.lax.slice_in_dim(leaf, at, at + 1, axis=axis)
-
-
-def _joined(*leaves: Any, axis: int) -> Any:
-    """Arrays that are one layer each along `axis`, as one array; lazy if they are."""
-    first = leaves[0]
-    if not isinstance(first, Lazy):
-        return at_ease(lambda *leaves: joined(leaves, axis), *leaves)
-    shape = (*first.shape[:axis], len(leaves), *first.shape[axis + 1 :])
-    identity = f"concatenated along {axis}: {'; '.join(leaf.identity for leaf in leaves)}"
-
-    def window(index: tuple[slice, ...]) -> Any:
-        inner = (*index[:axis], slice(0, 1), *index[axis + 1 :])
-        return np.concatenate([leaf[inner] for leaf in leaves[index[axis]]], axis)
-
-    return Lazy(shape, first.dtype, window, identity)
 
 
 def peak_bytes() -> int:

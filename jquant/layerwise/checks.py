@@ -79,9 +79,9 @@ def _check_uses(path: str, scheme: Scheme, weight: Weight) -> None:
         if use.kind == "lookup":
             continue
         if choice.path == "integer" and (use.kind != "dot" or not use.counted):
-            said = use.kind if use.counted else f"{use.kind} over its axes {use.in_axes}"
+            product = use.kind if use.counted else f"{use.kind} over its axes {use.in_axes}"
             raise PlanError(
-                f"weight {path!r} enters a {said}, which has no product of integers; pass "
+                f"weight {path!r} enters a {product}, which has no product of integers; pass "
                 "Activations(path='auto')"
             )
         if choice.granularity == "static" and not use.counted:
@@ -176,8 +176,8 @@ def check_evidence(plan: Plan, evidence: Mapping[str, Evidence]) -> None:
     for path, scheme in plan.items():
         if path not in evidence:
             continue
-        found, weight = evidence[path], plan.weights[path]
-        moment = found.second_moment
+        given, weight = evidence[path], plan.weights[path]
+        moment = given.second_moment
         shape = jax.eval_shape(
             weight.layout.canonical, jax.ShapeDtypeStruct(weight.shape, weight.dtype)
         ).shape
@@ -186,7 +186,7 @@ def check_evidence(plan: Plan, evidence: Mapping[str, Evidence]) -> None:
                 f"weight {path!r}: second moment must be {(*shape[:-2], shape[-1], shape[-1])}, "
                 f"got {moment.shape}"
             )
-        fine, skew = _sound(found)
+        fine, skew = _sound(given)
         for name, is_fine in fine.items():
             if not is_fine:
                 raise EvidenceError(
@@ -198,7 +198,7 @@ def check_evidence(plan: Plan, evidence: Mapping[str, Evidence]) -> None:
                 f"weight {path!r}: its second moment is not symmetric (off by {skew:.1e} of its "
                 "largest entry); pass the sum of x xᵀ over tokens"
             )
-        check_tokens(path, scheme, found)
+        check_tokens(path, scheme, given)
 
 
 def not_used(name: str) -> str:

@@ -203,13 +203,6 @@ def realize(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def abstract(tree: Any) -> Any:
-    """The tree with a `jax.ShapeDtypeStruct` in place of every `Lazy`: for tracing."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_lazy(leaf) else leaf, tree
-    )
-
-
 def span(shape: Sequence[int], window: Window) -> tuple[int, tuple[int, ...], Window]:
     """Where a window lies in a row-major array: the shortest run of elements that holds it.
 

@@ -125,8 +125,8 @@ def entries_of(x: Any) -> list[Entry] | None:
     sharding = typed(x) or getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return None
-    found = list(sharding.spec)
-    return found + [None] * (len(x.shape) - len(found))
+    entries = list(sharding.spec)
+    return entries + [None] * (len(x.shape) - len(entries))
 
 
 def window(leaf: jax.Array, index: Sequence[slice], kept: Sequence[Any]) -> jax.Array:

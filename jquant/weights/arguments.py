@@ -42,21 +42,21 @@ def by_path(tree: PyTree, what: str = "params") -> dict[str, Any]:
         >>> by_path({"a": [jax.numpy.zeros(2), 1e-5]})
         {'a/0': Array([0., 0.], dtype=float32), 'a/1': Array(1.e-05, dtype=float32, weak_type=True)}
     """
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     keys_of: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)[0]:
         path = path_of(keys)
-        if path in found:
+        if path in leaves:
             one, two = (jax.tree_util.keystr(k) for k in (keys_of[path], keys))
             raise TreeError(
                 f"{what}{one} and {what}{two} have one path, {path!r}, by which leaves are known; "
                 "rename a key of either"
             )
-        said = refusal_of(leaf, tree)
-        if said is not None:
-            raise TreeError(f"{named_leaf(what, path)} is {said}")
-        found[path], keys_of[path] = value_of(leaf), keys
-    return found
+        refusal = refusal_of(leaf, tree)
+        if refusal is not None:
+            raise TreeError(f"{named_leaf(what, path)} is {refusal}")
+        leaves[path], keys_of[path] = value_of(leaf), keys
+    return leaves
 
 
 def replaced(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
@@ -66,8 +66,8 @@ def replaced(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
         >>> replaced({"a": 1, "b": [2, 3]}, {"b/1": 4})
         {'a': 1, 'b': [2, 4]}
     """
-    found, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
-    return jax.tree.unflatten(structure, [leaves.get(path_of(k), leaf) for k, leaf in found])
+    pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
+    return jax.tree.unflatten(structure, [leaves.get(path_of(k), leaf) for k, leaf in pairs])
 
 
 def inputs_of(batch: Any, number: int | None = None) -> Inputs:
@@ -97,9 +97,9 @@ def inputs_of(batch: Any, number: int | None = None) -> Inputs:
                     f"{len(jax.tree.leaves(leaf))} arrays. Pass one array: numpy.asarray(…), or "
                     "several inputs as a tuple"
                 )
-            said = refusal_of(leaf, value)
-            if said is not None:
-                raise TreeError(f"{named_leaf(name, path_of(keys))} is {said}")
+            refusal = refusal_of(leaf, value)
+            if refusal is not None:
+                raise TreeError(f"{named_leaf(name, path_of(keys))} is {refusal}")
     return inputs
 
 
@@ -149,8 +149,8 @@ def _is_list(node: Any) -> bool:
 
 def refusal_of(leaf: Any, tree: PyTree) -> str | None:
     """What a leaf of a tree is that is no JAX value, and the way out; None if it is one."""
-    said = _no_value(leaf)
-    return None if said is None else f"{said}. {_advice(leaf, tree)}"
+    what = _no_value(leaf)
+    return None if what is None else f"{what}. {_advice(leaf, tree)}"
 
 
 def _no_value(leaf: Any) -> str | None:
