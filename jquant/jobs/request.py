@@ -99,40 +99,54 @@ class Request:
             what `quantize` raises before any work.
         """
         offered = batches is not None
-        if not isinstance(self.aim, Alone):
-            self._check_aim(offered, token_weights is not None)
-        if self.granularity not in ("weight", "block", "all"):
-            raise PlanError(
-                f"granularity must be 'weight', 'block' or 'all', got {self.granularity!r}"
-            )
-        check_weights(self.plan, by_path(self.params))
-        staged = offered and self.granularity != "all"
-        check_needs(self.rounded, self.evidence, self.key, batches=offered, staged=staged)
-        check_evidence(self.plan, self.evidence)
-        if batches is None or not (self.unknown or not isinstance(self.aim, Alone)):
-            return self
-        if not isinstance(self.aim, Whole):
-            return dataclasses.replace(self, data=Data.of(batches, token_weights))
-        descent = descent_of(self.learned.values())
-        data = Data.of(batches, token_weights, descent.steps * descent.accumulate)
-        whole = dataclasses.replace(self, data=data, params=realize(self.params))
-        check_logits(self.fn, whole.params, self.aim.objective, data)
-        return whole
+        self._check_choices(offered, token_weights is not None)
+        request, whole = self, isinstance(self.aim, Whole)
+        if whole:  # every step runs all of the network
+            request = dataclasses.replace(self, params=realize(self.params))
+        request._check_plan(offered)
+        if batches is None or not request.reads:
+            return request
+        most = None
+        if whole:
+            descent = descent_of(request.learned.values())
+            most = descent.steps * descent.accumulate
+        data = Data.of(batches, token_weights, most)
+        if isinstance(self.aim, Whole):
+            check_logits(self.fn, request.params, self.aim.objective, data)
+        return dataclasses.replace(request, data=data)
 
-    def _check_aim(self, batches: bool, weighed: bool) -> None:
-        """Refuse an objective that this plan, these batches or these stages have no use for."""
-        aim = self.aim
-        objective = aim.objective if isinstance(aim, Whole) else aim
-        check_objective(self.plan, objective, self.evidence, self.key)
-        if not batches:
-            raise EvidenceError("an objective is descended on batches; pass calibration batches")
-        if weighed:
-            check_weighable(objective)
-        if isinstance(aim, Stagewise) and self.granularity == "all":
+    def _check_choices(self, batches: bool, weighed: bool) -> None:
+        """Refuse stages that there are not, and an objective that these batches cannot serve."""
+        if not isinstance(self.aim, Alone):
+            objective = self.aim.objective if isinstance(self.aim, Whole) else self.aim
+            check_objective(self.plan, objective, self.evidence, self.key)
+            if not batches:
+                raise EvidenceError(
+                    "an objective is descended on batches; pass calibration batches"
+                )
+            if weighed:
+                check_weighable(objective)
+        if isinstance(self.aim, Stagewise) and self.granularity == "all":
             raise PlanError(
                 "objectives.Stagewise() needs stages: pass granularity='weight' or 'block', or "
                 "descend its objective on the whole network"
             )
+        if self.granularity not in ("weight", "block", "all"):
+            raise PlanError(
+                f"granularity must be 'weight', 'block' or 'all', got {self.granularity!r}"
+            )
+
+    def _check_plan(self, batches: bool) -> None:
+        """Refuse weights, roundings and evidence that do not go together."""
+        check_weights(self.plan, by_path(self.params))
+        staged = batches and self.granularity != "all"
+        check_needs(self.rounded, self.evidence, self.key, batches=batches, staged=staged)
+        check_evidence(self.plan, self.evidence)
+
+    @property
+    def reads(self) -> bool:
+        """Whether batches are gone over, for evidence or for an objective."""
+        return bool(self.unknown) or not isinstance(self.aim, Alone)
 
     @cached_property
     def leaves(self) -> Leaves:
