@@ -222,3 +222,67 @@ def test_nothing_warns_on_a_plain_run() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         jq.quantize(fn, PARAMS, _plan({"up": GPTQ4}), [TOKENS])
+
+
+@pytest.mark.parametrize("granularity", ["weight", "all"])
+def test_a_network_with_quantized_weights_is_calibrated_as_it_is(granularity) -> None:
+    """The weights that are there already are leaves of several arrays."""
+    params = {"up": _normal(1, 6, 10), "down": _normal(2, 10, 6)}
+    x = _normal(3, 32, 6)
+
+    def two(p, x):
+        return jnp.tanh(x @ p["up"]) @ p["down"]
+
+    weights = jq.find_weights(two, params, x)
+    first, _ = jq.quantize(two, params, jq.plan(weights, {"up": NEAREST4, "down": jq.keep}), [x])
+    run = jq.apply(two)
+    plan = jq.plan(jq.find_weights(run, first, x, ignore="up/.*"), {"down": GPTQ4})
+    q, report = jq.quantize(run, first, plan, [x], granularity=granularity)
+    assert report.stages == (("down",),)
+    plain = {"up": jq.dequantize(first)["up"], "down": params["down"]}
+    wanted, _ = jq.quantize(two, plain, plan, [x], granularity=granularity)
+    np.testing.assert_array_equal(q["down"].codes, wanted["down"].codes)
+    assert isinstance(q["up"], jq.QTensor)
+
+
+def test_all_weights_in_one_pass_are_what_capture_sees() -> None:
+    """`granularity="all"` is `capture`, then each weight from its evidence."""
+    params = {"embed": _normal(0, 11, 6), "up": _normal(1, 6, 10), "down": _normal(2, 10, 6)}
+
+    def three(p, tokens):
+        return jnp.tanh(p["embed"][tokens] @ p["up"]) @ p["down"]
+
+    weights = jq.find_weights(three, params, TOKENS)
+    plan = jq.plan(weights, {"embed": NEAREST4, ".*": GPTQ4})
+    batches = [TOKENS, TOKENS[:2]]
+    one, report = jq.quantize(three, params, plan, batches, granularity="all")
+    evidence = jq.capture(three, params, batches)
+    assert set(evidence) == {"up", "down"} and report.stages == (tuple(plan),)
+    other, _ = jq.quantize(three, params, plan, evidence=evidence)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_learned_weights_are_the_last_stage_of_the_same_job(tmp_path) -> None:
+    """With one folder, one count of stages, and the same bits from records and on the host."""
+    params = {"up": _normal(1, 6, 10), "down": _normal(2, 10, 6)}
+    x = _normal(3, 32, 6)
+
+    def two(p, x):
+        return jnp.tanh(x @ p["up"]) @ p["down"]
+
+    descent = jq.rounding.Descent(4, 0.1, checks=2)
+    learned = jq.Scheme(Uniform(3), None, jq.rounding.DiscQuant(descent=descent))
+    plan = jq.plan(jq.find_weights(two, params, x), {"up": GPTQ4, "down": learned})
+    ask = {"objective": jq.objectives.MSE(), "key": jax.random.key(0)}
+    told: list[jq.Progress] = []
+    one, report = jq.quantize(two, params, plan, [x], **ask, progress=told.append)
+    assert report.stages == (("up",), ("down",))
+    assert {p.stages for p in told} == {2} and [p.stage for p in told] == sorted(
+        p.stage for p in told
+    )
+    assert (told[-1].stage, told[-1].doing, told[-1].fraction) == (1, "learning", 1.0)
+    for _ in range(2):  # the second from its records
+        kept, _ = jq.quantize(two, params, plan, [x], **ask, work_dir=tmp_path / "w", budget=0)
+        jax.tree.map(np.testing.assert_array_equal, kept, one)
+    names = sorted(path.name for path in (tmp_path / "w").iterdir())
+    assert names == ["job.json", "learning.safetensors", "stage-00000.safetensors"]
