@@ -12,9 +12,9 @@ from scipy import optimize
 from jquant.axes.groups import Blocks
 from jquant.errors import EvidenceError
 from jquant.grids import KMeans, Power, Uniform
+from jquant.grids.grouped import Grouped
 from jquant.numerics.distortion import output_error
 from jquant.rounding import GPTQ, NUPES, AdaRound, Descent, DiscQuant, Nearest, SignRound
-from jquant.rounding.elementwise import fit_grid
 from jquant.rounding.relaxed import Target, Unit, beta_at, corners
 
 GROUPS = Blocks("in", 8)
@@ -32,7 +32,7 @@ KEY = jax.random.key(0)
 
 
 def target_of(w, grid, blocks=GROUPS) -> Target:
-    return Target(w, fit_grid(w, grid, blocks, None), grid, blocks)
+    return Target(w, Grouped(grid, blocks).fit(w), grid, blocks)
 
 
 def decoded(result, w, grid, blocks=GROUPS):

@@ -19,15 +19,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jquant.axes.groups import from_blocks, to_blocks
 from jquant.axes.layout import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.errors import PlanError, WeightError
-from jquant.grids.base import nearest
+from jquant.grids.grouped import Grouped
 from jquant.numerics.distortion import output_error
 from jquant.numerics.narrow import as_dtype, ends, is_coarse
 from jquant.rounding.base import Rounded
-from jquant.rounding.elementwise import Nearest, fit_grid
+from jquant.rounding.elementwise import Nearest, importance_of
 from jquant.schemes.inputs import quantized_inputs
 from jquant.schemes.scheme import Scheme
 from jquant.weights.parts import Part
@@ -188,10 +187,8 @@ def _left(
     target: Float[Array, "*batch out in"], rounded: Rounded, scheme: Scheme
 ) -> Float[Array, "*batch out in"]:
     """What codes leave of a target."""
-    blocks = scheme.groups
-    length = target.shape[-1 if blocks.axis == "in" else -2]
-    values = scheme.grid.decode(to_blocks(rounded.codes.astype(jnp.int32), blocks), rounded.params)
-    return target.astype(jnp.float32) - from_blocks(values, blocks, length)
+    grid = Grouped(scheme.grid, scheme.groups)
+    return target.astype(jnp.float32) - grid.decode(rounded.codes, rounded.params)
 
 
 @jax.jit(static_argnames="scheme")
@@ -278,17 +275,13 @@ def _errors(
     scheme: Scheme,
 ) -> dict[str, Array]:
     """Squared errors that the rounding has not reported itself."""
-    grid, blocks = scheme.grid, scheme.groups
-    length = w.shape[-1 if blocks.axis == "in" else -2]
-    w = w.astype(jnp.float32)
-    found = {"power": _size(w, moment)}
+    w, grid, params = w.astype(jnp.float32), Grouped(scheme.grid, scheme.groups), rounded.params
+    errors = {"power": _size(w, moment)}
     if "error" not in rounded.info:
-        found["error"] = _size(_left(w, rounded, scheme), moment)
+        errors["error"] = _size(_left(w, rounded, scheme), moment)
     if "nearest_error" not in rounded.info:
-        codes = nearest(grid, to_blocks(w, blocks), rounded.params)
-        values = from_blocks(grid.decode(codes, rounded.params), blocks, length)
-        found["nearest_error"] = _size(w - values, moment)
-    return found
+        errors["nearest_error"] = _size(w - grid.decode(grid.nearest(w, params), params), moment)
+    return errors
 
 
 @jax.jit
@@ -302,17 +295,15 @@ def _errors_as_kept(
 
     NaN where those `known` are. In sixteen bits they stand unless a value is beyond the dtype.
     """
-    w, blocks, values = w.astype(jnp.float32), q.blocks, canonical_weight(q)
+    w, grid, values = w.astype(jnp.float32), Grouped(q.grid, q.blocks), canonical_weight(q)
 
     def of(values: Array, known: Array) -> Array:
         found = _size(w - as_dtype(values, q.dtype).astype(jnp.float32), moment)
         return jnp.where(jnp.isnan(known), known, found)
 
     def measured() -> dict[str, Array]:
-        params = fit_grid(w, q.grid, blocks, moment)
-        codes = nearest(q.grid, to_blocks(w, blocks), params)
-        length = w.shape[-1 if blocks.axis == "in" else -2]
-        plain = from_blocks(q.grid.decode(codes, params), blocks, length)
+        params = grid.fit(w, importance_of(moment))
+        plain = grid.decode(grid.nearest(w, params), params)
         return {
             "error": of(values, known["error"]),
             "nearest_error": of(plain, known["nearest_error"]),

@@ -27,13 +27,14 @@ from jquant.axes.layout import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.errors import ObjectiveError
 from jquant.grids.base import Params, code_dtype
+from jquant.grids.grouped import Grouped
 from jquant.layerwise.weight import stored
 from jquant.learning.objectives import Objective
 from jquant.learning.trace import Trace
 from jquant.numerics.narrow import as_dtype
 from jquant.rounding.base import Rounded
 from jquant.rounding.descent import Descent
-from jquant.rounding.elementwise import fit_grid, second_moment
+from jquant.rounding.elementwise import importance_of, second_moment
 from jquant.rounding.relaxed import Relaxation, Target, Unit, Variables
 from jquant.schemes.scheme import Scheme
 from jquant.trees.paths import key_of
@@ -101,9 +102,10 @@ class Learned(NamedTuple):
 
     @property
     def target(self) -> Target:
-        grid, blocks, moment = self.scheme.grid, self.scheme.groups, second_moment(self.evidence)
+        grid, groups = self.scheme.grid, self.scheme.groups
         w = self.layout.canonical(self.w).astype(jnp.float32)
-        return Target(w, _fit(w, grid, blocks, moment), grid, blocks)
+        params = _fit(w, Grouped(grid, groups), second_moment(self.evidence))
+        return Target(w, params, grid, groups)
 
 
 def is_learned(scheme: Scheme) -> bool:
@@ -181,7 +183,9 @@ def learn(
     return learned, trace
 
 
-_fit = jax.jit(fit_grid, static_argnames=("grid", "blocks"))
+@jax.jit(static_argnames="grid")
+def _fit(w: Array, grid: Grouped, moment: Array | None) -> Params:
+    return grid.fit(w, importance_of(moment))
 
 
 def descend(

@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
-from jquant.axes.groups import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Blocks
 from jquant.calibration.data import Data
 from jquant.errors import PlanError
 from jquant.grids.base import Grid, Params
+from jquant.grids.grouped import Grouped
 from jquant.learning.descend import Task, descend
 from jquant.learning.network import Feed, Network
 from jquant.learning.objectives import KL, Objective
@@ -54,10 +55,8 @@ class _Coded:
         return self.codes
 
     def decode(self, codes: Array, params: Params | None = None) -> Float[Array, "*batch out in"]:
-        groups = to_blocks(codes.astype(jnp.int32), self.blocks)
-        values = self.grid.decode(groups, self.params if params is None else params)
-        length = codes.shape[-1 if self.blocks.axis == "in" else -2]
-        values = from_blocks(values, self.blocks, length)
+        params = self.params if params is None else params
+        values = Grouped(self.grid, self.blocks).decode(codes, params)
         for part in self.parts:
             values = part.weight(values)
         return values

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jquant.axes.groups import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Blocks
 from jquant.calibration.evidence import Evidence
-from jquant.grids.base import Grid, Params, code_dtype, nearest
+from jquant.grids.base import Grid, code_dtype
+from jquant.grids.grouped import Grouped
 from jquant.rounding.base import Rounded
 
 
@@ -27,17 +28,11 @@ def second_moment(
     return evidence.second_moment if isinstance(evidence, Evidence) else evidence
 
 
-def fit_grid(
-    w: Float[Array, "*batch out in"],
-    grid: Grid,
-    blocks: Blocks,
+def importance_of(
     moment: Float[Array, "*batch in in"] | None,
-) -> Params:
-    """Parameters for the groups of a weight, its inputs weighed by their mean square if known."""
-    if moment is None:
-        return grid.fit(to_blocks(w, blocks))
-    power = jnp.diagonal(moment, axis1=-2, axis2=-1)[..., None, :]
-    return grid.fit(to_blocks(w, blocks), to_blocks(power, blocks))
+) -> Float[Array, "*batch 1 in"] | None:
+    """How much an error in each column of a weight counts where a grid is fitted: `H_jj`."""
+    return None if moment is None else jnp.diagonal(moment, axis1=-2, axis2=-1)[..., None, :]
 
 
 @jax.tree_util.register_static
@@ -77,8 +72,6 @@ def _round(
     grid: Grid,
     blocks: Blocks,
 ) -> Rounded:
-    w = w.astype(jnp.float32)
-    params = fit_grid(w, grid, blocks, moment)
-    length = w.shape[-1 if blocks.axis == "in" else -2]
-    codes = from_blocks(nearest(grid, to_blocks(w, blocks), params), blocks, length)
-    return Rounded(codes.astype(code_dtype(grid)), params, {})
+    w, grouped = w.astype(jnp.float32), Grouped(grid, blocks)
+    params = grouped.fit(w, importance_of(moment))
+    return Rounded(grouped.nearest(w, params).astype(code_dtype(grid)), params, {})

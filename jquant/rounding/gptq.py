@@ -34,11 +34,12 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 from jquant.axes.groups import Blocks, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError
-from jquant.grids.base import Grid, Params, code_dtype, nearest, shares
+from jquant.grids.base import Grid, Params, code_dtype, shares
+from jquant.grids.grouped import Grouped
 from jquant.numerics.packed import unpacked
 from jquant.rounding.base import Rounded
 from jquant.rounding.correction import STRENGTH, Correction, corrected
-from jquant.rounding.elementwise import fit_grid, second_moment
+from jquant.rounding.elementwise import importance_of, second_moment
 from jquant.rounding.factor import factorise
 from jquant.rounding.substitution import Known, loss_of, substitute
 
@@ -275,14 +276,15 @@ def _round_one(
     place = arrange(width, group if dynamic and inward else width, order)
     factor = factorise(moment, place.source, place.real, choice.damping, choice.max_damping)
 
-    params = fit_grid(w, grid, blocks, moment)
+    grouped, importance = Grouped(grid, blocks), importance_of(moment)
+    params = grouped.fit(w, importance)
     target, static = w, params
     if choice.correction is not None and drift is not None:
         strength = STRENGTH[choice.correction] if choice.strength is None else choice.strength
         target = corrected(w, drift, place, factor, choice.correction, strength)
         # As in the codes of both: QEP hands over another weight, GPTAQ fits first.
         if choice.correction == "qep":
-            static = fit_grid(target, grid, blocks, moment)
+            static = grouped.fit(target, importance)
 
     def by_input(w: Float[Array, "out in"]) -> Float[Array, "in m b"]:
         return w.T[:, :, None] if inward else to_blocks(w, blocks)
@@ -323,13 +325,11 @@ def _round_one(
     else:
         # The sweep has measured against the target; what is reported is against W.
         def loss_from(codes: Array, params: Params) -> Float[Array, "m b"]:
-            length = width if inward else rows
-            error = w - from_blocks(grid.decode(codes, params), blocks, length)
+            error = w - grouped.decode(codes, params)
             return loss_of(jnp.take(by_input(error), place.source, axis=0), factor)
 
-        grouped = to_blocks(w, blocks)
-        loss = loss_from(to_blocks(codes, blocks).astype(jnp.int32), static)
-        plain_loss = loss_from(nearest(grid, grouped, params), params)
+        loss = loss_from(codes, static)
+        plain_loss = loss_from(grouped.nearest(w, params), params)
     info = {
         "damping": factor.damping,
         "dead": factor.dead,

@@ -23,8 +23,9 @@ from jquant.axes.groups import Blocks
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError
 from jquant.grids.base import Grid, Params, code_dtype
+from jquant.grids.grouped import Grouped
 from jquant.rounding.base import Rounded
-from jquant.rounding.elementwise import fit_grid, second_moment
+from jquant.rounding.elementwise import importance_of, second_moment
 from jquant.rounding.relaxed import Relaxation, Target, Unit, Variables
 
 
@@ -92,7 +93,8 @@ def _learn(
 ) -> Rounded:
     batch = w.shape[:-2]
     w = w.astype(jnp.float32)
-    target = Target(w, fit_grid(w, grid, blocks, moment), grid, blocks)
+    params = Grouped(grid, blocks).fit(w, importance_of(moment))
+    target = Target(w, params, grid, blocks)
     seen = None if moment is None or data_free else (moment, count)
     keys = None if key is None else jax.random.split(key, batch)
     run = partial(_one, relaxation)

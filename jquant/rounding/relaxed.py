@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from jquant.axes.groups import Blocks, from_blocks, to_blocks
-from jquant.grids.base import Grid, Params, nearest
+from jquant.axes.groups import Blocks
+from jquant.grids.base import Grid, Params
+from jquant.grids.grouped import Grouped
 from jquant.rounding.descent import Descent
 
 Variables = Mapping[str, Array]  # what is learned of one weight, by name
@@ -69,32 +70,27 @@ class Target:
     grid: Grid = field(metadata={"static": True})
     blocks: Blocks = field(metadata={"static": True})
 
-    def grouped(self, array: Array) -> Float[Array, "*batch rows n b"]:
-        return to_blocks(array, self.blocks)
-
-    def ungrouped(self, groups: Array) -> Array:
-        return from_blocks(
-            groups, self.blocks, self.w.shape[-1 if self.blocks.axis == "in" else -2]
-        )
+    @property
+    def grouped(self) -> Grouped:
+        """The grid, of whole weights."""
+        return Grouped(self.grid, self.blocks)
 
     def decode(self, codes: Array, params: Params | None = None) -> Float[Array, "*batch out in"]:
         """Values of codes `[*batch, out, in]`; on other group parameters if given."""
-        params = self.params if params is None else params
-        return self.ungrouped(self.grid.decode(self.grouped(codes), params))
+        return self.grouped.decode(codes, self.params if params is None else params)
 
     def nearest(self) -> Integer[Array, "*batch out in"]:
         """The nearest codes, int32."""
-        return self.ungrouped(nearest(self.grid, self.grouped(self.w), self.params))
+        return self.grouped.nearest(self.w, self.params)
 
     def cell(self, params: Params | None = None) -> Cell:
         """The neighbours of the weights; differentiable in other group parameters, if given."""
-        params = self.params if params is None else params
-        groups = self.grouped(self.w)
-        lo, hi = self.grid.bracket(groups, jax.lax.stop_gradient(params))
-        low, high = self.grid.decode(lo, params), self.grid.decode(hi, params)
+        params, grid = self.params if params is None else params, self.grouped
+        lo, hi = grid.bracket(self.w, jax.lax.stop_gradient(params))
+        low, high = grid.decode(lo, params), grid.decode(hi, params)
         inside = (lo < hi) & (low < high)
-        y = jnp.where(inside, (groups - low) / jnp.where(inside, high - low, 1.0), 0.5)
-        return Cell(*(self.ungrouped(part) for part in (lo, hi, low, high, jnp.clip(y, 0.0, 1.0))))
+        y = jnp.where(inside, (self.w - low) / jnp.where(inside, high - low, 1.0), 0.5)
+        return Cell(lo, hi, low, high, jnp.clip(y, 0.0, 1.0))
 
 
 class Unit(NamedTuple):

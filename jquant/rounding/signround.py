@@ -72,7 +72,7 @@ class SignRound(Learned):
                 f"SignRound learns ranges that a grid takes from its weights, got {target.grid}; "
                 "pass a grid with range=MinMax(), or SignRound(ranges=False)"
             )
-        groups = target.grouped(target.w).shape[:-1]
+        groups = target.grouped.cut(target.w).shape[:-1]
         return shift | dict.fromkeys(("bottom", "top"), jnp.ones(groups, jnp.float32))
 
     def relax(self, variables: Variables, target: Target, progress: Any) -> Between:
@@ -104,7 +104,7 @@ class SignRound(Learned):
         """The neighbours within the ranges as they are now."""
         if not self.ranges:
             return target.cell(), target.params
-        groups = target.grouped(target.w)
+        groups = target.grouped.cut(target.w)
         bottom = jnp.min(groups, -1) * variables["bottom"]
         top = jnp.max(groups, -1) * variables["top"]
         params = target.grid.fit(jnp.clip(groups, bottom[..., None], top[..., None]))

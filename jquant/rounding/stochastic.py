@@ -22,14 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from jquant.axes.groups import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Blocks
 from jquant.calibration.evidence import Evidence
 from jquant.grids.base import Grid, Params, code_dtype
+from jquant.grids.grouped import Grouped
 from jquant.numerics import noise
 from jquant.numerics.narrow import ends
 from jquant.numerics.significand import cut, onto_steps, share_of, with_sign
 from jquant.rounding.base import Rounded
-from jquant.rounding.elementwise import fit_grid, second_moment
+from jquant.rounding.elementwise import importance_of, second_moment
 
 
 @jax.tree_util.register_static
@@ -95,19 +96,17 @@ def _round(
     grid: Grid,
     blocks: Blocks,
 ) -> Rounded:
-    w = w.astype(jnp.float32)
-    params = fit_grid(w, grid, blocks, moment)
-    # Drawn in the weight's own order: groups are no part of what a weight's luck depends on.
-    luck = to_blocks(noise.uniform(key, w.shape, choice.source), blocks)
-    codes = _either(to_blocks(w, blocks), luck, grid, params)
-    length = w.shape[-1 if blocks.axis == "in" else -2]
-    return Rounded(from_blocks(codes, blocks, length).astype(code_dtype(grid)), params, {})
+    w, grouped = w.astype(jnp.float32), Grouped(grid, blocks)
+    params = grouped.fit(w, importance_of(moment))
+    luck = noise.uniform(key, w.shape, choice.source)
+    codes = _either(w, luck, grouped, params)
+    return Rounded(codes.astype(code_dtype(grid)), params, {})
 
 
 def _either(
-    w: Float[Array, "*g b"], luck: Float[Array, "*g b"], grid: Grid, params: Params
-) -> Shaped[Array, "*g b"]:
-    """The upper code where luck, uniform in `[0, 1)`, is below the weight's share of the step."""
+    w: Float[Array, "*s"], luck: Float[Array, "*s"], grid: Grid, params: Params
+) -> Shaped[Array, "*s"]:
+    """The upper code where luck, uniform in `[0, 1)`, is below the number's share of the step."""
     lo, hi = grid.bracket(w, params)
     below, above = grid.decode(lo, params), grid.decode(hi, params)
     return jnp.where(luck * (above - below) < w - below, hi, lo)

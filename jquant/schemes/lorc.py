@@ -38,11 +38,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jquant.axes.groups import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Blocks
 from jquant.axes.layout import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError, PlanError
-from jquant.grids.base import Grid, code_dtype, nearest
+from jquant.grids.base import Grid, code_dtype
+from jquant.grids.grouped import Grouped
 from jquant.numerics.narrow import as_dtype
 from jquant.weights.qtensor import LowRank, QTensor
 
@@ -316,9 +317,8 @@ def _stored(
     if grid is None:
         return as_dtype(factor, choice.dtype)
     blocks, rank = Blocks(axis, getattr(grid, "group", None)), factor.ndim
-    grouped = to_blocks(factor, blocks)
-    params = grid.fit(grouped)
-    length = factor.shape[-1 if axis == "in" else -2]
-    codes = from_blocks(nearest(grid, grouped, params), blocks, length).astype(code_dtype(grid))
+    grouped = Grouped(grid, blocks)
+    params = grouped.fit(factor)
+    codes = grouped.nearest(factor, params).astype(code_dtype(grid))
     layout = Layout.of(factor.shape, in_axes=(rank - 1,), batch_axes=tuple(range(rank - 2)))
     return QTensor(codes, dict(params), grid, blocks, layout, jnp.dtype(jnp.float32))

@@ -24,9 +24,10 @@ from jax.sharding import NamedSharding
 from jax.tree_util import GetAttrKey
 from jaxtyping import Array, Float, Integer
 
-from jquant.axes.groups import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Blocks
 from jquant.axes.layout import Layout
 from jquant.grids.base import Grid, Params
+from jquant.grids.grouped import Grouped
 from jquant.numerics.distortion import bits_per_weight
 from jquant.numerics.narrow import as_dtype
 from jquant.trees.placement import automatic, entries_of, fitting, put, typed
@@ -184,9 +185,7 @@ def tree_map_weights(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def canonical_weight(q: QTensor) -> Float[Array, "*batch out in"]:
     """The array a `QTensor` stands for in its canonical view, float32."""
-    codes = to_blocks(q.codes.astype(jnp.int32), q.blocks)
-    length = q.codes.shape[-1 if q.blocks.axis == "in" else -2]
-    values = from_blocks(q.grid.decode(codes, q.params), q.blocks, length)
+    values = Grouped(q.grid, q.blocks).decode(q.codes, q.params)
     for part in q.parts:
         values = part.weight(values)
     return values
