@@ -10,11 +10,13 @@ import pytest
 from cases import layer
 from oracles import gptq as oracle
 
+import jquant as jq
 from jquant.axes.groups import Blocks, from_blocks, to_blocks
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError
 from jquant.grids import MSE, MX, NF4, NV, Float, KMeans, Power, Uniform, nearest
-from jquant.rounding import GPTQ, Nearest, gptq
+from jquant.grids.grouped import Grouped
+from jquant.rounding import GPTQ, Nearest, arrangement, gptq
 from jquant.rounding import substitution as sweep
 
 GRID = Uniform(4)
@@ -167,14 +169,18 @@ def test_dynamic_groups_of_a_grid_that_shares_parameters_are_refused(grid):
 @pytest.mark.parametrize("block", [(16, 4, 8), (200, 7, 50)])
 def test_block_sizes_do_not_matter(block, monkeypatch):
     w, moment = layer(8, 150)
-    choice = {"choice": NATURAL, "grid": GRID, "blocks": Blocks("in", 32)}
     wanted = NATURAL(w, GRID, Blocks("in", 32), evidence=moment)
-    names = ((gptq, "BLOCK"), (gptq, "LEAF"), (sweep, "CHUNK"))
+    names = ((arrangement, "BLOCK"), (arrangement, "LEAF"), (sweep, "CHUNK"))
     for (module, name), value in zip(names, block, strict=True):
         monkeypatch.setattr(module, name, value)
     # The sizes are not part of what a compiled program is known by: compile afresh.
-    got = jax.jit(lambda w, h: gptq._round_one(w, h, **choice))(w, moment)
-    same(got, wanted)
+
+    @jax.jit
+    def sized(w, moment):
+        prepared = gptq._prepare.__wrapped__(moment, None, NATURAL, 150)
+        return gptq._round_one(w, prepared, choice=NATURAL, grid=Grouped(GRID, Blocks("in", 32)))
+
+    same(sized(w, moment), wanted)
 
 
 def test_activation_order_is_a_permutation_of_columns_with_their_parameters():
@@ -292,9 +298,8 @@ def test_a_range_search_weighs_inputs_by_their_power():
 def instructions(width):
     """HLO instructions of the compiled program, but for constants: equal ones are shared."""
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    program = gptq._round.lower(
-        shape((64, width)), shape((width, width)), GPTQ(), Uniform(4), Blocks("in", 64)
-    ).compile()
+    program = jax.jit(lambda w, h: GPTQ()(w, Uniform(4), Blocks("in", 64), evidence=h))
+    program = program.lower(shape((64, width)), shape((width, width))).compile()
     lines = re.findall(r"^ *(?:ROOT )?%\S+ = .*$", program.as_text(), re.MULTILINE)
     return sum(" constant(" not in line for line in lines)
 
@@ -333,3 +338,36 @@ def test_padding_of_the_sweep_never_shows():
     result = GPTQ()(w, GRID, evidence=moment)
     assert result.codes.shape == (5, 17)
     assert (np.asarray(nearest(GRID, w, GRID.fit(w))) != np.asarray(result.codes)).any()
+
+
+@pytest.mark.parametrize("blocks", [Blocks("in", 8), Blocks("out", 4)])
+@pytest.mark.parametrize("rounding", [GPTQ(), NATURAL, GPTQ(order="natural", groups="dynamic")])
+def test_what_is_prepared_once_serves_every_weight(rounding, blocks):
+    first, moment = layer(12, 40)
+    prepared = rounding.prepare(moment, blocks)
+    for w in (first, first[::-1]):
+        same(
+            rounding(w, GRID, blocks, evidence=prepared),
+            rounding(w, GRID, blocks, evidence=moment),
+        )
+
+
+def test_weights_of_a_stage_that_share_inputs_share_a_factor(monkeypatch):
+    keys = jax.random.split(jax.random.key(0), 5)
+    params = {n: jax.random.normal(k, (2, 16, 16)) for n, k in zip("koqv", keys, strict=False)}
+    x = jax.random.normal(keys[4], (64, 16))
+
+    def block(x, p):
+        mixed = jax.nn.softmax((x @ p["q"]) @ (x @ p["k"]).T) @ (x @ p["v"])
+        return x + mixed @ p["o"], None
+
+    def network(params, x):
+        return jax.lax.scan(block, x, params)[0]
+
+    made, prepare = [], GPTQ.prepare
+    monkeypatch.setattr(GPTQ, "prepare", lambda *args: made.append(0) or prepare(*args))
+    plan = jq.plan(jq.find_weights(network, params, x), {".*": jq.presets.int4_gptq(8)})
+    shared, _ = jq.quantize(network, params, plan, [x])
+    assert len(made) == 4  # q, k and v have one in each of two layers, o has its own
+    alone, _ = jq.quantize(network, params, jq.plan(plan.weights, {"q": plan["q"]}), [x])
+    np.testing.assert_array_equal(shared["q"].codes[0], alone["q"].codes[0])

@@ -15,7 +15,8 @@ from jquant.calibration.assemble import assemble
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError
 from jquant.grids import Uniform
-from jquant.rounding import GPTQ, Nearest, gptq
+from jquant.rounding import GPTQ, Nearest
+from jquant.rounding.arrangement import arrange
 from jquant.rounding.correction import corrected
 from jquant.rounding.factor import factorise
 
@@ -183,7 +184,7 @@ def test_without_drift_or_without_strength_it_is_plain_gptq(method, groups):
 
 def target_of(w, evidence, method, strength, order, run=40):
     """The corrected weight, with columns swept in the given order."""
-    place = gptq.arrange(w.shape[1], run, order)
+    place = arrange(w.shape[1], run, order)
     factor = factorise(evidence.second_moment, place.source, place.real, 0.01, 1.0)
     return np.asarray(corrected(w, evidence.drift, place, factor, method, strength), float)
 

@@ -27,9 +27,14 @@ def evidence_of_layer(evidence: Evidence, plan: Plan, piece: Piece) -> Evidence:
     return evidence
 
 
-def evidence_as_layer(evidence: Evidence | None, plan: Plan, piece: Piece) -> Evidence | None:
-    """The evidence of a layer that was read by itself, with the axes of the whole weight's."""
-    for place, _ in _places(plan, piece):
+def places_of(plan: Plan, piece: Piece) -> tuple[int, ...]:
+    """The batch axes of the canonical view that the layer is taken of."""
+    return tuple(place for place, _ in _places(plan, piece))
+
+
+def evidence_as_layer(evidence: Evidence | None, *places: int) -> Evidence | None:
+    """The evidence of a layer that was read by itself, with the whole weight's batch axes."""
+    for place in places:
         evidence = jax.tree.map(partial(jnp.expand_dims, axis=place), evidence)
     return evidence
 

@@ -29,7 +29,7 @@ from jaxtyping import PyTree
 from jquant.errors import CheckpointError, WorkDirError
 from jquant.io import load, read_header, save
 from jquant.io.container import replace_file
-from jquant.layerwise.weight import Outcome
+from jquant.layerwise.outcome import Outcome
 from jquant.learning.trace import Trace
 from jquant.trees.lazy import Lazy
 from jquant.weights.qtensor import QTensor

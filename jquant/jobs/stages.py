@@ -18,22 +18,26 @@ from typing import Any
 import jax
 from jaxtyping import Array, PRNGKeyArray
 
+from jquant.axes.groups import Blocks
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, WeightError
-from jquant.jobs.layers import evidence_as_layer, evidence_of_layer, put_together
+from jquant.jobs.layers import evidence_as_layer, evidence_of_layer, places_of, put_together
 from jquant.jobs.progress import Doing, Progress, Told
 from jquant.jobs.records import Record, WorkDir
 from jquant.jobs.report import WORSE, Report, WeightReport
 from jquant.jobs.request import Request, Whole
 from jquant.layerwise.checks import not_used
+from jquant.layerwise.outcome import Outcome
 from jquant.layerwise.standin import check_tokens, stand_in
-from jquant.layerwise.weight import Outcome, quantize_weight
+from jquant.layerwise.weight import quantize_weight
 from jquant.learning.descend import Learned, Problem, descent_of, is_learned, learn
 from jquant.learning.network import Setting, learn_whole
 from jquant.learning.objectives import Objective, Stagewise
 from jquant.learning.trace import Trace
 from jquant.programs.straight import Piece
+from jquant.rounding.base import Rounding
+from jquant.rounding.prepare import LastCall, prepared_for
 from jquant.schemes.scheme import Scheme
 from jquant.trees.lazy import Lazy, realize
 from jquant.trees.paths import key_of
@@ -68,6 +72,7 @@ class Job:
         self.evidence_bytes = 0
         self.at = 0  # the stage at work
         self.logs: list[float] = []  # of the weights' errors relative to nearest
+        self.prepare, self.as_layer = LastCall(_prepare), LastCall(evidence_as_layer)
 
     @property
     def stage_count(self) -> int:
@@ -110,12 +115,14 @@ class Job:
             if piece in evidence and piece.path not in self.request.evidence:
                 check_tokens(str(piece), self.plan[piece.path], evidence[piece])
         told, record = self.told("rounding", len(alone)), {}
-        for number, piece in enumerate(alone, start=1):
+        for number, piece in enumerate(self.neighbours(alone, evidence), start=1):
             q, outcome = self.round(piece, evidence.pop(piece, None))
             record[str(piece)] = q, outcome
             self.seconds["rounding"] += outcome.seconds
             if told is not None:
                 told(number)
+        for remembered in (self.prepare, self.as_layer):
+            remembered.forget()
         if learned:
             self.done |= {piece: record[str(piece)][0] for piece in alone}
             record |= self.learn(stage, learned, evidence)
@@ -132,6 +139,17 @@ class Job:
         self.seconds["reading"] += time.perf_counter() - start
         return evidence
 
+    def neighbours(
+        self, pieces: Sequence[Piece], evidence: Mapping[Piece, Evidence]
+    ) -> list[Piece]:
+        """The pieces, those next to each other that a rounding prepares for as one."""
+        order: dict[Any, list[Piece]] = {}
+        for piece in pieces:
+            scheme, seen = self.plan[piece.path], evidence.get(piece)
+            moment = None if seen is None else id(seen.second_moment)
+            order.setdefault((scheme.rounding, scheme.groups, moment), []).append(piece)
+        return [piece for alike in order.values() for piece in alike]
+
     def round(self, piece: Piece, evidence: Evidence | None) -> tuple[QTensor, Outcome]:
         start = time.perf_counter()
         scheme, layout = self.plan[piece.path], self.plan.weights[piece.path].layout
@@ -145,11 +163,12 @@ class Job:
         if "key" in scheme.needs and key is not None:
             own = key_of(key, str(piece))
         w = self.original(piece)
+        prepared = self.prepare(scheme.rounding, evidence, scheme.groups)
 
-        def rounded(w: Array, evidence: Evidence | None, key: PRNGKeyArray | None) -> Any:
-            return quantize_weight(w, scheme, layout, evidence=evidence, key=key)
+        def rounded(w: Array, evidence: Any, key: PRNGKeyArray | None, prepared: Any) -> Any:
+            return quantize_weight(w, scheme, layout, evidence=evidence, key=key, prepared=prepared)
 
-        q, info = at_ease(rounded, w, evidence, own)
+        q, info = at_ease(rounded, w, evidence, own, prepared)
         q = placed(q, w)
         jax.block_until_ready(info)
         outcome = Outcome.of(info, evidence, time.perf_counter() - start)
@@ -218,7 +237,7 @@ class Job:
         given = self.request.evidence.get(piece.path)
         if given is not None:
             return evidence_of_layer(given, self.plan, piece)
-        return evidence_as_layer(evidence, self.plan, piece)
+        return self.as_layer(evidence, *places_of(self.plan, piece))
 
     def take(self, stage: int, record: Record) -> None:
         """Put the stage's quantized weights in the place of the ones that were there."""
@@ -338,6 +357,11 @@ def row_of(path: str, scheme: Scheme, q: QTensor, outcome: Outcome, note: str) -
 
 
 _dequantize = jax.jit(dequantize_weight)
+
+
+def _prepare(rounding: Rounding, evidence: Evidence | None, groups: Blocks) -> Any:
+    """What a rounding makes of evidence, on automatic axes."""
+    return at_ease(lambda seen: prepared_for(rounding, seen, groups), evidence)
 
 
 def peak_bytes() -> int:

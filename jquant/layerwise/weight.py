@@ -1,21 +1,18 @@
 """One weight: a grid, a rounding and a compensation meet here, and nowhere else.
 
 `quantize_weight` turns one array into a `QTensor`: canonical view, rounding, what makes up for its
-error, packing. `Outcome` is what the report needs to know of it, as plain numbers, so that it can
-wait in a file.
+error, packing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -27,6 +24,7 @@ from jquant.numerics.distortion import output_error
 from jquant.numerics.narrow import as_dtype, ends, is_coarse
 from jquant.rounding.base import Rounded
 from jquant.rounding.elementwise import Nearest, importance_of
+from jquant.rounding.prepare import prepared_for
 from jquant.schemes.inputs import quantized_inputs
 from jquant.schemes.scheme import Scheme
 from jquant.weights.parts import Part
@@ -42,6 +40,38 @@ from jquant.weights.qtensor import (
 FAR = 2.0**100
 
 
+class Rounder(NamedTuple):
+    """A scheme's rounding, with all that it is told beside the weight."""
+
+    scheme: Scheme
+    evidence: Evidence | None
+    key: PRNGKeyArray | None
+    prepared: Any  # what the rounding has made of the evidence
+
+    @staticmethod
+    def of(
+        scheme: Scheme,
+        evidence: Evidence | None = None,
+        key: PRNGKeyArray | None = None,
+        prepared: Any = None,
+    ) -> Rounder:
+        """Evidence is prepared here unless it has been before."""
+        if prepared is None:
+            prepared = prepared_for(scheme.rounding, evidence, scheme.groups)
+        return Rounder(scheme, evidence, key, prepared)
+
+    @property
+    def moment(self) -> Float[Array, "*batch in in"] | None:
+        """The second moment of the inputs, if it is known."""
+        return None if self.evidence is None else self.evidence.second_moment
+
+    def __call__(self, w: Float[Array, "*batch out in"], turn: int = 0) -> Rounded:
+        """A weight rounded; every turn of a compensation has its own randomness."""
+        key = self.key if turn == 0 or self.key is None else jax.random.fold_in(self.key, turn)
+        rounding, grid, groups = self.scheme.rounding, self.scheme.grid, self.scheme.groups
+        return rounding(w, grid, groups, evidence=self.prepared, key=key)
+
+
 def quantize_weight(
     w: Float[Array, ...],
     scheme: Scheme,
@@ -49,6 +79,7 @@ def quantize_weight(
     *,
     evidence: Evidence | None = None,
     key: PRNGKeyArray | None = None,
+    prepared: Any = None,
 ) -> tuple[QTensor, dict[str, Array]]:
     """Quantize one weight.
 
@@ -59,6 +90,8 @@ def quantize_weight(
         evidence: what is known of its inputs.
         key: randomness, for roundings that need it; later rounds of a compensation fold in their
             number.
+        prepared: what the rounding has made of this evidence before, for another weight with the
+            same inputs; see `jquant.rounding.prepare.prepared_for`. Default: it is made here.
 
     Returns:
         the quantized weight, and numbers per `[*batch]`: `error`, `nearest_error` and `power` (the
@@ -77,9 +110,10 @@ def quantize_weight(
     if is_coarse(w.dtype):  # exact, and a dtype that all arithmetic and all checks of types know
         canonical = canonical.astype(jnp.float32)
     transforms, canonical, evidence = _apart(canonical, scheme, evidence)
-    scheme = dataclasses.replace(scheme, transforms=())
-    rounded = scheme.rounding(canonical, scheme.grid, scheme.groups, evidence=evidence, key=key)
-    q, info = stored(canonical, rounded, scheme, layout, w.dtype, evidence, key)
+    if transforms:  # what was prepared was of the inputs as they come
+        scheme, prepared = dataclasses.replace(scheme, transforms=()), None
+    rounder = Rounder.of(scheme, evidence, key, prepared)
+    q, info = stored(canonical, rounder(canonical), layout, w.dtype, rounder)
     return dataclasses.replace(q, transforms=transforms), info
 
 
@@ -97,35 +131,39 @@ def _apart(
 def stored(
     canonical: Float[Array, "*batch out in"],
     rounded: Rounded,
-    scheme: Scheme,
     layout: Layout,
     dtype: Any,
-    evidence: Evidence | None,
-    key: PRNGKeyArray | None = None,
+    rounder: Rounder,
 ) -> tuple[QTensor, dict[str, Array]]:
     """What `quantize_weight` returns of a weight that has been rounded.
+
+    Args:
+        canonical: the weight.
+        rounded: what became of it.
+        layout, dtype: how it lay, and in which numbers.
+        rounder: what has rounded it, and will round what a compensation leaves of it.
 
     Raises:
         PlanError: the scheme has transforms, which were to be taken off before.
     """
+    scheme, moment = rounder.scheme, rounder.moment
     if scheme.transforms:
         raise PlanError(
             f"weights with transforms are not learned by a whole network, got {scheme}; pass "
             "Scheme(..., transforms=()), or another rounding or objective"
         )
-    moment = None if evidence is None else evidence.second_moment
     info = dict(_errors(canonical, rounded, moment, scheme), **rounded.info)
     low = None
     if scheme.compensation is not None:
-        rounded, low, found = _compensated(canonical, rounded, scheme, evidence, key)
-        info |= found
+        rounded, low, told = _compensated(canonical, rounded, rounder)
+        info |= told
     q = QTensor(
         rounded.codes, dict(rounded.params), scheme.grid, scheme.groups, layout,
-        jnp.dtype(dtype), low, quantized_inputs(scheme.activations, evidence),
+        jnp.dtype(dtype), low, quantized_inputs(scheme.activations, rounder.evidence),
     )  # fmt: skip
     if is_coarse(dtype) or ends(dtype)[1] < FAR:
-        known = {name: info[name] for name in ("error", "nearest_error")}
-        info |= _errors_as_kept(canonical, q, moment, known)
+        exact = {name: info[name] for name in ("error", "nearest_error")}
+        info |= _errors_as_kept(canonical, q, moment, exact)
     return q, info
 
 
@@ -139,41 +177,32 @@ def remainder(
 ) -> Float[Array, "*batch out in"]:
     """What the codes of a scheme leave of a weight for a compensation, float32; see above."""
     _, canonical, evidence = _apart(layout.canonical(w), scheme, evidence)
-    rounded = scheme.rounding(canonical, scheme.grid, scheme.groups, evidence=evidence, key=key)
+    rounded = Rounder.of(scheme, evidence, key)(canonical)
     return _left(canonical if rounded.target is None else rounded.target, rounded, scheme)
 
 
 def _compensated(
-    w: Float[Array, "*batch out in"],
-    rounded: Rounded,
-    scheme: Scheme,
-    evidence: Evidence | None,
-    key: PRNGKeyArray | None,
+    w: Float[Array, "*batch out in"], rounded: Rounded, rounder: Rounder
 ) -> tuple[Rounded, LowRank, dict[str, Array]]:
     """Codes and the term beside them after the best round, and what that changes in the report.
 
     Codes of later rounds are those of what the term leaves of the weight. What they and the term
     together are to come near to stays the first round's target.
     """
-    choice = scheme.compensation
+    scheme, moment, choice = rounder.scheme, rounder.moment, rounder.scheme.compensation
     assert choice is not None
-    moment = None if evidence is None else evidence.second_moment
     target = w if rounded.target is None else rounded.target
 
     def measured(rounded: Rounded) -> tuple[Rounded, LowRank, Array, Array]:
         """With the term, and the squared error from the weight and from the target."""
-        low = choice(_left(target, rounded, scheme), evidence)
+        low = choice(_left(target, rounded, scheme), rounder.evidence)
         error = _size_left(w, rounded, low, moment, scheme)
         aim = error if target is w else _size_left(target, rounded, low, moment, scheme)
         return rounded, low, error, aim
 
     best = last = measured(rounded)
     for turn in range(1, choice.rounds):
-        own = None if key is None else jax.random.fold_in(key, turn)
-        rest = w.astype(jnp.float32) - last[1].product()
-        last = measured(
-            scheme.rounding(rest, scheme.grid, scheme.groups, evidence=evidence, key=own)
-        )
+        last = measured(rounder(w.astype(jnp.float32) - last[1].product(), turn))
         best = _better(last[3] < best[3], last, best)
     rounded, low, error, _ = best
     told = {name: value for name, value in rounded.info.items() if name != "nearest_error"}
@@ -289,86 +318,26 @@ def _errors_as_kept(
     w: Float[Array, "*batch out in"],
     q: QTensor,
     moment: Float[Array, "*batch in in"] | None,
-    known: dict[str, Array],
+    exact: dict[str, Array],
 ) -> dict[str, Array]:
     """Squared errors of values in the weight's own dtype, which is coarse or does not reach far.
 
-    NaN where those `known` are. In sixteen bits they stand unless a value is beyond the dtype.
+    NaN where the `exact` ones are. In sixteen bits they stand unless a value is beyond the dtype.
     """
     w, grid, values = w.astype(jnp.float32), Grouped(q.grid, q.blocks), canonical_weight(q)
 
-    def of(values: Array, known: Array) -> Array:
-        found = _size(w - as_dtype(values, q.dtype).astype(jnp.float32), moment)
-        return jnp.where(jnp.isnan(known), known, found)
+    def of(values: Array, exact: Array) -> Array:
+        error = _size(w - as_dtype(values, q.dtype).astype(jnp.float32), moment)
+        return jnp.where(jnp.isnan(exact), exact, error)
 
     def measured() -> dict[str, Array]:
         params = grid.fit(w, importance_of(moment))
         plain = grid.decode(grid.nearest(w, params), params)
         return {
-            "error": of(values, known["error"]),
-            "nearest_error": of(plain, known["nearest_error"]),
+            "error": of(values, exact["error"]),
+            "nearest_error": of(plain, exact["nearest_error"]),
         }
 
     if is_coarse(q.dtype):
         return measured()
-    return lax.cond(jnp.any(jnp.abs(values) > ends(q.dtype)[1]), measured, lambda: known)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a weight, or of one layer of a stacked one; errors are not yet relative."""
-
-    error: float
-    nearest_error: float
-    power: float
-    tokens: int | None
-    damping: float | None
-    dead: int
-    failed: bool
-    seconds: float
-    kept_at: int | None = None  # of a learned one, the step its codes are of
-    rounded: float | None = None  # the share of weights that needed no rounding at the end
-    told: tuple[str, ...] = ()  # what was less than asked
-
-    @staticmethod
-    def of(info: Mapping[str, Array], evidence: Evidence | None, seconds: float) -> Outcome:
-        """The outcome that `quantize_weight`'s numbers tell."""
-        found = {name: np.asarray(value) for name, value in info.items()}
-        return Outcome(
-            error=float(found["error"].sum()),
-            nearest_error=float(found["nearest_error"].sum()),
-            power=float(found["power"].sum()),
-            tokens=None if evidence is None else int(np.asarray(evidence.count).min()),
-            damping=float(found["damping"].max()) if "damping" in found else None,
-            dead=int(found["dead"].sum()) if "dead" in found else 0,
-            failed=bool(np.any(found.get("failed", 0))),
-            seconds=seconds,
-            kept_at=int(found["kept_at"].min()) if "kept_at" in found else None,
-            rounded=float(found["rounded"].mean()) if "rounded" in found else None,
-        )
-
-    @staticmethod
-    def sum(parts: Sequence[Outcome]) -> Outcome:
-        """The outcome of a weight from those of its layers."""
-        tokens = [part.tokens for part in parts if part.tokens is not None]
-        damping = [part.damping for part in parts if part.damping is not None]
-        kept_at = [part.kept_at for part in parts if part.kept_at is not None]
-        rounded = [part.rounded for part in parts if part.rounded is not None]
-        return Outcome(
-            error=sum(part.error for part in parts),
-            nearest_error=sum(part.nearest_error for part in parts),
-            power=sum(part.power for part in parts),
-            tokens=min(tokens) if tokens else None,
-            damping=max(damping) if damping else None,
-            dead=sum(part.dead for part in parts),
-            failed=any(part.failed for part in parts),
-            seconds=sum(part.seconds for part in parts),
-            kept_at=min(kept_at) if kept_at else None,
-            rounded=sum(rounded) / len(rounded) if rounded else None,
-            told=tuple(dict.fromkeys(line for part in parts for line in part.told)),
-        )
-
-    @property
-    def ratio(self) -> float:
-        """Error relative to nearest rounding; 1 where both are exact."""
-        return self.error / self.nearest_error if self.nearest_error > 0 else 1.0
+    return lax.cond(jnp.any(jnp.abs(values) > ends(q.dtype)[1]), measured, lambda: exact)

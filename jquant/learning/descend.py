@@ -28,7 +28,7 @@ from jquant.calibration.evidence import Evidence
 from jquant.errors import ObjectiveError
 from jquant.grids.base import Params, code_dtype
 from jquant.grids.grouped import Grouped
-from jquant.layerwise.weight import stored
+from jquant.layerwise.weight import Rounder, stored
 from jquant.learning.objectives import Objective
 from jquant.learning.trace import Trace
 from jquant.numerics.narrow import as_dtype
@@ -177,7 +177,9 @@ def learn(
         task, targets, problem.fixed, problem.feed, names, keys=keys, record=record, told=told
     )
     learned = [
-        stored(target.w, one, weight.scheme, weight.layout, weight.w.dtype, weight.evidence)
+        stored(
+            target.w, one, weight.layout, weight.w.dtype, Rounder.of(weight.scheme, weight.evidence)
+        )
         for weight, target, one in zip(weights, targets, rounded, strict=True)
     ]
     return learned, trace

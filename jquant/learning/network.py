@@ -18,7 +18,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jquant.calibration.data import Data
 from jquant.calibration.evidence import Evidence
 from jquant.inference import apply
-from jquant.layerwise.weight import Outcome
+from jquant.layerwise.outcome import Outcome
 from jquant.learning.descend import Learned, Problem, Record, learn
 from jquant.learning.objectives import Objective, Weighed
 from jquant.learning.trace import Trace

@@ -33,7 +33,7 @@ class Rounded(NamedTuple):
 
 @runtime_checkable
 class Rounding(Protocol):
-    """A rounding. See the module docstring."""
+    """A rounding. See the module docstring, and `prepare.py` for a method it may bring besides."""
 
     @property
     def needs(self) -> frozenset[str]:

@@ -26,35 +26,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Float
 
+from jquant.rounding.arrangement import Arrangement
 from jquant.rounding.factor import Factor
 
 Correction = Literal["gptaq", "qep"]
 STRENGTH: Mapping[str, float] = MappingProxyType({"gptaq": 0.25, "qep": 0.5})
 
 
-class Places(Protocol):
-    """Where columns go in the sweep; what `gptq.Arrangement` says of it."""
-
-    @property
-    def source(self) -> Integer[Array, " n"]: ...
-
-    @property
-    def real(self) -> Bool[Array, " n"]: ...
-
-    @property
-    def home(self) -> Integer[Array, " in"]: ...
-
-
 def corrected(
     w: Float[Array, "out in"],
     drift: Float[Array, "in in"],
-    place: Places,
+    place: Arrangement,
     factor: Factor,
     method: Correction,
     strength: float,

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jquant.axes.groups import Blocks
 from jquant.calibration.evidence import Evidence
+from jquant.errors import EvidenceError
 from jquant.grids.base import Grid, code_dtype
 from jquant.grids.grouped import Grouped
 from jquant.rounding.base import Rounded
@@ -26,6 +27,27 @@ def second_moment(
 ) -> Float[Array, "*batch in in"] | None:
     """The second moment inside what a rounding was given as evidence."""
     return evidence.second_moment if isinstance(evidence, Evidence) else evidence
+
+
+def moment_for(
+    name: str,
+    evidence: Evidence | Float[Array, "*batch in in"] | None,
+    shape: tuple[int, ...] | None = None,
+) -> Float[Array, "*batch in in"]:
+    """The second moment that the rounding of this name needs, for weights of this shape.
+
+    Raises:
+        EvidenceError: there is none, or it is of another shape.
+    """
+    moment = second_moment(evidence)
+    if moment is None:
+        raise EvidenceError(f"{name} needs the second moment of the inputs: pass evidence=")
+    if shape is not None and moment.shape != (*shape[:-2], shape[-1], shape[-1]):
+        raise EvidenceError(
+            f"{name} on weights {shape} needs a second moment of shape "
+            f"{(*shape[:-2], shape[-1], shape[-1])}, got {moment.shape}"
+        )
+    return moment
 
 
 def importance_of(

@@ -2,9 +2,11 @@
 
 For every row w of W it seeks codes with small `(w - q) H (w - q)ᵀ`, H the second moment of the
 inputs: column by column, nearest rounding, each error fed back into the columns to come (Frantar et
-al. 2022). Here the columns are arranged (order, padding, groups); `factor` factorises H once;
-`substitution` sweeps. Rows are independent given H, so rows may be sharded; leading axes (layers,
-experts) are mapped over. Static: the choice, the grid, the blocks; arrays: weights and evidence.
+al. 2022). `prepare` does what H alone decides, once for all weights that share their inputs: it
+arranges the columns (`arrangement`) and factorises H (`factor`). A call then finds the target,
+sweeps over its columns (`substitution`), and accounts for what the codes lose. Rows are independent
+given H, so rows may be sharded; leading axes (layers, experts) are mapped over. Static: the choice,
+the grid, the blocks; arrays: weights and evidence.
 
 Two choices matter. *Order*: columns by falling `H_jj` (activation order) or as they lie. *Groups*:
 parameters fitted to the original weights (static), or to the weights as updated when the sweep
@@ -22,29 +24,36 @@ nothing of it (see `correction.py` for both methods and how they are related).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from jquant.axes.groups import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Blocks
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError
 from jquant.grids.base import Grid, Params, code_dtype, shares
 from jquant.grids.grouped import Grouped
-from jquant.numerics.packed import unpacked
+from jquant.rounding.arrangement import Arrangement, arrange, by_power
 from jquant.rounding.base import Rounded
+from jquant.rounding.columns import Across, Within, columns_of
 from jquant.rounding.correction import STRENGTH, Correction, corrected
-from jquant.rounding.elementwise import importance_of, second_moment
-from jquant.rounding.factor import factorise
-from jquant.rounding.substitution import Known, loss_of, substitute
+from jquant.rounding.elementwise import moment_for
+from jquant.rounding.factor import Factor, factorise
+from jquant.rounding.substitution import Known, Solved, loss_of, substitute
 
-BLOCK = 128  # columns per matrix product (GPTQ §3.3, step 2)
-LEAF = 16  # columns whose errors reach each other one by one; see docs/notes/gptq-solver.md
+
+class Prepared(NamedTuple):
+    """What GPTQ makes of evidence before it sees a weight: the same for all that share inputs."""
+
+    power: Float[Array, "*batch in"]  # H_jj
+    factor: Factor  # of H, in the order of the sweep; leaves [*batch, ...]
+    drift: Float[Array, "*batch in in"] | None  # Δ, for a correction
 
 
 @jax.tree_util.register_static
@@ -129,13 +138,45 @@ class GPTQ:
         more = {None: (), "qep": ("arai2025qep",), "gptaq": ("li2025gptaq",)}[self.correction]
         return ("frantar2022gptq", *more)
 
+    def prepare(
+        self, evidence: Evidence | Float[Array, "*batch in in"] | None, blocks: Blocks = Blocks()
+    ) -> Prepared:
+        """The factor of the second moment, which every weight with these inputs can be given.
+
+        Args:
+            evidence: as for a call.
+            blocks: those of the weights; dynamic groups along the input axis are swept one by one.
+
+        Raises:
+            EvidenceError: no evidence, or a correction and no drift.
+
+        Example:
+            >>> from jquant.grids import Uniform
+            >>> x = jax.random.normal(jax.random.key(0), (64, 8)) @ jnp.tri(8)
+            >>> q, k = jax.random.normal(jax.random.key(1), (2, 4, 8))
+            >>> seen = GPTQ().prepare(x.T @ x)
+            >>> codes = [GPTQ()(w, Uniform(3), evidence=seen).codes for w in (q, k)]
+        """
+        moment = moment_for("GPTQ", evidence)
+        drift = None if self.correction is None else _drift(evidence, moment, self.correction)
+        return _prepare(moment, drift, self, self._run(blocks, moment.shape[-1]))
+
+    def _run(self, blocks: Blocks, width: int) -> int:
+        """How many columns are swept until parameters are fitted anew."""
+        across = self.groups == "dynamic" and blocks.axis == "in"
+        return blocks.group(width) if across else width
+
+    def _arrange(self, power: Float[Array, " in"], run: int) -> Arrangement:
+        order = by_power(power) if self.order == "activation" else np.arange(len(power))
+        return arrange(len(power), run, order)
+
     def __call__(
         self,
         w: Float[Array, "*batch out in"],
         grid: Grid,
         blocks: Blocks = Blocks(),
         *,
-        evidence: Evidence | Float[Array, "*batch in in"] | None = None,
+        evidence: Evidence | Float[Array, "*batch in in"] | Prepared | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Rounded:
         """Round `w`.
@@ -145,7 +186,8 @@ class GPTQ:
             grid: any grid.
             blocks: groups along either axis, a ragged last one included.
             evidence: the second moment of the inputs, `[*batch, in, in]`, sum or mean; with a
-                correction, an `Evidence` that holds the drift too.
+                correction, an `Evidence` that holds the drift too. Or what `prepare` made of it,
+                for these blocks.
             key: not used.
 
         Returns:
@@ -163,29 +205,23 @@ class GPTQ:
                 parameters are not each of one group.
         """
         del key
-        moment = second_moment(evidence)
         width = w.shape[-1]
-        if moment is None:
-            raise EvidenceError("GPTQ needs the second moment of the inputs: pass evidence=")
-        if moment.shape != (*w.shape[:-2], width, width):
-            raise EvidenceError(
-                f"GPTQ on weights {w.shape} needs a second moment of shape "
-                f"{(*w.shape[:-2], width, width)}, got {moment.shape}"
-            )
-        drift = None if self.correction is None else _drift(evidence, moment, self.correction)
-        ordered = self.order == "activation"
-        if self.groups == "dynamic" and ordered and blocks.axis == "in" and blocks.count(width) > 1:
-            raise ValueError(
-                "GPTQ cannot sweep dynamic groups along the input axis in activation order (every "
-                "column would need its group's index stored): pass order='natural' or "
-                "groups='static'"
-            )
+        if not isinstance(evidence, Prepared):
+            moment_for("GPTQ", evidence, w.shape)
+        if self.groups == "dynamic" and self.order == "activation":
+            if blocks.axis == "in" and blocks.count(width) > 1:
+                raise ValueError(
+                    "GPTQ cannot sweep dynamic groups along the input axis in activation order "
+                    "(every column would need its group's index stored): pass order='natural' or "
+                    "groups='static'"
+                )
         if self.groups == "dynamic" and shares(grid):
             raise ValueError(
                 f"GPTQ cannot fit {grid} to one group after the other, as a parameter of it stands "
                 "for several: pass groups='static'"
             )
-        return _round(w, moment, self, grid, blocks, drift)
+        prepared = evidence if isinstance(evidence, Prepared) else self.prepare(evidence, blocks)
+        return _round(w, prepared, self, Grouped(grid, blocks))
 
 
 def _drift(
@@ -207,137 +243,108 @@ def _drift(
     return drift
 
 
-class Arrangement(NamedTuple):
-    """Where columns go in the sweep: places, padded so that every block size divides."""
+@partial(jax.jit, static_argnames=("choice", "run"))
+def _prepare(
+    moment: Float[Array, "*batch in in"],
+    drift: Float[Array, "*batch in in"] | None,
+    choice: GPTQ,
+    run: int,
+) -> Prepared:
+    def factor(moment: Float[Array, "in in"]) -> Factor:
+        place = choice._arrange(jnp.diagonal(moment), run)
+        return factorise(moment, place.source, place.real, choice.damping, choice.max_damping)
 
-    source: Integer[Array, " n"]  # the column at each place
-    real: Bool[Array, " n"]  # false for padding
-    edge: Integer[Array, " n"]  # the place in its unit whose weight stands for it in a fit
-    home: Integer[Array, " in"]  # the place of each column
-    sizes: tuple[int, ...]  # nested block sizes
-
-
-def split(length: int, limit: int) -> int:
-    """The size of the fewest equal parts of at most `limit` that cover `length`."""
-    return -(-length // -(-length // limit))
-
-
-def arrange(width: int, run: int, order: Integer[Array, " in"] | np.ndarray) -> Arrangement:
-    """Places for `width` columns in `order`, runs of `run` of them padded each by itself."""
-    leaf = split(run, LEAF)
-    block = -(-split(run, BLOCK) // leaf) * leaf
-    padded = -(-run // block) * block
-    runs = -(-width // run)
-    within, which = np.tile(np.arange(padded), runs), np.repeat(np.arange(runs), padded)
-    edge = np.minimum(within, np.minimum(run, width - which * run) - 1)
-    real = within == edge
-    return Arrangement(
-        source=jnp.asarray(order, jnp.int32)[which * run + edge],
-        real=jnp.asarray(real),
-        edge=jnp.asarray(edge, jnp.int32),
-        home=jnp.zeros(width, jnp.int32).at[order].set(np.flatnonzero(real).astype(np.int32)),
-        sizes=tuple(dict.fromkeys([runs * padded, padded, block, leaf, 1])),
+    moment = moment.astype(jnp.float32)
+    return Prepared(
+        jnp.diagonal(moment, axis1=-2, axis2=-1),
+        _mapped(factor, moment.shape[:-2])(moment),
+        None if drift is None else drift.astype(jnp.float32),
     )
 
 
-@partial(jax.jit, static_argnames=("choice", "grid", "blocks"))
+@partial(jax.jit, static_argnames=("choice", "grid"))
 def _round(
-    w: Float[Array, "*batch out in"],
-    moment: Float[Array, "*batch in in"],
-    choice: GPTQ,
-    grid: Grid,
-    blocks: Blocks,
-    drift: Float[Array, "*batch in in"] | None = None,
+    w: Float[Array, "*batch out in"], prepared: Prepared, choice: GPTQ, grid: Grouped
 ) -> Rounded:
-    one = partial(_round_one, choice=choice, grid=grid, blocks=blocks)
-    for _ in w.shape[:-2]:
+    one = partial(_round_one, choice=choice, grid=grid)
+    return _mapped(one, w.shape[:-2])(w.astype(jnp.float32), prepared)
+
+
+def _mapped(one: Callable[..., Any], batch: tuple[int, ...]) -> Callable[..., Any]:
+    for _ in batch:
         one = jax.vmap(one)
-    wide = None if drift is None else drift.astype(jnp.float32)
-    return one(w.astype(jnp.float32), moment.astype(jnp.float32), wide)
+    return one
 
 
 def _round_one(
-    w: Float[Array, "out in"],
-    moment: Float[Array, "in in"],
-    drift: Float[Array, "in in"] | None = None,
-    *,
-    choice: GPTQ,
-    grid: Grid,
-    blocks: Blocks,
+    w: Float[Array, "out in"], prepared: Prepared, *, choice: GPTQ, grid: Grouped
 ) -> Rounded:
-    rows, width = w.shape
-    inward = blocks.axis == "in"
-    group = blocks.group(width) if inward else 1
-    # One group of all columns is fitted before any column has moved: it is static in any case.
-    dynamic = choice.groups == "dynamic" and group < width
-
-    power = jnp.diagonal(moment)
-    order = jnp.argsort(-power) if choice.order == "activation" else np.arange(width)
-    place = arrange(width, group if dynamic and inward else width, order)
-    factor = factorise(moment, place.source, place.real, choice.damping, choice.max_damping)
-
-    grouped, importance = Grouped(grid, blocks), importance_of(moment)
-    params = grouped.fit(w, importance)
-    target, static = w, params
+    power, factor, drift = prepared
+    place = choice._arrange(power, choice._run(grid.groups, w.shape[-1]))
+    plain = grid.fit(w, power[None])
+    target, params = w, plain
     if choice.correction is not None and drift is not None:
         strength = STRENGTH[choice.correction] if choice.strength is None else choice.strength
         target = corrected(w, drift, place, factor, choice.correction, strength)
         # As in the codes of both: QEP hands over another weight, GPTAQ fits first.
         if choice.correction == "qep":
-            static = grouped.fit(target, importance)
+            params = grid.fit(target, power[None])
+    columns = columns_of(grid, w.shape)
+    loss, solved = _sweep(target, params, factor, place, columns, choice.groups == "dynamic")
+    codes = columns.weights(jnp.take(solved.codes, place.home, axis=0))
+    if solved.fitted is not None:
+        fitted = columns.params(solved.fitted, place)
+        params = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), fitted, params)
 
-    def by_input(w: Float[Array, "out in"]) -> Float[Array, "in m b"]:
-        return w.T[:, :, None] if inward else to_blocks(w, blocks)
+    def lost(codes: Array, params: Params) -> Float[Array, "m b"]:
+        error = columns.of(w - grid.decode(codes, params))
+        return loss_of(jnp.take(error, place.source, axis=0), factor)
 
-    columns = by_input(target)  # as the grid sees them; whoever pads rows must not count them
-    counted = np.arange(columns[0].size).reshape(columns[0].shape) < rows
+    # The sweep has measured against the target; what is reported is against W.
+    moved = choice.correction is not None
+    losses = {
+        "error": lost(codes, params) if moved else loss,
+        "nearest_error": lost(grid.nearest(w, plain), plain)
+        if moved
+        else loss_of(solved.plain, factor),
+    }
+    info = _account(losses, factor, columns)
+    return Rounded(codes.astype(code_dtype(grid)), params, info, target if moved else None)
 
-    def by_column(params: Params) -> Params:
-        wide = jax.tree.map(
-            unpacked, params
-        )  # parameters of a group are looked up, column by column
-        return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1) if inward else leaf, wide)
 
-    loss, solved = substitute(
-        columns,
+def _sweep(
+    target: Float[Array, "out in"],
+    params: Params,
+    factor: Factor,
+    place: Arrangement,
+    columns: Across | Within,
+    dynamic: bool,
+) -> tuple[Float[Array, "m b"], Solved]:
+    """The codes of a target, place by place, and the loss of every row."""
+    width = target.shape[-1]
+    # One group of all columns is fitted before any column has moved: it is static in any case.
+    unit = columns.unit(place) if dynamic and columns.span < width else None
+    return substitute(
+        columns.of(target),
         place.source,
-        Known(by_column(static), jnp.arange(width, dtype=jnp.int32) // group),
+        Known(columns.table(params), jnp.arange(width, dtype=jnp.int32) // columns.span),
         factor,
-        grid,
+        columns.grid.grid,
         place.sizes,
-        unit=None if not dynamic else place.sizes[1] if inward else 1,
-        edge=place.edge if inward else None,
+        unit=unit,
+        edge=columns.edge(place),
     )
-    codes = jnp.take(solved.codes, place.home, axis=0)
-    codes = codes[:, :, 0].T if inward else from_blocks(codes, blocks, rows)
+
+
+def _account(
+    losses: Mapping[str, Float[Array, "m b"]], factor: Factor, columns: Across | Within
+) -> dict[str, Float[Array, ""]]:
+    """What is told of a weight: losses of all rows, in the units of H, and how H was factorised."""
 
     def total(loss: Float[Array, "m b"]) -> Float[Array, ""]:
-        loss = factor.unit * jnp.maximum(jnp.sum(jnp.where(counted, loss, 0.0)), 0.0)
+        loss = factor.unit * jnp.maximum(jnp.sum(jnp.where(columns.real, loss, 0.0)), 0.0)
         return jnp.where(factor.failed, jnp.nan, loss)
 
-    if solved.fitted is not None:
-        table = solved.fitted
-        if not inward:
-            table = jax.tree.map(lambda leaf: jnp.take(leaf, place.home, axis=0), table)
-        static = by_column(table)
-    if choice.correction is None:
-        plain_loss = loss_of(solved.plain, factor)
-    else:
-        # The sweep has measured against the target; what is reported is against W.
-        def loss_from(codes: Array, params: Params) -> Float[Array, "m b"]:
-            error = w - grouped.decode(codes, params)
-            return loss_of(jnp.take(by_input(error), place.source, axis=0), factor)
-
-        loss = loss_from(codes, static)
-        plain_loss = loss_from(grouped.nearest(w, params), params)
-    info = {
-        "damping": factor.damping,
-        "dead": factor.dead,
-        "failed": factor.failed,
-        "error": total(loss),
-        "nearest_error": total(plain_loss),
-    }
-    info = {name: value.astype(jnp.float32) for name, value in info.items()}
-    moved = None if target is w else target
-    static = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), static, params)
-    return Rounded(codes.astype(code_dtype(grid)), static, info, moved)
+    info = {"damping": factor.damping, "dead": factor.dead, "failed": factor.failed}
+    info |= {name: total(loss) for name, loss in losses.items()}
+    return {name: value.astype(jnp.float32) for name, value in info.items()}

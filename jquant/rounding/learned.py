@@ -21,11 +21,10 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from jquant.axes.groups import Blocks
 from jquant.calibration.evidence import Evidence
-from jquant.errors import EvidenceError
 from jquant.grids.base import Grid, Params, code_dtype
 from jquant.grids.grouped import Grouped
 from jquant.rounding.base import Rounded
-from jquant.rounding.elementwise import importance_of, second_moment
+from jquant.rounding.elementwise import importance_of, moment_for, second_moment
 from jquant.rounding.relaxed import Relaxation, Target, Unit, Variables
 
 
@@ -59,15 +58,9 @@ class Learned:
             EvidenceError: no evidence, or of another shape.
         """
         assert isinstance(self, Relaxation)
-        moment, name, width = second_moment(evidence), type(self).__name__, w.shape[-1]
-        wanted, data_free = (*w.shape[:-2], width, width), "moment" not in self.needs
-        if moment is None and not data_free:
-            raise EvidenceError(f"{name} needs the second moment of the inputs: pass evidence=")
-        if moment is not None and moment.shape != wanted:
-            raise EvidenceError(
-                f"{name} on weights {w.shape} needs a second moment of shape {wanted}, got "
-                f"{moment.shape}"
-            )
+        data_free, moment = "moment" not in self.needs, second_moment(evidence)
+        if moment is not None or not data_free:
+            moment = moment_for(type(self).__name__, evidence, w.shape)
         one = jnp.ones(w.shape[:-2], jnp.float32)
         count = evidence.count if isinstance(evidence, Evidence) else one
         return _learn(self, w, moment, count, key, grid, blocks, data_free)
