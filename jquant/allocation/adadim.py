@@ -146,7 +146,7 @@ def chosen(plan: Plan, axes: Mapping[str, Axis]) -> Plan:
     """The plan with groups of the same sizes along these axes.
 
     Example:
-        >>> import jquant as jq
+        >>> import jax.numpy as jnp, jquant as jq
         >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
         >>> weights = jq.find_weights(fn, params, jnp.ones((2, 8)))
         >>> chosen(jq.plan(weights, {".*": jq.presets.int4_nearest(4)}), {"w": "out"})["w"].blocks

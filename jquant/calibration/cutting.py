@@ -30,7 +30,7 @@ class Recording:
     Attributes:
         planned: path → axes along which layers are stacked.
         granularity: which of them are one stage. With "all", stacks stay whole and nothing is cut.
-        known: those whose evidence is there already; with "all" their inputs are not recorded.
+        given: those whose evidence is there already; with "all" their inputs are not recorded.
         drift: whether evidence says how far inputs are from the full-precision network's.
         spread: whether evidence says how inputs are spread.
         level: what `Walk.compare` compares weights on; None: they are not to be compared.
@@ -39,7 +39,7 @@ class Recording:
 
     planned: Mapping[str, Collection[int]]
     granularity: Granularity = "weight"
-    known: Collection[str] = ()
+    given: Collection[str] = ()
     drift: bool = False
     spread: bool = False
     level: Level | None = None
@@ -132,7 +132,7 @@ def _cut(flat: Flat, recording: Recording) -> Cut:
 
 def _one_stage(flat: Flat, recording: Recording) -> Cut:
     """All weights as one stage: nothing comes before it or after it, nothing is kept alive."""
-    unknown = recording.planned.keys() - set(recording.known)
+    unknown = recording.planned.keys() - set(recording.given)
     usage = find_uses(flat, unknown.__contains__)
     stage = Stage(tuple(map(Piece, recording.planned)), 1, 1)
     empty, nothing = Segment((), (), ()), frozenset[int]()

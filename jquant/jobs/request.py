@@ -182,7 +182,7 @@ class Request:
         return Recording(
             {path: self.plan.weights[path].stack_axes for path in self.rounded},
             self.granularity,
-            known=self.rounded.keys() - set(self.unknown),
+            given=self.rounded.keys() - set(self.unknown),
             drift="drift" in needs and self.granularity != "all",
             spread="spread" in needs,
             reconstruct=self.aim.inputs if isinstance(self.aim, Stagewise) else None,
