@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Integer
 
 from jquant.grids.base import Params
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax, best_of
+from jquant.numerics import require
 from jquant.numerics.extremes import largest
 
 # Magnitudes a table may hold, so that scale * value neither overflows nor vanishes in float32, and
@@ -79,13 +80,8 @@ class Codebook:
                     f"{low!r} before {high!r}; pass sorted values without duplicates"
                 )
         object.__setattr__(self, "values", values)
-        if not isinstance(self.range, MinMax | MSE):
-            raise ValueError(f"Codebook.range must be MinMax() or MSE(), got {self.range!r}")
-        if self.scale_dtype not in tuple(LEAST_SCALE):
-            raise ValueError(
-                f"Codebook.scale_dtype must be one of {tuple(LEAST_SCALE)}, got "
-                f"{self.scale_dtype!r}"
-            )
+        require.made_by("Codebook.range", self.range, MinMax, MSE)
+        require.one_of("Codebook.scale_dtype", self.scale_dtype, tuple(LEAST_SCALE))
 
     def __call__(
         self, *, range: MinMax | MSE | None = None, scale_dtype: str | None = None
@@ -180,15 +176,15 @@ def count(
     pad = [(0, 0)] * (thresholds.ndim - 1) + [(0, full - k)]
     table = jnp.pad(jnp.asarray(thresholds), pad, constant_values=jnp.inf)
     step = max(1, (full + 1) // 16)
-    found = jnp.zeros(x.shape, jnp.int32)
+    code = jnp.zeros(x.shape, jnp.int32)
     for at in range(step - 1, full, step):
         bound = table[..., at, None] if each else table[at]
-        found = found + jnp.where(above(x, bound), step, 0)
+        code = code + jnp.where(above(x, bound), step, 0)
     while step := step // 2:
-        at = found + (step - 1)
+        at = code + (step - 1)
         bound = jnp.take_along_axis(table, at, axis=-1) if each else table[at]
-        found = found + jnp.where(above(x, bound), step, 0)
-    return found
+        code = code + jnp.where(above(x, bound), step, 0)
+    return code
 
 
 NF4 = Codebook((

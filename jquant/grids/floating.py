@@ -29,6 +29,7 @@ from jaxtyping import Float as Real
 from jquant.grids.base import Params
 from jquant.grids.ranges import MSE, MinMax, best_of
 from jquant.grids.scales import CAP, SCALES, Rule, as_stored, power_of_two
+from jquant.numerics import require
 from jquant.numerics.extremes import largest
 from jquant.numerics.formats import FORMATS, Format, Overflow, Special, find_format
 
@@ -87,13 +88,10 @@ class Float:
         row = self.format
         object.__setattr__(self, "bias", row.bias)
         object.__setattr__(self, "special", row.special)
-        rules = get_args(Rule)
-        sets = {"overflow": get_args(Overflow), "scale": (None, *SCALES), "scale_rule": rules}
-        for name, allowed in sets.items():
-            if (got := getattr(self, name)) not in allowed:
-                raise ValueError(f"Float.{name} must be one of {allowed}, got {got!r}")
-        if not isinstance(self.range, MinMax | MSE):
-            raise ValueError(f"Float.range must be MinMax() or MSE(), got {self.range!r}")
+        require.one_of("Float.overflow", self.overflow, get_args(Overflow))
+        require.one_of("Float.scale", self.scale, (None, *SCALES))
+        require.one_of("Float.scale_rule", self.scale_rule, get_args(Rule))
+        require.made_by("Float.range", self.range, MinMax, MSE)
         size = self.group
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"Float.group must be a positive int or None, got {size!r}")

@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Integer
 from jquant.grids.base import Params
 from jquant.grids.codebook import count
 from jquant.grids.ranges import LEAST_SCALE
+from jquant.numerics import require
 
 # Bins and the most values of one dynamic program; groups that are fitted at a time.
 BINS, MOST, CHUNK = 128, 32, 1024
@@ -67,16 +68,9 @@ class KMeans:
     table_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name, low, high in (("bits", 1, 8), ("iterations", 0, 10_000)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ValueError(
-                    f"KMeans.{name} must be an int from {low} to {high}, got {value!r}"
-                )
-        if self.table_dtype not in tuple(LEAST_SCALE):
-            raise ValueError(
-                f"KMeans.table_dtype must be one of {tuple(LEAST_SCALE)}, got {self.table_dtype!r}"
-            )
+        require.integer("KMeans.bits", self.bits, 1, 8)
+        require.integer("KMeans.iterations", self.iterations, 0, 10_000)
+        require.one_of("KMeans.table_dtype", self.table_dtype, tuple(LEAST_SCALE))
 
     @property
     def papers(self) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from jaxtyping import Array, Float, Integer
 from jquant.grids.base import Params
 from jquant.grids.exponents import SEARCHED, best_exponent, losses, power, summed
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax, best_of
+from jquant.numerics import require
 from jquant.numerics.extremes import largest
 
 # Exponents that can be given: outside, neighbouring values of an 8-bit grid meet in float32.
@@ -81,8 +82,7 @@ class Power:
     scale_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise ValueError(f"Power.bits must be an int from 2 to 8, got {self.bits!r}")
+        require.integer("Power.bits", self.bits, 2, 8)
         given = self.exponent
         if given is not None:
             number = isinstance(given, int | float) and not isinstance(given, bool)
@@ -92,18 +92,10 @@ class Power:
                     f"search for it, got {given!r}"
                 )
             object.__setattr__(self, "exponent", float(given))
-        if not isinstance(self.range, MinMax | MSE):
-            raise ValueError(f"Power.range must be MinMax() or MSE(), got {self.range!r}")
-        sets = {
-            "per": ("group", "weight"),
-            "domain": ("values", "codes"),
-            "scale_dtype": tuple(LEAST_SCALE),
-        }
-        for name, allowed in sets.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"Power.{name} must be one of {allowed}, got {getattr(self, name)!r}"
-                )
+        require.made_by("Power.range", self.range, MinMax, MSE)
+        require.one_of("Power.per", self.per, ("group", "weight"))
+        require.one_of("Power.domain", self.domain, ("values", "codes"))
+        require.one_of("Power.scale_dtype", self.scale_dtype, tuple(LEAST_SCALE))
 
     @property
     def papers(self) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Integer
 from jquant.grids.base import Params, code_dtype
 from jquant.grids.hqq import HQQ, best_zero
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax, best_of
+from jquant.numerics import require
 from jquant.numerics.extremes import largest, least
 
 
@@ -103,12 +104,9 @@ class Uniform:
     scale_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise ValueError(f"Uniform.bits must be an int from 2 to 8, got {self.bits!r}")
-        if not isinstance(self.symmetric, bool):
-            raise ValueError(f"Uniform.symmetric must be True or False, got {self.symmetric!r}")
-        if not isinstance(self.range, MinMax | MSE | HQQ):
-            raise ValueError(f"Uniform.range must be MinMax(), MSE() or HQQ(), got {self.range!r}")
+        require.integer("Uniform.bits", self.bits, 2, 8)
+        require.boolean("Uniform.symmetric", self.symmetric)
+        require.made_by("Uniform.range", self.range, MinMax, MSE, HQQ)
         between = isinstance(self.range, HQQ)
         if self.convention is None:
             default = "S1" if self.symmetric else "A4" if between else "A1"
@@ -125,10 +123,7 @@ class Uniform:
                 "Uniform.range=HQQ() puts zero between codes; pass symmetric=False and "
                 f"convention='A4' or None, got {self.convention!r}"
             )
-        if self.scale_dtype not in LEAST_SCALE:
-            raise ValueError(
-                f"Uniform.scale_dtype must be one of {list(LEAST_SCALE)}, got {self.scale_dtype!r}"
-            )
+        require.one_of("Uniform.scale_dtype", self.scale_dtype, list(LEAST_SCALE))
 
     @property
     def papers(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
+from jquant.numerics import require
 from jquant.numerics.significand import LAYOUTS, cut, nearest_bits, onto_steps, with_sign
 
 Special = Literal["none", "nan", "ieee"]
@@ -147,29 +148,23 @@ def find_format(
         >>> find_format(4, 3).largest, find_format(4, 3, special="ieee").largest
         (448.0, 240.0)
     """
-    for name, value, least, most in (
-        ("exponent_bits", exponent_bits, 1, 8),
-        ("mantissa_bits", mantissa_bits, 0, 23),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(f"{name} must be an int from {least} to {most}, got {value!r}")
+    require.integer("exponent_bits", exponent_bits, 1, 8)
+    require.integer("mantissa_bits", mantissa_bits, 0, 23)
     if special not in (None, *get_args(Special)):
         raise ValueError(f"special must be one of {get_args(Special)} or None, got {special!r}")
-    if not isinstance(signed, bool):
-        raise ValueError(f"signed must be True or False, got {signed!r}")
-    if bias is not None and (isinstance(bias, bool) or not isinstance(bias, int)):
-        raise ValueError(f"bias must be an int or None, got {bias!r}")
+    require.boolean("signed", signed)
+    require.integer_or_none("bias", bias)
     size = exponent_bits, mantissa_bits, signed
     rows = {(r.exponent_bits, r.mantissa_bits, r.signed): r for r in FORMATS.values()}
     usual = rows.get(size, Format(*size[:2], (1 << (exponent_bits - 1)) - 1, "ieee", signed))
-    found = usual._replace(
+    row = usual._replace(
         bias=usual.bias if bias is None else bias, special=special or usual.special
     )
-    if found.top < 1:
-        raise ValueError(f"{found} has no number but zero; pass special='none'")
+    if row.top < 1:
+        raise ValueError(f"{row} has no number but zero; pass special='none'")
     # Subnormals have to be ordinary numbers of float32, unless they are its own.
-    if found.bias != 127 and found.bias + mantissa_bits > 126:
-        raise ValueError(f"{found} has values too small for float32 arithmetic; pass a lower bias")
-    if (found.top >> mantissa_bits) - found.bias > 127 or 24 - found.bias - mantissa_bits > 127:
-        raise ValueError(f"{found} has values too large for float32; pass a higher bias")
-    return found
+    if row.bias != 127 and row.bias + mantissa_bits > 126:
+        raise ValueError(f"{row} has values too small for float32 arithmetic; pass a lower bias")
+    if (row.top >> mantissa_bits) - row.bias > 127 or 24 - row.bias - mantissa_bits > 127:
+        raise ValueError(f"{row} has values too large for float32; pass a higher bias")
+    return row

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _IN_EVERY_OPTAX = ("adam", "adamw", "sgd", "sign_sgd")  # others are looked for when they are named
 
+from jquant.numerics import require
+
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
@@ -60,9 +62,7 @@ class Descent:
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("warmup", 0), ("accumulate", 1), ("checks", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"Descent.{name} must be an int from {least} on, got {value!r}")
+            require.integer(f"Descent.{name}", getattr(self, name), least)
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"Descent.learning_rate must be positive, got {self.learning_rate!r}")
         if self.schedule not in ("cosine", "linear", "constant"):

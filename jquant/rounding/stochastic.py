@@ -26,7 +26,7 @@ from jquant.axes.groups import Blocks
 from jquant.calibration.evidence import Evidence
 from jquant.grids.base import Grid, Params, code_dtype
 from jquant.grids.grouped import Grouped
-from jquant.numerics import noise
+from jquant.numerics import noise, require
 from jquant.numerics.narrow import ends
 from jquant.numerics.significand import cut, onto_steps, share_of, with_sign
 from jquant.rounding.base import Rounded
@@ -59,10 +59,7 @@ class Stochastic:
     source: noise.Source = "hash"
 
     def __post_init__(self) -> None:
-        if self.source not in noise.SOURCES:
-            raise ValueError(
-                f"Stochastic.source must be one of {noise.SOURCES}, got {self.source!r}"
-            )
+        require.one_of("Stochastic.source", self.source, noise.SOURCES)
 
     @property
     def needs(self) -> frozenset[str]:
