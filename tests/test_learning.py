@@ -316,7 +316,6 @@ import sys; sys.path.insert(0, {here!r})
 import jax, numpy as np, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 import jquant as jq
-from jquant.learning.descend import _programs
 from test_learning import KEY, DISC, KL, fn, network, planned
 params, batches = network(width=32)
 plan = planned(params, batches[0], DISC)

@@ -3,15 +3,14 @@
 A `Network` runs the weights as they are now, whatever the rest of the parameters and the inputs
 are; `learn` takes gradient steps on all of its weights together, until the schedule ends or the
 loss is no longer finite. Every so often the weights are rounded, their loss is taken on the same
-few batches, and the best is kept; the first candidate is nearest rounding. Two programs do all
-work, one for the gradient and one for the step, with the state donated; whatever is sharded stays
-so, as all is elementwise but for the network itself. The state between two looks can be written and
-read, and the
-order of the batches depends on the number of the step alone: what goes on gives the same bits.
+few batches, and the best is kept; the first candidate is nearest rounding. The state between two
+looks can be written and read, and the order of the batches depends on the number of the step alone:
+what goes on gives the same bits.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -26,43 +25,25 @@ from jaxtyping import Array, PRNGKeyArray
 from jquant.axes.layout import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.errors import ObjectiveError
-from jquant.grids.base import Params, code_dtype
+from jquant.grids.base import Params
 from jquant.grids.grouped import Grouped
 from jquant.layerwise.weight import Rounder, stored
 from jquant.learning.objectives import Objective
+from jquant.learning.programs import Network, Programs, Task, programs_of
 from jquant.learning.trace import Trace
-from jquant.numerics.narrow import as_dtype
 from jquant.rounding.base import Rounded
 from jquant.rounding.descent import Descent
 from jquant.rounding.elementwise import importance_of, second_moment
 from jquant.rounding.relaxed import Relaxation, Target, Unit, Variables
+from jquant.rounding.steps import Moving
 from jquant.schemes.scheme import Scheme
 from jquant.trees.paths import key_of
 from jquant.weights.qtensor import QTensor
 
 if TYPE_CHECKING:
-    import optax
+    pass
 
 LOOKED_AT = 4  # batches on which candidates are compared (heuristic)
-
-
-class Network(Protocol):
-    """What is run: hashable, so that equal ones share their programs."""
-
-    def __call__(self, weights: Sequence[Array], fixed: Any, inputs: Any) -> Any:
-        """The outputs with these weights, each in its own shape and dtype."""
-        ...
-
-
-@dataclass(frozen=True)
-class Task:
-    """All that is static about a learning: the programs depend on nothing else."""
-
-    network: Network
-    relaxation: Relaxation
-    objective: Objective
-    layouts: tuple[Layout, ...]
-    dtypes: tuple[Any, ...]
 
 
 class Feed(Protocol):
@@ -173,9 +154,8 @@ def learn(
         tuple(weight.layout for weight in weights),
         tuple(jnp.dtype(weight.w.dtype) for weight in weights),
     )  # fmt: skip
-    rounded, trace = descend(
-        task, targets, problem.fixed, problem.feed, names, keys=keys, record=record, told=told
-    )
+    subjects = Subjects(names, targets, keys)
+    rounded, trace = descend(task, subjects, problem.fixed, problem.feed, Watch(record, told))
     learned = [
         stored(
             target.w, one, weight.layout, weight.w.dtype, Rounder.of(weight.scheme, weight.evidence)
@@ -190,86 +170,136 @@ def _fit(w: Array, grid: Grouped, moment: Array | None) -> Params:
     return grid.fit(w, importance_of(moment))
 
 
+class Subjects(NamedTuple):
+    """The weights that are learned together."""
+
+    names: Sequence[str]
+    targets: Sequence[Any]  # what the relaxation of the task takes
+    keys: Sequence[PRNGKeyArray] | None = None
+
+
+class Watch(NamedTuple):
+    """Who follows a learning: where its state waits, and who is told of every step."""
+
+    record: Record | None = None
+    told: Callable[[int], None] | None = None
+
+
 def descend(
-    task: Task,
-    targets: Sequence[Any],
-    fixed: Any,
-    feed: Feed,
-    names: Sequence[str],
-    *,
-    keys: Sequence[PRNGKeyArray] | None = None,
-    record: Record | None = None,
-    told: Callable[[int], None] | None = None,
+    task: Task, subjects: Subjects, fixed: Any, feed: Feed, watch: Watch = Watch()
 ) -> tuple[list[Rounded], Trace]:
-    """The loop; see `learn`. `targets` are what the relaxation of the task takes."""
-    descent, programs, targets = task.relaxation.descent, _programs(task), list(targets)
-    looked = range(min(LOOKED_AT, len(feed)))
-
-    def loss_of(rounded: list[tuple[Array, Params]]) -> float:
-        values = programs.values(rounded, targets)
-        losses = [programs.loss(values, fixed, *feed[number]) for number in looked]
-        return float(sum(losses)) / len(losses)
-
-    nearest, step = programs.nearest(targets)
-    trace = Trace(tuple(names), looks={0: loss_of(nearest)})
-    if not math.isfinite(trace.looks[0]):
-        raise ObjectiveError(
-            f"the objective is {trace.looks[0]} with {', '.join(names[:3])} … rounded to nearest; "
-            "look for outputs that are not finite, and pass an objective that is"
-        )
-    size = float(sum(target.w.size for target in targets))
-    unit = Unit(jnp.asarray(trace.looks[0] or 1.0, jnp.float32), size, step)
-
-    variables = programs.start(targets, None if keys is None else list(keys))
-    _check_gradient(
-        lambda batch: programs.gradient(variables, targets, fixed, *feed[batch], np.float32(0))[1],
-        looked, names,
-    )  # fmt: skip
-    # Not compiled: moments made of zeros take the sharding of what they are like.
-    state = State(variables, programs.optimizer.init(variables), nearest)
-    if record is not None:
-        found = record.restore(state)
-        if found is not None:
-            state, trace = found
-    variables, inner, best = state
-    pending: list[tuple[Any, Array]] = []
-    for at in range(len(trace.loss), descent.steps):
-        if trace.stopped:
-            break
-        progress = np.float32(at / descent.steps)
-        value, gradient = None, None
-        for number in range(at * descent.accumulate, (at + 1) * descent.accumulate):
-            part, towards = programs.gradient(
-                variables, targets, fixed, *feed[_order(number, len(feed))], progress
-            )
-            value = part if value is None else value + part
-            gradient = towards if gradient is None else programs.add(gradient, towards)
-        variables, inner, rounded = programs.update(
-            variables, inner, gradient, targets, unit, progress
-        )
-        pending.append((value, rounded))
-        if told is not None:
-            jax.block_until_ready(rounded)
-            told(at + 1)
-        if at + 1 in descent.looks:
-            trace.loss += [float(value) / descent.accumulate for value, _ in pending]
-            trace.rounded += [float(share) for _, share in pending]
-            pending = []
-            now = programs.harden(variables, targets)
-            trace.looks[at + 1] = loss = loss_of(now)
-            if loss < trace.looks[trace.kept_at]:
-                best, trace.kept_at = now, at + 1
-            bad = next((k for k, x in enumerate(trace.loss) if not math.isfinite(x)), None)
-            if bad is not None:
-                trace.stopped = (
-                    f"the loss was {trace.loss[bad]} at step {bad + 1}: try a smaller learning "
-                    f"rate than {descent.learning_rate}"
-                )
-            if record is not None:
-                record.keep(State(variables, inner, best), trace)
+    """The loop over steps and looks; see `learn`."""
+    course = _Course(task, subjects, fixed, feed, programs_of(task))
+    state, trace, unit = course.start()
+    if watch.record is not None:
+        state, trace = watch.record.restore(state) or (state, trace)
+    for end in task.relaxation.descent.looks:
+        if end <= len(trace.loss) or trace.stopped:
+            continue
+        steps: list[tuple[Array, Array]] = []
+        for at in range(len(trace.loss), end):
+            state, loss, share = course.step(state, at, unit)
+            steps.append((loss, share))
+            if watch.told is not None:
+                jax.block_until_ready(share)
+                watch.told(at + 1)
+        state, trace = course.look(state, trace, steps)
+        if watch.record is not None:
+            watch.record.keep(state, trace)
     share = jnp.asarray(trace.rounded[-1] if trace.rounded else math.nan, jnp.float32)
     info = {"kept_at": jnp.asarray(trace.kept_at, jnp.float32), "rounded": share}
-    return [Rounded(codes, params, info) for codes, params in best], trace
+    return [Rounded(codes, params, info) for codes, params in state.best], trace
+
+
+class _Course(NamedTuple):
+    """What stays the same from the first step to the last."""
+
+    task: Task
+    subjects: Subjects
+    fixed: Any
+    feed: Feed
+    programs: Programs
+
+    def start(self) -> tuple[State, Trace, Unit]:
+        """The state at nearest rounding, and what losses are measured in.
+
+        Raises:
+            ObjectiveError: the loss there is not finite, or a weight has no gradient.
+        """
+        names, targets, keys = self.subjects.names, list(self.subjects.targets), self.subjects.keys
+        nearest, square = self.programs.nearest(targets)
+        loss = self.loss(nearest)
+        if not math.isfinite(loss):
+            raise ObjectiveError(
+                f"the objective is {loss} with {', '.join(names[:3])} … rounded to nearest; "
+                "look for outputs that are not finite, and pass an objective that is"
+            )
+        size = float(sum(target.w.size for target in targets))
+        unit = Unit(jnp.asarray(loss or 1.0, jnp.float32), size, square)
+        variables = self.programs.start(targets, None if keys is None else list(keys))
+        gradients = (self.gradient(variables, batch, np.float32(0))[1] for batch in self.looked)
+        _check_gradients(gradients, names)
+        # Not compiled: moments made of zeros take the sharding of what they are like.
+        optimizer = self.task.relaxation.descent.transformation().init(variables)
+        return State(variables, optimizer, nearest), Trace(tuple(names), looks={0: loss}), unit
+
+    @property
+    def looked(self) -> range:
+        """The batches on which candidates are compared."""
+        return range(min(LOOKED_AT, len(self.feed)))
+
+    def loss(self, rounded: list[tuple[Array, Params]]) -> float:
+        """The mean loss of rounded weights over these."""
+        values = self.programs.values(rounded, list(self.subjects.targets))
+        losses = [self.programs.loss(values, self.fixed, *self.feed[n]) for n in self.looked]
+        return float(sum(losses)) / len(losses)
+
+    def gradient(
+        self, variables: list[Variables], batch: int, progress: np.float32
+    ) -> tuple[Array, list[Variables]]:
+        """The loss on a batch, and its gradient."""
+        targets = list(self.subjects.targets)
+        return self.programs.gradient(variables, targets, self.fixed, *self.feed[batch], progress)
+
+    def step(self, state: State, at: int, unit: Unit) -> tuple[State, Array, Array]:
+        """The state after a step, the loss before it summed over its batches, and the share of
+        weights that are rounded after it."""
+        descent, number = self.task.relaxation.descent, len(self.feed)
+        progress = np.float32(at / descent.steps)
+        used = range(at * descent.accumulate, (at + 1) * descent.accumulate)
+        loss, gradient = functools.reduce(
+            lambda sums, more: (sums[0] + more[0], self.programs.add(sums[1], more[1])),
+            (self.gradient(state.variables, _order(n, number), progress) for n in used),
+        )
+        moving, share = self.programs.update(
+            gradient, Moving(state.variables, state.optimizer), list(self.subjects.targets), unit,
+            progress,
+        )  # fmt: skip
+        return State(moving.variables, moving.optimizer, state.best), loss, share
+
+    def look(
+        self, state: State, trace: Trace, steps: list[tuple[Array, Array]]
+    ) -> tuple[State, Trace]:
+        """The state with the better of its weights as they are now and the best, after steps."""
+        descent, at = self.task.relaxation.descent, len(trace.loss) + len(steps)
+        losses = [float(loss) / descent.accumulate for loss, _ in steps]
+        candidate = self.programs.harden(state.variables, list(self.subjects.targets))
+        trace = dataclasses.replace(
+            trace,
+            loss=trace.loss + losses,
+            rounded=trace.rounded + [float(share) for _, share in steps],
+            looks={**trace.looks, at: self.loss(candidate)},
+        )
+        if trace.looks[at] < trace.looks[trace.kept_at]:
+            state, trace = state._replace(best=candidate), dataclasses.replace(trace, kept_at=at)
+        bad = next((k for k, loss in enumerate(trace.loss) if not math.isfinite(loss)), None)
+        if bad is not None:
+            why = (
+                f"the loss was {trace.loss[bad]} at step {bad + 1}: try a smaller learning rate "
+                f"than {descent.learning_rate}"
+            )
+            trace = dataclasses.replace(trace, stopped=why)
+        return state, trace
 
 
 def _order(number: int, count: int) -> int:
@@ -278,119 +308,18 @@ def _order(number: int, count: int) -> int:
     return at if around == 0 else int(np.random.default_rng(around).permutation(count)[at])
 
 
-def _check_gradient(
-    gradient: Callable[[int], Any], batches: Iterable[int], names: Sequence[str]
-) -> None:
-    """Refuse weights that the objective does not see."""
+def _check_gradients(gradients: Iterable[Sequence[Variables]], names: Sequence[str]) -> None:
+    """Refuse weights that the objective does not see; as many gradients are asked for as needed."""
     silent = list(names)
-    for number in batches:
-        found = gradient(number)
+    for gradient in gradients:
         # Any number but zero, NaN too: an extreme might forget it.
-        moved = [any(bool(jnp.any(g != 0)) for g in jax.tree.leaves(one)) for one in found]
+        moved = [any(bool(jnp.any(g != 0)) for g in jax.tree.leaves(one)) for one in gradient]
         quiet = {name for name, seen in zip(names, moved, strict=True) if not seen}
         silent = [name for name in silent if name in quiet]
         if not silent:
             return
-    said = ", ".join(map(repr, silent[:3])) + (" …" if len(silent) > 3 else "")
+    them = ", ".join(map(repr, silent[:3])) + (" …" if len(silent) > 3 else "")
     raise ObjectiveError(
-        f"the objective has no gradient with respect to {said}: the outputs do not depend on it on "
+        f"the objective has no gradient with respect to {them}: the outputs do not depend on it on "
         "these batches; keep it, round it another way, or pass other batches"
     )
-
-
-class _Programs(NamedTuple):
-    optimizer: optax.GradientTransformation
-    nearest: Callable[..., Any]
-    start: Callable[..., Any]
-    gradient: Callable[..., Any]
-    add: Callable[..., Any]
-    update: Callable[..., Any]
-    harden: Callable[..., Any]
-    values: Callable[..., Any]
-    loss: Callable[..., Any]
-
-
-@functools.lru_cache(maxsize=64)
-def _programs(task: Task) -> _Programs:
-    """The compiled programs of a task; lists run over its weights."""
-    import optax
-
-    relaxation, optimizer = task.relaxation, task.relaxation.descent.transformation()
-
-    def original(values: Sequence[Array]) -> list[Array]:
-        return [
-            as_dtype(layout.original(value), dtype)
-            for value, layout, dtype in zip(values, task.layouts, task.dtypes, strict=True)
-        ]
-
-    def loss(values: Any, fixed: Any, inputs: Any, wanted: Any, said: Any) -> Array:
-        found = task.network(original(values), fixed, inputs)
-        return task.objective(found, wanted, *said).astype(jnp.float32)
-
-    def gradient(
-        variables: Any, targets: Any, fixed: Any, inputs: Any, wanted: Any, said: Any, progress: Any
-    ) -> Any:
-        def at(variables: Any) -> Array:
-            pairs = zip(variables, targets, strict=True)
-            values = [relaxation.relax(v, target, progress).value for v, target in pairs]
-            return loss(values, fixed, inputs, wanted, said)
-
-        if relaxation.descent.remat:
-            at = jax.checkpoint(at, policy=jax.checkpoint_policies.dots_saveable)
-        return jax.value_and_grad(at)(variables)
-
-    def update(
-        variables: Any, inner: Any, gradient: Any, targets: Any, unit: Unit, progress: Any
-    ) -> Any:
-        many = relaxation.descent.accumulate
-        towards = [
-            relaxation.direction(jax.tree.map(lambda x: x / many, g), v, target, unit, progress)
-            for g, v, target in zip(gradient, variables, targets, strict=True)
-        ]
-        updates, inner = optimizer.update(towards, inner, variables)
-        moved: Any = optax.apply_updates(variables, updates)
-        moved = [relaxation.project(v, target) for v, target in zip(moved, targets, strict=True)]
-        sizes = np.array([target.w.size for target in targets])
-        shares = jnp.stack([
-            jnp.mean(relaxation.relax(v, target, 1.0).rounded)
-            for v, target in zip(moved, targets, strict=True)
-        ])  # fmt: skip
-        return moved, inner, jnp.sum(shares * (sizes / sizes.sum()))
-
-    def nearest(targets: Any) -> Any:
-        found = [_narrow(target.nearest(), target.params, target) for target in targets]
-        squares = [
-            jnp.mean((target.decode(codes) - target.w) ** 2)
-            for (codes, _), target in zip(found, targets, strict=True)
-        ]
-        step = 12 * jnp.mean(jnp.stack(squares))
-        return found, jnp.where(step > 0, step, 1.0)
-
-    def start(targets: Any, keys: Any) -> Any:
-        given = keys or [None] * len(targets)
-        return [relaxation.start(target, key) for target, key in zip(targets, given, strict=True)]
-
-    def harden(variables: Any, targets: Any) -> Any:
-        pairs = zip(variables, targets, strict=True)
-        return [_narrow(*relaxation.harden(v, target), target) for v, target in pairs]
-
-    def values(rounded: Any, targets: Any) -> Any:
-        pairs = zip(rounded, targets, strict=True)
-        return [target.decode(codes.astype(jnp.int32), params) for (codes, params), target in pairs]
-
-    return _Programs(
-        optimizer,
-        jax.jit(nearest),
-        jax.jit(start),
-        jax.jit(gradient),
-        jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0),
-        jax.jit(update, donate_argnums=(0, 1)),
-        jax.jit(harden),
-        jax.jit(values),
-        jax.jit(loss),
-    )
-
-
-def _narrow(codes: Array, params: Params, target: Target) -> tuple[Array, Params]:
-    """Codes as they are stored: candidates wait beside all else that is of the weights' size."""
-    return codes.astype(code_dtype(target.grid)), params

@@ -24,9 +24,10 @@ from jquant.calibration.data import Data
 from jquant.errors import PlanError
 from jquant.grids.base import Grid, Params
 from jquant.grids.grouped import Grouped
-from jquant.learning.descend import Task, descend
+from jquant.learning.descend import Subjects, Watch, descend
 from jquant.learning.network import Feed, Network
 from jquant.learning.objectives import KL, Objective
+from jquant.learning.programs import Task
 from jquant.learning.trace import Trace
 from jquant.numerics.narrow import as_dtype
 from jquant.rounding.descent import Descent
@@ -170,9 +171,10 @@ def tune_scales(
     targets = [_Coded(q.codes, q.params, q.parts, q.grid, q.blocks) for q in quantized.values()]
     fixed = [None if path in quantized else leaf for path, leaf in leaves.items()]
     feed = Feed(jax.jit(fn), params, data)
-    found, trace = descend(task, targets, fixed, feed, list(quantized), told=progress)
-    tuned = {
+    subjects = Subjects(list(quantized), targets)
+    tuned, trace = descend(task, subjects, fixed, feed, Watch(told=progress))
+    moved = {
         path: dataclasses.replace(q, params=dict(rounded.params))
-        for (path, q), rounded in zip(quantized.items(), found, strict=True)
+        for (path, q), rounded in zip(quantized.items(), tuned, strict=True)
     }
-    return replaced(qparams, tuned), trace
+    return replaced(qparams, moved), trace

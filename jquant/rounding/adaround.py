@@ -22,7 +22,7 @@ from jaxtyping import Array, Integer, PRNGKeyArray
 
 from jquant.grids.base import Params
 from jquant.rounding.descent import Descent
-from jquant.rounding.learned import Learned
+from jquant.rounding.learned import learn_alone
 from jquant.rounding.relaxed import (
     Between,
     Target,
@@ -38,7 +38,7 @@ _STRETCH, _SHIFT = 1.2, 0.1  # γ = -0.1 and ζ = 1.1 of Louizos et al. 2018
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class AdaRound(Learned):
+class AdaRound:
     """Learn up or down for every weight through a stretched sigmoid.
 
     Args:
@@ -79,8 +79,14 @@ class AdaRound(Learned):
             raise ValueError(f"AdaRound.free must be from 0 to below 1, got {self.free}")
 
     @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"moment"})
+
+    @property
     def papers(self) -> tuple[str, ...]:
         return ("nagel2020adaround",)
+
+    __call__ = learn_alone
 
     def start(self, target: Target, key: PRNGKeyArray | None) -> Variables:
         del key

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jquant.numerics import require
+
 if TYPE_CHECKING:
     import optax  # takes about as long to import as all of jquant, so it waits for a first step
 
 _IN_EVERY_OPTAX = ("adam", "adamw", "sgd", "sign_sgd")  # others are looked for when they are named
-
-from jquant.numerics import require
 
 
 @jax.tree_util.register_static

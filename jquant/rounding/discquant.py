@@ -31,13 +31,13 @@ from jaxtyping import Array, Integer, PRNGKeyArray
 
 from jquant.grids.base import Params
 from jquant.rounding.descent import Descent
-from jquant.rounding.learned import Learned
+from jquant.rounding.learned import learn_alone
 from jquant.rounding.relaxed import Between, Target, Unit, Variables
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class DiscQuant(Learned):
+class DiscQuant:
     """Learn the position of every weight between its two neighbours; a linear term rounds them.
 
     Args:
@@ -90,6 +90,8 @@ class DiscQuant(Learned):
     @property
     def papers(self) -> tuple[str, ...]:
         return ("chee2025discquant",)
+
+    __call__ = learn_alone
 
     def start(self, target: Target, key: PRNGKeyArray | None) -> Variables:
         if self.start_at == "original":

@@ -29,7 +29,7 @@ from jaxtyping import Array, Integer, PRNGKeyArray
 from jquant.grids.base import Params
 from jquant.grids.exponents import SEARCHED
 from jquant.rounding.descent import Descent
-from jquant.rounding.learned import Learned
+from jquant.rounding.learned import learn_alone
 from jquant.rounding.relaxed import (
     Between,
     Target,
@@ -43,7 +43,7 @@ from jquant.rounding.relaxed import (
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class NUPES(Learned):
+class NUPES:
     """Learn codes over the whole grid, and the exponent of a power grid that has one to learn.
 
     Args:
@@ -101,6 +101,8 @@ class NUPES(Learned):
     @property
     def papers(self) -> tuple[str, ...]:
         return ("yvinec2023nupes",)
+
+    __call__ = learn_alone
 
     def start(self, target: Target, key: PRNGKeyArray | None) -> Variables:
         del key

@@ -24,13 +24,13 @@ from jaxtyping import Array, Integer, PRNGKeyArray
 from jquant.grids.base import Params
 from jquant.grids.ranges import MinMax
 from jquant.rounding.descent import Descent
-from jquant.rounding.learned import Learned
+from jquant.rounding.learned import learn_alone
 from jquant.rounding.relaxed import Between, Cell, Target, Unit, Variables
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class SignRound(Learned):
+class SignRound:
     """Learn a shift of every weight before it is rounded, and the ranges of the groups.
 
     Args:
@@ -59,8 +59,14 @@ class SignRound(Learned):
     descent: Descent = Descent(200, 1 / 200, "sign_sgd", "linear")
 
     @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"moment"})
+
+    @property
     def papers(self) -> tuple[str, ...]:
         return ("cheng2023signround",)
+
+    __call__ = learn_alone
 
     def start(self, target: Target, key: PRNGKeyArray | None) -> Variables:
         del key
