@@ -91,8 +91,13 @@ def _causal_conv(p: Any, x: Any, mask: Any) -> Any:
     )
 
 
+def _joined(p: Any, x: Any, mask: Any) -> Any:
+    """Each of two weights meets a share of the features."""
+    return jnp.concatenate([x, jnp.tanh(x)], -1) @ jnp.concatenate([p["w"], p["b"]])
+
+
 FUNCTIONS = [_attention, _time_major, _experts, _layers, _heads, _loop, _pooled, _first, _grouped,
-             _causal_conv]  # fmt: skip
+             _causal_conv, _joined]  # fmt: skip
 
 
 def _alone(fn: Any, **kwargs: Any) -> dict[str, jq.Evidence]:
