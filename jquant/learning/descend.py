@@ -259,7 +259,7 @@ class _Course(NamedTuple):
     ) -> tuple[Array, list[Variables]]:
         """The loss on a batch, and its gradient."""
         targets = list(self.subjects.targets)
-        return self.programs.gradient(variables, targets, self.fixed, *self.feed[batch], progress)
+        return self.programs.gradient(variables, targets, self.fixed, self.feed[batch], progress)
 
     def step(self, state: State, at: int, unit: Unit) -> tuple[State, Array, Array]:
         """The state after a step, the loss before it summed over its batches, and the share of

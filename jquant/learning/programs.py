@@ -70,11 +70,9 @@ def programs_of(task: Task) -> Programs:
         outputs = task.network(weights, fixed, inputs)
         return task.objective(outputs, wanted, *more).astype(jnp.float32)
 
-    def gradient(
-        variables: Any, targets: Any, fixed: Any, inputs: Any, wanted: Any, more: Any, progress: Any
-    ) -> Any:
+    def gradient(variables: Any, targets: Any, fixed: Any, batch: Any, progress: Any) -> Any:
         return steps.gradient(
-            lambda values: loss(values, fixed, inputs, wanted, more), variables, targets, progress
+            lambda values: loss(values, fixed, *batch), variables, targets, progress
         )
 
     def update(gradient: Any, moving: Any, targets: Any, unit: Unit, progress: Any) -> Any:
