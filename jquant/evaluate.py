@@ -287,20 +287,9 @@ def _microbatches(
     arrays = (np.asarray(batch) if isinstance(batch, list) else batch for batch in batches)
     for i, ((batch, *rest), weights) in enumerate(weighed(arrays, token_weights)):
         tokens, others = np.asarray(batch), [np.asarray(x) for x in rest]
-        if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.shape[1] < 2:
-            raise ValueError(
-                f"batch {i} is {tokens.dtype} {tokens.shape}; expected integer tokens [B, T] with "
-                "T >= 2 (wrap one array as [tokens], one row as tokens[None])"
-            )
-        for other in [*others, *([] if weights is None else [weights])]:
-            if other.shape[:1] != tokens.shape[:1] or (
-                other is weights and other.shape != tokens.shape
-            ):
-                raise ValueError(
-                    f"batch {i} has {other.dtype} {other.shape} beside tokens {tokens.shape}; "
-                    "expected other inputs with the same first axis, token_weights of their shape"
-                )
-        seen += [] if weights is None else [np.any(weights, keepdims=True)]
+        _check_batch(f"batch {i}", tokens, others, weights)
+        if weights is not None:
+            seen.append(np.any(weights, keepdims=True))
         if not len(tokens):
             continue
         most = max(1, TOKENS_PER_FORWARD // tokens.shape[1])
@@ -313,6 +302,24 @@ def _microbatches(
     if not rows_of:
         raise ValueError("batches is empty; pass token arrays [B, T] (an iterator is used up once)")
     check_any(seen)
+
+
+def _check_batch(
+    name: str, tokens: np.ndarray, others: Iterable[np.ndarray], weights: Weights | None
+) -> None:
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.shape[1] < 2:
+        raise ValueError(
+            f"{name} is {tokens.dtype} {tokens.shape}; expected integer tokens [B, T] with "
+            "T >= 2 (wrap one array as [tokens], one row as tokens[None])"
+        )
+    misfits = [x for x in others if x.shape[:1] != tokens.shape[:1]]
+    if weights is not None and weights.shape != tokens.shape:
+        misfits.append(weights)
+    if misfits:
+        raise ValueError(
+            f"{name} has {misfits[0].dtype} {misfits[0].shape} beside tokens {tokens.shape}; "
+            "expected other inputs with the same first axis, token_weights of their shape"
+        )
 
 
 def _filled(x: np.ndarray, rows: int) -> np.ndarray:

@@ -2,24 +2,23 @@
 
 `allocate` takes losses (a `Sensitivity`, or numbers of your own), candidates and a budget, and
 gives a plan and what was chosen. The budget is in bytes as a checkpoint stores them, or in bits per
-weight, scales and zero points and factors counted; it is never exceeded, by no byte. Methods are
-those of `budget.py`, and the paper's: CPTQuant (Nanda et al. 2024) puts blocks into clusters by
-their score, and gives each cluster one width. Here the clusters are optimal and sorted, and the
-widths the best that the budget pays for, the more sensitive cluster never the smaller.
+weight, scales and zero points and factors counted; a plan never exceeds the budget. Methods are
+those of `budget.py`, and CPTQuant's (`blocks.py`), which puts blocks into clusters by their score
+and gives each cluster one width.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from jquant.allocation import budget as ways
+from jquant.allocation.blocks import by_cluster, clusters_of
 from jquant.allocation.candidates import Candidates
-from jquant.allocation.clusters import clusters as cluster
 from jquant.allocation.sensitivity import Sensitivity
 from jquant.errors import EvidenceError, PlanError, extra
 from jquant.schemes.scheme import Plan, Scheme
@@ -109,8 +108,8 @@ class Allocation(Mapping[str, Share]):
         return dict(sorted(Counter(share.scheme.grid.bits for share in self.values()).items()))
 
     def __str__(self) -> str:
-        said = ", ".join(f"{count} of {bits} bits" for bits, count in self.widths.items())
-        return f"{said}; {self.bits:.3f} bits per weight stored, by {self.by} ({self.method})"
+        widths = ", ".join(f"{count} of {bits} bits" for bits, count in self.widths.items())
+        return f"{widths}; {self.bits:.3f} bits per weight stored, by {self.by} ({self.method})"
 
     def table(self) -> Table:
         """A table for `rich.print`: a row per weight."""
@@ -196,33 +195,25 @@ def allocate(
         raise PlanError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     paths = list(candidates)
     sizes = [candidates.bytes(path) for path in paths]
-    numbers = [candidates.size(path) for path in paths]
     budget = budget_bytes(candidates, bits=bits, bytes=bytes)
-    known = losses.losses(candidates) if isinstance(losses, Sensitivity) else losses
-    found = [_losses(path, known, len(candidates[path])) for path in paths]
+    sensitivity = losses if isinstance(losses, Sensitivity) else None
+    given = losses.losses(candidates) if isinstance(losses, Sensitivity) else losses
+    lost = {path: _losses(path, given, len(candidates[path])) for path in paths}
     if method == "auto":
         method = "dynamic" if ways.cells(sizes, budget) <= ways.MOST else "greedy"
-    if method == "dynamic":
-        if ways.cells(sizes, budget) > ways.MOST:
-            raise PlanError(
-                f"method='dynamic' would need a table of {ways.cells(sizes, budget)} entries, more "
-                f"than {ways.MOST}; pass method='greedy'"
-            )
-        chosen = ways.dynamic(found, sizes, budget)
-    elif method == "greedy":
-        chosen = ways.greedy(found, sizes, budget)
-    elif method == "lagrange":
-        chosen = ways.lagrange(found, sizes, budget)
+    if method == "clusters":
+        labels = clusters_of(sensitivity, candidates, lost, clusters)
+        choose = partial(by_cluster, labels)
     else:
-        groups = _clusters(losses, candidates, found, numbers, clusters)
-        chosen = _by_cluster(groups, found, sizes, budget)
+        choose = _METHODS[method]
+    positions = choose(list(lost.values()), sizes, budget)
     shares = {
-        path: Share(at, candidates[path][at], size[at], number, loss[at])
-        for path, at, size, number, loss in zip(paths, chosen, sizes, numbers, found, strict=True)
+        path: Share(at, candidates[path][at], size[at], candidates.size(path), lost[path][at])
+        for path, at, size in zip(paths, positions, sizes, strict=True)
     }
     by, papers = "losses given", ("nanda2024cptquant",) if method == "clusters" else ()
-    if isinstance(losses, Sensitivity):
-        by, papers = losses.name, tuple(dict.fromkeys((*losses.papers, *papers)))
+    if sensitivity is not None:
+        by, papers = sensitivity.name, tuple(dict.fromkeys((*sensitivity.papers, *papers)))
     plan = Plan({path: shares[path].scheme for path in paths}, candidates.weights)
     return plan, Allocation(shares, budget, method, by, papers)
 
@@ -257,82 +248,29 @@ def budget_bytes(
     return budget
 
 
-def _losses(path: str, known: Mapping[str, Sequence[float]], count: int) -> tuple[float, ...]:
-    if path not in known:
+def _losses(path: str, given: Mapping[str, Sequence[float]], count: int) -> tuple[float, ...]:
+    if path not in given:
         if count == 1:
             return (0.0,)
         raise PlanError(f"losses do not name weight {path!r}, which has {count} candidates")
-    found = tuple(float(x) for x in known[path])
-    if len(found) != count:
-        raise PlanError(f"weight {path!r} has {count} candidates, got {len(found)} losses for it")
-    for loss in found:
+    losses = tuple(float(x) for x in given[path])
+    if len(losses) != count:
+        raise PlanError(f"weight {path!r} has {count} candidates, got {len(losses)} losses for it")
+    for loss in losses:
         if not (math.isfinite(loss) and loss >= 0):
             raise EvidenceError(f"weight {path!r}: a loss must be 0 or more, got {loss}")
-    return found
+    return losses
 
 
-def _clusters(
-    losses: Losses,
-    candidates: Candidates,
-    found: Sequence[Sequence[float]],
-    numbers: Sequence[int],
-    count: int,
+def _dynamic(
+    losses: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int
 ) -> list[int]:
-    """The cluster of every weight, 0 for the least sensitive; -1 where there is no choice.
-
-    A block is clustered by its score, or by its loss per number under the smallest scheme.
-    """
-    lengths = {len(schemes) for schemes in candidates.values() if len(schemes) > 1}
-    if len(lengths) > 1:
+    if ways.cells(sizes, budget) > ways.MOST:
         raise PlanError(
-            f"method='clusters' gives all weights of a cluster the candidate at one position, but "
-            f"they have {sorted(lengths)} candidates; offer all the same, or use another method"
+            f"method='dynamic' would need a table of {ways.cells(sizes, budget)} entries, more "
+            f"than {ways.MOST}; pass method='greedy'"
         )
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise PlanError(f"clusters must be a whole number above 0, got {count!r}")
-    blocks = losses.blocks if isinstance(losses, Sensitivity) else None
-    scores: dict[str, list[float]] = {}
-    of = {path: path if blocks is None else blocks.get(path, path) for path in candidates.free}
-    sums: dict[str, list[tuple[float, int]]] = {}
-    for path, some, number in zip(candidates, found, numbers, strict=True):
-        if path in of:
-            sums.setdefault(of[path], []).append((some[0], number))
-            if isinstance(losses, Sensitivity) and losses.schemes is None:
-                scores.setdefault(of[path], []).append(losses.values[path][0])
-    value = {
-        block: math.fsum(scores[block]) / len(scores[block])
-        if block in scores
-        else math.fsum(loss for loss, _ in some) / sum(number for _, number in some)
-        for block, some in sums.items()
-    }
-    label = dict(zip(value, cluster(list(value.values()), count), strict=True))
-    return [label[of[path]] if path in of else -1 for path in candidates]
+    return ways.dynamic(losses, sizes, budget)
 
 
-def _by_cluster(
-    groups: Sequence[int],
-    losses: Sequence[Sequence[float]],
-    sizes: Sequence[Sequence[int]],
-    budget: int,
-) -> list[int]:
-    """One position per cluster, rising with sensitivity, of the least loss that fits."""
-    many = max(groups) + 1
-    length = next(len(some) for some, g in zip(losses, groups, strict=True) if g >= 0)
-    cost = [[0] * length for _ in range(many)]
-    loss = [[0.0] * length for _ in range(many)]
-    fixed = 0
-    for group, some, bytes_ in zip(groups, losses, sizes, strict=True):
-        if group < 0:
-            fixed += bytes_[0]
-            continue
-        for at in range(length):
-            cost[group][at] += bytes_[at]
-            loss[group][at] += some[at]
-    best: tuple[float, int, tuple[int, ...]] | None = None
-    for positions in itertools.combinations_with_replacement(range(length), many):
-        spent = fixed + sum(cost[g][at] for g, at in enumerate(positions))
-        if spent <= budget:
-            found = sum(loss[g][at] for g, at in enumerate(positions)), -spent, positions
-            best = found if best is None or found < best else best
-    assert best is not None  # the smallest of all fit
-    return [0 if group < 0 else best[2][group] for group in groups]
+_METHODS = {"dynamic": _dynamic, "greedy": ways.greedy, "lagrange": ways.lagrange}

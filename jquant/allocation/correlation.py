@@ -15,7 +15,8 @@ stream. What comes out of the prologue (embeddings) is a state too, but has no s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -28,9 +29,8 @@ from jquant.allocation.sensitivity import Sensitivity
 from jquant.allocation.trials import Told, outputs
 from jquant.calibration.cutting import Recording
 from jquant.calibration.data import Data
-from jquant.calibration.place import Place
-from jquant.calibration.stages import block_of
-from jquant.calibration.tokens import Given, Weights
+from jquant.calibration.stages import Cut, block_of
+from jquant.calibration.tokens import Given
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError
 from jquant.layerwise.checks import check_weights, not_used
@@ -143,112 +143,153 @@ def cmpq(
     """
     check_weights(candidates.plan({}), by_path(params))
     leaves, data = Leaves.of(params), Data.of(batches, token_weights)
-    batches, counted = data.batches, data.weights
     weights = candidates.weights
     # All weights cut, also those that are kept: the head ends the last block.
     planned = {path: w.stack_axes for path, w in weights.items() if w.has_inputs}
     walk = Walk.start(fn, leaves, data, Recording(planned, "block"))
-    current = leaves.read_weight
-    walk.advance(None, current, current)
-    lengths = [next(len(x) for x in jax.tree.leaves(batch) if np.ndim(x)) for batch in batches]
-
-    def pooled(values: Sequence[Mapping[Any, Any]]) -> Array | None:
-        if counted is None:
-            return _pooled(values, lengths)
-        places = [run.cut.places for run in walk.runs]
-        return _pooled(values, lengths, places, counted, data.strict)
-
-    states = {-1: pooled(walk.alive)}
-    for at in range(len(walk.stages)):
-        walk.advance(at, current, current)
-        last = at == len(walk.stages) - 1
-        if not last:
-            states[at] = pooled(walk.alive)
+    pool = _Pool([run.cut for run in walk.runs], _lengths(data.batches), data)
+    states: dict[int, Array | None] = {}
+    for at in _advanced(walk, leaves):
+        is_last = at == len(walk.stages) - 1
+        if at < 0 or not is_last:
+            states[at] = pool.rows(walk.alive)
         elif any(piece.path in candidates.free for piece in walk.stages[at].pieces):
-            whole = realize(params)
-            found = [jax.tree.leaves(outputs(fn, whole, batch)) for batch in batches]
-            states[at] = pooled([
-                _named(leaves, None if counted is None else run.cut.flat.outputs)
-                for run, leaves in zip(walk.runs, found, strict=True)
-            ])  # fmt: skip
-        if progress is not None:
+            states[at] = pool.rows(_outputs(fn, realize(params), pool))
+        if progress is not None and at >= 0:
             progress(at + 1, len(walk.stages))
     scores = _scores({at: x for at, x in states.items() if x is not None}, ridge)
-    values: dict[str, list[float]] = {}
-    for at, stage in enumerate(walk.stages):
-        for piece in stage.pieces:
-            if piece.path in candidates.free:
-                if at not in scores:
-                    raise EvidenceError(
-                        f"weight {str(piece)!r}: nothing that flows out of its block has a leading "
-                        f"axis of {lengths[0]} sequences; pass batches of sequences"
-                    )
-                values.setdefault(piece.path, []).append(scores[at])
-    for path in candidates.free:
-        if path not in values and weights[path].has_inputs:
-            raise EvidenceError(not_used(path))
-    # What is only looked up is in the prologue.
-    looked_up = scores.get(-1, 0.0)
+    values = _by_weight(walk, scores, candidates, pool.lengths)
     return Sensitivity(
         "CMPQ", "1 - correlation",
-        f"mean-pooled states of {len(scores)} blocks, {sum(lengths)} sequences",
-        {p: (_mean(values.get(p, [looked_up])),) for p in candidates.free}, None,
+        f"mean-pooled states of {len(scores)} blocks, {sum(pool.lengths)} sequences",
+        {path: (_mean(values[path]),) for path in candidates.free}, None,
         {path: block_of(path) for path in candidates.free}, ("nanda2024cptquant", "raghu2017svcca"),
     )  # fmt: skip
 
 
-def _named(leaves: list[Array], numbers: Sequence[Any] | None) -> dict[int, Array]:
-    """What a function returns, by the numbers of the values where these are asked for."""
-    if numbers is None:
-        return dict(enumerate(leaves))
-    return {n: x for n, x in zip(numbers, leaves, strict=True) if isinstance(n, int)}
+def _advanced(walk: Walk, leaves: Leaves) -> Iterator[int]:
+    """The stages of a walk, each when it has run on the weights as they came; -1: the prologue."""
+    for at in range(-1, len(walk.stages)):
+        walk.advance(None if at < 0 else at, leaves.read_weight, leaves.read_weight)
+        yield at
 
 
-def _pooled(
-    alive: Sequence[Mapping[int, Any]],
-    lengths: Sequence[int],
-    places: Sequence[Mapping[int, Place]] | None = None,
-    weights: Sequence[Weights] = (),
-    strict: bool = False,
-) -> Array | None:
-    """One row per sequence: the values alive, averaged over all axes but the first and last.
+def _lengths(batches: Iterable[Any]) -> tuple[int, ...]:
+    """How many sequences each batch has."""
+    return tuple(next(len(x) for x in jax.tree.leaves(batch) if np.ndim(x)) for batch in batches)
 
-    Where none has an axis of sequences, tokens `[sequences · length, d]` are taken apart. `places`
-    and `weights` are those of the tokens, whose mean it is; `strict`: these must be known.
+
+def _outputs(fn: Callable[..., Any], params: PyTree, pool: _Pool) -> list[dict[int, Array]]:
+    """What the function returns on each batch; by its numbers in the program if tokens count."""
+    values = []
+    for cut, batch in zip(pool.cuts, pool.data.batches, strict=True):
+        leaves = jax.tree.leaves(outputs(fn, params, batch))
+        numbers = range(len(leaves)) if pool.data.weights is None else cut.flat.outputs
+        named = zip(numbers, leaves, strict=True)
+        values.append({number: x for number, x in named if isinstance(number, int)})
+    return values
+
+
+def _by_weight(
+    walk: Walk, scores: Mapping[int, float], candidates: Candidates, lengths: Sequence[int]
+) -> dict[str, list[float]]:
+    """The scores of the blocks that each weight with a choice lies in, one for each layer of it.
+
+    Raises:
+        EvidenceError: a block of such a weight has no score, or a weight is in no block.
     """
-    found = []
-    for at, (values, length) in enumerate(zip(alive, lengths, strict=True)):
-        floats = {
-            n: jnp.asarray(x, jnp.float32)
-            for n, x in sorted(values.items())
-            if x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating)
-        }
-        whole = [n for n, x in floats.items() if len(x) == length]
-        flat = [n for n, x in floats.items() if x.ndim == 2 and len(x) % length == 0]
-        rows = []
-        for n in whole or flat:
-            x = floats[n]
-            apart = x.shape if whole else (length, -1, x.shape[-1])
-            inner = tuple(range(1, len(apart) - 1))
-            if places is None:
-                rows.append(jnp.mean(x.reshape(apart), inner))
+    # What is only looked up is in the prologue.
+    values: dict[str, list[float]] = {
+        path: [scores.get(-1, 0.0)]
+        for path in candidates.free
+        if not candidates.weights[path].has_inputs
+    }
+    in_blocks: dict[str, list[float]] = {}
+    for at, stage in enumerate(walk.stages):
+        for piece in stage.pieces:
+            if piece.path not in candidates.free:
                 continue
-            lost = places[at][n].unknown(weights[at].shape)
-            if lost and strict:
+            if at not in scores:
                 raise EvidenceError(
-                    f"a state {list(x.shape)} between blocks has tokens that are not known (lost "
-                    f"in {lost!r}); pass jq.TokenWeights(..., unmatched='count') to count all"
+                    f"weight {str(piece)!r}: nothing that flows out of its block has a leading "
+                    f"axis of {lengths[0]} sequences; pass batches of sequences"
                 )
-            w = places[at][n].over(jnp.asarray(weights[at]), x.shape).reshape(apart)
-            sums = jnp.sum(jnp.where(w > 0, x.reshape(apart), 0.0) * w, inner)
-            rows.append(sums / jnp.maximum(jnp.sum(w, inner), 1e-30))
-        if not rows:
-            return None
-        own = jnp.concatenate(rows, -1)
-        if places is not None and len(weights[at]) == length:
-            own = own[np.flatnonzero(weights[at].reshape(length, -1).any(1))]
-        found.append(own)
-    return jnp.concatenate(found)
+            in_blocks.setdefault(piece.path, []).append(scores[at])
+    values |= in_blocks
+    for path in candidates.free:
+        if path not in values:
+            raise EvidenceError(not_used(path))
+    return values
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """How values alive between blocks become one row per sequence.
+
+    Attributes:
+        cuts: the cut function of each batch, which knows what tokens a value is of.
+        lengths: how many sequences each batch has.
+        data: the batches, and what each of their tokens counts.
+    """
+
+    cuts: Sequence[Cut]
+    lengths: tuple[int, ...]
+    data: Data
+
+    def rows(self, alive: Sequence[Mapping[int, Any]]) -> Array | None:
+        """The values of all batches, averaged over all axes but the first and last.
+
+        Where none of a batch has an axis of sequences, tokens `[sequences · length, d]` are taken
+        apart. None: a batch has neither.
+        """
+        rows = []
+        for batch, (values, length) in enumerate(zip(alive, self.lengths, strict=True)):
+            states = _states(values, length)
+            if not states:
+                return None
+            own = jnp.concatenate([self._mean(batch, n, *x) for n, x in states.items()], -1)
+            rows.append(self._counted(batch, own))
+        return jnp.concatenate(rows)
+
+    def _mean(self, batch: int, number: int, x: Array, apart: tuple[int, ...]) -> Array:
+        """The mean of a value over the axes of `apart` but the first and last."""
+        inner = tuple(range(1, len(apart) - 1))
+        if self.data.weights is None:
+            return jnp.mean(x.reshape(apart), inner)
+        place, weights = self.cuts[batch].places[number], self.data.weights[batch]
+        lost = place.unknown(weights.shape)
+        if lost and self.data.strict:
+            raise EvidenceError(
+                f"a state {list(x.shape)} between blocks has tokens that are not known (lost "
+                f"in {lost!r}); pass jq.TokenWeights(..., unmatched='count') to count all"
+            )
+        w = place.over(jnp.asarray(weights), x.shape).reshape(apart)
+        sums = jnp.sum(jnp.where(w > 0, x.reshape(apart), 0.0) * w, inner)
+        return sums / jnp.maximum(jnp.sum(w, inner), 1e-30)
+
+    def _counted(self, batch: int, rows: Array) -> Array:
+        """The rows of sequences that have a token which counts."""
+        weights = self.data.weights
+        if weights is None or len(weights[batch]) != len(rows):
+            return rows
+        counts = np.asarray(weights[batch]).reshape(len(rows), -1).any(1)
+        return rows[np.flatnonzero(counts)]
+
+
+def _states(values: Mapping[int, Any], length: int) -> dict[int, tuple[Array, tuple[int, ...]]]:
+    """The floating values with an axis of sequences, each beside the shape that has it in front."""
+    floats = {
+        n: jnp.asarray(x, jnp.float32)
+        for n, x in sorted(values.items())
+        if x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating)
+    }
+    whole = {n: (x, x.shape) for n, x in floats.items() if len(x) == length}
+    flat = {
+        n: (x, (length, -1, x.shape[-1]))
+        for n, x in floats.items()
+        if x.ndim == 2 and len(x) % length == 0
+    }
+    return whole or flat
 
 
 def _scores(states: Mapping[int, Array], ridge: float) -> dict[int, float]:
@@ -264,11 +305,11 @@ def _scores(states: Mapping[int, Array], ridge: float) -> dict[int, float]:
             raise EvidenceError(f"the hidden states after block {at + 1} hold NaN or infinity")
     white = {at: _whitened(x, ridge) for at, x in states.items()}
     rho = {(a, b): _correlation(white[a], white[b]) for a in white for b in white if a < b}
-    found = {}
+    scores = {}
     for at in white:
         others = [float(r) for pair, r in rho.items() if at in pair]
-        found[at] = max(1.0 - _mean(others), 0.0) if others else 0.0
-    return found
+        scores[at] = max(1.0 - _mean(others), 0.0) if others else 0.0
+    return scores
 
 
 _whitened, _correlation = jax.jit(whitened), jax.jit(_first)

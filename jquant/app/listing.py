@@ -10,19 +10,14 @@ import numpy as np
 from rich.table import Table
 
 from jquant.app.console import megabytes
-from jquant.io import Header
+from jquant.io import Header, Stored
 
 
 def listing(path: Path, header: Header, every: bool) -> Table:
     """A line for every array, or for every kind of array; bytes, and bits of each number."""
     rows: dict[tuple[str, ...], list[Any]] = {}
     for name, leaf in header.leaves.items():
-        grid = "–" if leaf.grid is None else _short(leaf.grid)
-        grid += f" + rank {leaf.rank}" if leaf.rank else ""
-        blocks = "–" if leaf.blocks is None else f"{leaf.blocks.axis} {leaf.blocks.size or 'all'}"
-        shape = "×".join(map(str, leaf.shape)) or "scalar"
-        kind = (name if every else "", shape, leaf.dtype, grid, blocks)
-        rows.setdefault(kind, []).append(leaf)
+        rows.setdefault((name if every else "", *_kind(leaf)), []).append(leaf)
     table = Table(
         title=f"{path}: format {header.version}, {len(header.leaves)} arrays, "
         f"{megabytes(header.file_bytes)}"
@@ -38,8 +33,16 @@ def listing(path: Path, header: Header, every: bool) -> Table:
     return table
 
 
+def _kind(leaf: Stored) -> tuple[str, ...]:
+    """The columns of a leaf that those of its kind share: shape, dtype, grid and groups."""
+    grid = "–" if leaf.grid is None else _short(leaf.grid)
+    grid += f" + rank {leaf.rank}" if leaf.rank else ""
+    groups = "–" if leaf.blocks is None else f"{leaf.blocks.axis} {leaf.blocks.size or 'all'}"
+    return "×".join(map(str, leaf.shape)) or "scalar", leaf.dtype, grid, groups
+
+
 def _short(choice: Any) -> str:
     """A frozen dataclass without the fields that have their default."""
     fields = [f for f in dataclasses.fields(choice) if getattr(choice, f.name) != f.default]
-    said = ", ".join(f"{f.name}={getattr(choice, f.name)!r}" for f in fields)
-    return f"{type(choice).__name__}({said})"
+    changed = ", ".join(f"{f.name}={getattr(choice, f.name)!r}" for f in fields)
+    return f"{type(choice).__name__}({changed})"

@@ -157,21 +157,33 @@ def claim(node: Mapping[str, Any], entry: Entry) -> jax.ShapeDtypeStruct:
     dtype, shape = JAX_DTYPES.get(str(node.get("dtype"))), node.get("shape")
     if dtype is None or not isinstance(shape, list) or not naturals(shape) or len(shape) > 32:
         raise CheckpointError(f"tensor {name!r}: malformed dtype or shape")
-    size, count = entry.end - entry.begin, math.prod(shape)
-    if extra == {"dtype", "shape"}:
-        fits = size == count * dtype.itemsize
-    elif extra == {"dtype", "shape", "bits", "low"}:
-        bits, low = node["bits"], node["low"]
-        fits = type(bits) is int and type(low) is int
-        fits = fits and 1 <= bits <= min(16, 8 * dtype.itemsize)
-        fits = fits and dtype.name.startswith(("int", "uint")) and size == stream_bytes(count, bits)
-        # The last values of the width may lie beyond the dtype: -3..3 as int3 has a spare code.
-        fits = fits and jnp.iinfo(dtype).min <= low <= jnp.iinfo(dtype).max
-    else:
-        fits = False
-    if entry.dtype != "U8" or not fits:
+    size, promised = entry.end - entry.begin, jax.ShapeDtypeStruct(tuple(shape), dtype)
+    encoded = _ENCODED.get(frozenset(extra), lambda node, promised: None)
+    if entry.dtype != "U8" or encoded(node, promised) != size:
         raise CheckpointError(f"tensor {name!r}: its encoding does not fit its {size} bytes")
-    return jax.ShapeDtypeStruct(tuple(shape), dtype)
+    return promised
+
+
+def _opaque_bytes(node: Mapping[str, Any], promised: jax.ShapeDtypeStruct) -> int:
+    return promised.size * promised.dtype.itemsize
+
+
+def _stream_bytes(node: Mapping[str, Any], promised: jax.ShapeDtypeStruct) -> int | None:
+    """The size of a stream; None if its dtype has no integers of so many bits from `low` on."""
+    dtype, bits, low = promised.dtype, node["bits"], node["low"]
+    if type(bits) is not int or type(low) is not int or not jnp.issubdtype(dtype, jnp.integer):
+        return None
+    # The last values of the width may lie beyond the dtype: -3..3 as int3 has a spare code.
+    starts = jnp.iinfo(dtype).min <= low <= jnp.iinfo(dtype).max
+    narrow = 1 <= bits <= min(16, 8 * dtype.itemsize)
+    return stream_bytes(promised.size, bits) if starts and narrow else None
+
+
+# The fields of a node beside its name and checksum → the bytes that the tensor must have.
+_ENCODED: Mapping[frozenset[str], Callable[..., int | None]] = {
+    frozenset({"dtype", "shape"}): _opaque_bytes,
+    frozenset({"dtype", "shape", "bits", "low"}): _stream_bytes,
+}
 
 
 class Reader:

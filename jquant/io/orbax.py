@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +47,24 @@ def lazy_orbax(path: str | os.PathLike[str]) -> Any:
     state = FileState.of(folder / "_METADATA")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            found: Any = checkpointer.metadata(folder).item_metadata
+            described: Any = checkpointer.metadata(folder).item_metadata
         options = json.loads((folder / "_METADATA").read_text("utf-8"))
         complete = bool(options.get("store_array_data_equal_to_fill_value"))
-        tree, driver = found.tree, "zarr3" if found.use_zarr3 else "zarr"
+        tree, driver = described.tree, "zarr3" if described.use_zarr3 else "zarr"
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: malformed Orbax metadata: {error!s:.200}") from error
 
-    def leaf(keys: Any, said: Any) -> Lazy:
-        if getattr(said, "shape", None) is None or getattr(said, "dtype", None) is None:
+    def leaf(keys: Any, array: Any) -> Lazy:
+        if getattr(array, "shape", None) is None or getattr(array, "dtype", None) is None:
             at = jax.tree_util.keystr(keys, simple=True, separator="/")
-            raise CheckpointError(f"{folder}: {at!r} is no array: {type(said).__name__}")
+            raise CheckpointError(f"{folder}: {at!r} is no array: {type(array).__name__}")
         # Where zeros are stored too, what is missing is lost; elsewhere it is zeros.
         spec = {
             "driver": driver,
-            "kvstore": _store(folder, said.name),
+            "kvstore": _store(folder, array.name),
             "fill_missing_data_reads": not complete,
         }
-        return _leaf(state, said.name, tuple(said.shape), np.dtype(said.dtype), spec)
+        return _leaf(state, array.name, tuple(array.shape), np.dtype(array.dtype), spec)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
@@ -78,15 +79,29 @@ def _tree_in(folder: Path) -> Path:
     trees = {tree.parent.name for tree in folder.glob("*/_METADATA")}
     items = {tree.parent.parent.name for tree in folder.glob("*/*/_METADATA")}
     inside = sorted(name for name in trees | items if ".orbax-checkpoint-tmp" not in name)
-    steps = {name: found for name in inside if (found := re.fullmatch(r"(.*_)?(\d+)", name))}
     is_step = (folder / "_CHECKPOINT_METADATA").is_file()  # then what is in it are items
-    if inside and not is_step and len(steps) == len(inside):
-        if len({found[1] for found in steps.values()}) == 1:
-            return _tree_in(folder / max(steps, key=lambda name: int(steps[name][2])))
-    if len(inside) == 1 or "default" in inside:
-        return _tree_in(folder / ("default" if "default" in inside else inside[0]))
+    meant = (None if is_step else _latest_step(inside)) or _only_item(inside)
+    if meant is not None:
+        return _tree_in(folder / meant)
     advice = f"; pass one of what is in it: {', '.join(inside)}" if inside else ""
     raise CheckpointError(f"{folder}: no Orbax checkpoint of a tree{advice}")
+
+
+def _latest_step(names: Sequence[str]) -> str | None:
+    """The name of the highest number, if all are numbers behind one prefix."""
+    steps = [re.fullmatch(r"(.*_)?(\d+)", name) for name in names]
+    numbers = {name: int(step[2]) for name, step in zip(names, steps, strict=True) if step}
+    prefixes = {step[1] for step in steps if step}
+    if len(numbers) < len(names) or len(prefixes) != 1:
+        return None
+    return max(numbers, key=numbers.__getitem__)
+
+
+def _only_item(names: Sequence[str]) -> str | None:
+    """The name "default", or the only one."""
+    if "default" in names:
+        return "default"
+    return names[0] if len(names) == 1 else None
 
 
 def _store(folder: Path, name: str) -> dict[str, Any]:

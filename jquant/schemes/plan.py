@@ -9,7 +9,7 @@ over.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from jquant.calibration.find import Weight, Weights
 from jquant.errors import PlanError, near
@@ -59,30 +59,41 @@ def _choice(choice: object, where: str) -> Choice:
 
 def _by_rules(weights: Mapping[str, Weight], rules: Mapping[str, Choice]) -> dict[str, Choice]:
     chosen: dict[str, Choice] = {}
-    others = weights.others if isinstance(weights, Weights) else {}
     for at, (pattern, value) in enumerate(rules.items()):
         try:
             expression = re.compile(pattern)
         except re.error as error:
             raise PlanError(f"rule {pattern!r} is not a regular expression: {error}") from error
         choice = _choice(value, repr(pattern))
-        matched = [path for path in weights if expression.fullmatch(path)]
-        fresh = [path for path in matched if path not in chosen]
-        chosen.update({path: choice for path in fresh})
-        if fresh or (matched and pattern == ".*" and at == len(rules) - 1):
-            continue
-        if matched:
-            takers = [p for p in list(rules)[:at] if any(re.fullmatch(p, path) for path in matched)]
-            raise PlanError(
-                f"rule {pattern!r} decides nothing: earlier rules {takers} already match all of "
-                f"{matched[:3]}; put it before them or drop it"
-            )
-        idle = {path: why for path, why in others.items() if expression.fullmatch(path)}
-        if idle:
-            path, why = next(iter(idle.items()))
-            raise PlanError(f"rule {pattern!r} matches {path!r}, which is not a weight: {why}")
-        raise PlanError(
-            f"rule {pattern!r} matches no weight (it must match the whole path); "
-            f"near paths: {near(pattern, weights)}"
-        )
+        matched = list(filter(expression.fullmatch, weights))
+        fresh = dict.fromkeys((path for path in matched if path not in chosen), choice)
+        left_over = pattern == ".*" and at == len(rules) - 1
+        if not fresh and matched and not left_over:
+            raise PlanError(_all_taken(pattern, list(rules)[:at], matched))
+        if not matched:
+            raise PlanError(_no_match(expression, weights))
+        chosen |= fresh
     return chosen
+
+
+def _all_taken(pattern: str, earlier: Sequence[str], matched: Sequence[str]) -> str:
+    """Why a rule decides nothing whose weights other rules have taken."""
+    takers = [rule for rule in earlier if any(re.fullmatch(rule, path) for path in matched)]
+    return (
+        f"rule {pattern!r} decides nothing: earlier rules {takers} already match all of "
+        f"{matched[:3]}; put it before them or drop it"
+    )
+
+
+def _no_match(expression: re.Pattern[str], weights: Mapping[str, Weight]) -> str:
+    """Why a rule decides nothing that matches no weight."""
+    others = weights.others if isinstance(weights, Weights) else {}
+    leaf = next(filter(expression.fullmatch, others), None)
+    if leaf is not None:
+        return (
+            f"rule {expression.pattern!r} matches {leaf!r}, which is not a weight: {others[leaf]}"
+        )
+    return (
+        f"rule {expression.pattern!r} matches no weight (it must match the whole path); "
+        f"near paths: {near(expression.pattern, weights)}"
+    )
