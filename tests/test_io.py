@@ -21,6 +21,7 @@ from cases import GRIDS
 
 import jquant as jq
 from jquant import io
+from jquant.axes.groups import to_blocks
 from jquant.errors import CheckpointError, TreeError
 from jquant.grids import MSE, Uniform
 from jquant.grids.base import code_dtype
@@ -203,7 +204,7 @@ def test_any_shape_comes_back(tmp_path_factory, bits, symmetric, shape, size, ax
     blocks, grid, rng = jq.Blocks(axis, size), Uniform(bits, symmetric), np.random.default_rng(bits)
     codes = rng.integers(grid.codes[0], grid.codes[1] + 1, (shape[0], shape[2], shape[1]))
     abstract = jax.ShapeDtypeStruct(codes.shape, "float32")
-    params = jax.eval_shape(lambda w: grid.fit(jq.blocks.to_blocks(w, blocks)), abstract)
+    params = jax.eval_shape(lambda w: grid.fit(to_blocks(w, blocks)), abstract)
     params = {
         k: jnp.asarray(rng.integers(0, 3, p.shape).astype(p.dtype)) for k, p in params.items()
     }
