@@ -109,8 +109,8 @@ _WHEN_USED = ("models",)
 
 
 def __getattr__(name: str) -> Any:
-    """`jq.models`, imported when it is first used."""
-    if name in _WHEN_USED:
+    """`jq.models`, imported when it is first used, and modules by where they lay before."""
+    if name in _WHEN_USED or name in _MOVED:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

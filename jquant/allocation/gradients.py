@@ -21,7 +21,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +133,7 @@ def taylor(
     found = {path: [[] for _ in candidates[path]] for path in trials.free}
     weights, counts = trials.weights(), []
     for done, (inputs, own) in enumerate(trials.pairs(), start=1):
-        gradient = _gradient(fn, loss, weights, trials.params, inputs, None, own)
+        gradient = _gradient(fn, loss, weights, trials.params, _Batch(inputs, inputs, own))
         counts.append(size(inputs, own))
         for path, g in gradient.items():
             for at, e in enumerate(trials.errors(path)):
@@ -264,7 +264,8 @@ def kl_gradient(
     coarse = {path: trials.quantized(path, candidates[path][k]) for path, k in at.items()}
     counts, gradients = [], {path: jnp.zeros(w.shape, jnp.float32) for path, w in coarse.items()}
     for done, (inputs, wanted, count, own) in enumerate(trials.wanted(fn), start=1):
-        gradient = _gradient(fn, KL(), coarse, trials.params, inputs, wanted, own)
+        batch = _Batch(inputs, (wanted,), own)
+        gradient = _gradient(fn, KL(), coarse, trials.params, batch)
         counts.append(count)
         gradients = _summed(gradients, gradient, jnp.float32(counts[-1]))
         if progress is not None:
@@ -302,23 +303,24 @@ def _low(path: str, candidates: Candidates, low: int | None) -> int:
     return max(few, default=0)
 
 
+class _Batch(NamedTuple):
+    """The inputs of a function, what a loss compares its outputs with, the weights of tokens."""
+
+    inputs: tuple[Any, ...]
+    goal: tuple[Any, ...]
+    weights: Any = None
+
+
 @partial(jax.jit, static_argnames=("fn", "loss"))
 def _gradient(
-    fn: Callable[..., Any],
-    loss: Loss,
-    weights: dict[str, Array],
-    params: PyTree,
-    inputs: tuple[Any, ...],
-    wanted: Any = None,
-    own: Any = None,
+    fn: Callable[..., Any], loss: Loss, weights: dict[str, Array], params: PyTree, batch: _Batch
 ) -> dict[str, Array]:
     """The gradient of the loss with respect to some weights, float32."""
 
     def at(wide: dict[str, Array]) -> Array:
         now = {path: w.astype(weights[path].dtype) for path, w in wide.items()}
-        found = fn(replaced(params, now), *inputs)
-        goal = inputs if wanted is None else (wanted,)
-        return loss(found, *goal, **told(own))
+        outputs = fn(replaced(params, now), *batch.inputs)
+        return loss(outputs, *batch.goal, **told(batch.weights))
 
     return jax.grad(at)({path: w.astype(jnp.float32) for path, w in weights.items()})
 

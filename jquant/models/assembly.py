@@ -85,13 +85,27 @@ def sources(config: DecoderConfig, form: Format) -> Iterator[Source]:
                 yield Source(prefix + row[column], shape, f"layers/{leaf}", layer)
 
 
+class Checkpoint(NamedTuple):
+    """The tensors of a checkpoint.
+
+    Attributes:
+        form: whose names they have.
+        origin: what to call the checkpoint in errors.
+        shapes: name to shape of every tensor.
+        tensor: gives one tensor as float32, as stored (`[out, in]`), rows in rotary half-split
+            order.
+    """
+
+    form: Format
+    origin: str
+    shapes: Mapping[str, tuple[int, ...]]
+    tensor: Callable[[str], Lazy]
+
+
 def assemble(
     config: DecoderConfig,
-    form: Format,
-    shapes: Mapping[str, tuple[int, ...]],
-    tensor: Callable[[str], Lazy],
+    checkpoint: Checkpoint,
     *,
-    origin: str,
     scan_layers: bool = False,
     param_dtype: str = "float32",
 ) -> dict[str, Any]:
@@ -100,17 +114,12 @@ def assemble(
     A window of a stack reads only its layers' tensors. Reading a leaf raises `CheckpointError` if
     a tensor holds NaN or infinity.
 
-    Args:
-        shapes: name to shape of every tensor the checkpoint holds.
-        tensor: gives one tensor as float32, as stored (`[out, in]`), rows in rotary half-split
-            order.
-        origin: what to call the checkpoint in errors.
-
     Raises:
         CheckpointError: a tensor is missing, misshapen or left over.
     """
+    form, origin, shapes, tensor = checkpoint
     left = dict(shapes)
-    wanted: list[Source] = []
+    needed: list[Source] = []
     for source in sources(config, form):  # stops at the first absence: a count may be a lie
         shape = left.pop(source.name, None)
         if shape is None:
@@ -123,7 +132,7 @@ def assemble(
                 f"{origin}: tensor {source.name!r} has shape {tuple(shape)}; "
                 f"the configuration calls for {source.shape}"
             )
-        wanted.append(source)
+        needed.append(source)
     if left:
         raise CheckpointError(
             f"{origin}: {len(left)} tensors that this decoder has no place for, such as "
@@ -131,7 +140,7 @@ def assemble(
         )
     leaves: dict[str, list[Lazy]] = {}
     dtype = jax.dtypes.canonicalize_dtype(param_dtype)
-    for source in wanted:
+    for source in needed:
         leaf = _finite(tensor(source.name), f"{origin}: tensor {source.name!r}")
         leaf = leaf.T if source.leaf.endswith("/kernel") else leaf
         path = source.leaf

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jquant.inference import apply
 from jquant.models.decoder import Cache, CachedStep, Decoder, Params
@@ -24,11 +25,18 @@ from jquant.models.decoder import Cache, CachedStep, Decoder, Params
 PROMPT_MULTIPLE = 64
 
 
+class Drawing(NamedTuple):
+    """How a token is drawn from its logits; temperature 0 takes the likeliest."""
+
+    key: Array
+    temperature: Float[Array, ""]
+
+
 @dataclass(frozen=True)
 class NextToken:
-    """`(params, cache, tokens[B, T], position, last, key, temperature) -> (token[B], cache)`.
+    """`(params, cache, tokens[B, T], position, last, drawing) -> (token[B], cache)`.
 
-    `last` is the place among the T tokens whose logits count. Temperature 0 takes the likeliest.
+    `last` is the place among the T tokens whose logits count.
     """
 
     step: CachedStep
@@ -40,9 +48,9 @@ class NextToken:
         tokens: Int[Array, "b t"],
         position: Int[Array, ""],
         last: Int[Array, ""],
-        key: Array,
-        temperature: Array,
+        drawing: Drawing,
     ) -> tuple[Int[Array, " b"], Cache]:
+        key, temperature = drawing
         logits, cache = self.step(params, cache, tokens, position)
         logits = jax.lax.dynamic_index_in_dim(logits, last, axis=1, keepdims=False)
         warm = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
@@ -73,7 +81,10 @@ def stream(
         ValueError: an empty or ill-shaped prompt, a text longer than the context, or no key.
     """
     prompt = _checked(fn, prompt_tokens, max_new_tokens, temperature, key)
-    return _stream(fn, params, prompt, max_new_tokens, temperature, key, eos)
+    ends = np.asarray([eos] if isinstance(eos, int) else list(eos), np.int32)
+    key = jax.random.key(0) if key is None else key  # unused at temperature 0
+    drawing = Drawing(key, jnp.float32(temperature))
+    return _stream(fn, params, prompt, max_new_tokens, drawing, ends)
 
 
 def generate(
@@ -93,14 +104,14 @@ def generate(
 
     Example: `tokenizer.decode(generate(fn, params, tokenizer(text)["input_ids"], 64)[0])`
     """
-    found = []
+    written = []
     for token in stream(
         fn, params, prompt_tokens, max_new_tokens, temperature=temperature, key=key, eos=eos
     ):
-        found.append(token)
+        written.append(token)
         if on_token is not None:
             on_token(token)
-    return np.stack(found, axis=1)
+    return np.stack(written, axis=1)
 
 
 def _stream(
@@ -108,24 +119,18 @@ def _stream(
     params: Params,
     prompt: np.ndarray,
     count: int,
-    temperature: float,
-    key: Array | None,
-    eos: int | Iterable[int],
+    drawing: Drawing,
+    ends: np.ndarray,
 ) -> Iterator[np.ndarray]:
     run = apply(NextToken(fn.step))
-    ends = np.asarray([eos] if isinstance(eos, int) else list(eos), np.int32)
     rows, length = prompt.shape
     cache = fn.init_cache(rows, _rounded(length + count))
     tokens = jnp.asarray(np.pad(prompt, ((0, 0), (0, _rounded(length) - length))))
     position, last = 0, length - 1
-    warmth = jnp.float32(temperature)
-    key = jax.random.key(0) if key is None else key  # unused at temperature 0
     ended, previous = np.zeros(rows, bool), np.zeros(rows, np.int32)
     for i in range(count):
-        token, cache = run(
-            params, cache, tokens, jnp.int32(position), jnp.int32(last),
-            jax.random.fold_in(key, i), warmth,
-        )  # fmt: skip
+        own = drawing._replace(key=jax.random.fold_in(drawing.key, i))
+        token, cache = run(params, cache, tokens, jnp.int32(position), jnp.int32(last), own)
         token = np.where(ended, previous, np.asarray(token))
         yield token
         ended, previous = ended | np.isin(token, ends), token

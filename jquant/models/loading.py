@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from jquant.errors import CheckpointError
 from jquant.io.files import FileState
-from jquant.models.assembly import assemble
+from jquant.models.assembly import Checkpoint, assemble
 from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf, from_hf
 from jquant.models.decoder import Decoder
 from jquant.models.gguf_file import GGUFFile, read_gguf
@@ -75,11 +75,11 @@ def load(
     if path.is_file() and path.suffix in (".safetensors", ".json", ".bin", ".pth", ".pt"):
         raise CheckpointError(f"{source}: a file of a Hugging Face model; pass its folder")
     if path.is_file():
-        found = _load_gguf(path, scan_layers, dtype, param_dtype, tokenizer)
+        loaded = _load_gguf(path, scan_layers, dtype, param_dtype, tokenizer)
     else:
         folder = path if path.is_dir() else _download(str(source))
-        found = _load_directory(folder, scan_layers, dtype, param_dtype, tokenizer)
-    fn, params, tokens = found
+        loaded = _load_directory(folder, scan_layers, dtype, param_dtype, tokenizer)
+    fn, params, tokens = loaded
     return fn, params if lazy else realize(params), tokens
 
 
@@ -97,18 +97,16 @@ def _load_gguf(
                 raise CheckpointError(f"tensor {_ROPE_FACTORS!r} has shape {shape}")
             factors = file.tensor(_ROPE_FACTORS)[...]
         config = from_gguf(file.metadata, shapes, factors)
-        found = (
+        tokens = (
             tokenizer_from_gguf(file.metadata) if tokenizer is None else tokenizer_named(tokenizer)
         )
     except CheckpointError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
     fn = Decoder(config, scan_layers, dtype)
     tensor = _unpermuted(file, config) if _is_permuted(file) else file.tensor
-    params = assemble(
-        config, "gguf", shapes, tensor,
-        origin=path.name, scan_layers=scan_layers, param_dtype=param_dtype,
-    )  # fmt: skip
-    return fn, params, found
+    checkpoint = Checkpoint("gguf", path.name, shapes, tensor)
+    params = assemble(config, checkpoint, scan_layers=scan_layers, param_dtype=param_dtype)
+    return fn, params, tokens
 
 
 def _is_permuted(file: GGUFFile) -> bool:
@@ -166,12 +164,10 @@ def _load_directory(
     def tensor(name: str) -> Lazy:
         return _tensor(states[files[name]], name, shapes[name])
 
-    params = assemble(
-        config, "hf", shapes, tensor,
-        origin=path.name, scan_layers=scan_layers, param_dtype=param_dtype,
-    )  # fmt: skip
-    found = tokenizer_from_hf(path) if tokenizer is None else tokenizer_named(tokenizer)
-    return fn, params, found
+    checkpoint = Checkpoint("hf", path.name, shapes, tensor)
+    params = assemble(config, checkpoint, scan_layers=scan_layers, param_dtype=param_dtype)
+    tokens = tokenizer_from_hf(path) if tokenizer is None else tokenizer_named(tokenizer)
+    return fn, params, tokens
 
 
 def _tensor(state: FileState, name: str, shape: tuple[int, ...]) -> Lazy:

@@ -19,7 +19,7 @@ which is right wherever a run is joined from its beginning.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,41 +51,53 @@ def by_score(
             what SentencePiece does to text before it (only spaces are done).
     """
     prefix = only(metadata, "tokenizer.ggml.add_space_prefix", (True, False), default=True)
+    _check_text_is_left(metadata)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    by_kind: dict[int, list[str]] = {}
+    for token, kind in zip(tokens, kinds, strict=True):
+        by_kind.setdefault(kind, []).append(token)
+    has_bytes = _has_bytes(by_kind.get(BYTE, ()), unknown)
+    merges = _merges(tokens, kinds, _scores(metadata, len(tokens)))
+    given = sorted(filter(None, by_kind.get(USER_DEFINED, ())), key=len, reverse=True)
+    if given:
+        vocabulary = _by_merges_alone(vocabulary, kinds, merges)
+        merges = [pair for pair in merges if {*pair, "".join(pair)} <= vocabulary.keys()]
+    bpe = models.BPE(
+        vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes,
+        ignore_merges=bool(given),
+    )  # fmt: skip
+    tokenizer = tokenizers.Tokenizer(bpe)
+    spaces: list[Any] = [normalizers.Replace(" ", _SPACE)]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE)] * prefix + spaces)
+    if given:
+        pattern = "|".join(map(re.escape, given))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.Replace(_NEVER, ""), decoders.ByteFallback()]
+        + [decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)] * prefix
+    )
+    return tokenizer
+
+
+def _check_text_is_left(metadata: Mapping[str, Any]) -> None:
+    """Refuse a file that asks for more than spaces to be changed, or does not tell kinds."""
     only(metadata, "tokenizer.ggml.remove_extra_whitespaces", (False,), default=False)
     if np.size(metadata.get("tokenizer.ggml.precompiled_charsmap", ())):
         raise CheckpointError("tokenizer.ggml.precompiled_charsmap is not supported")
     if "tokenizer.ggml.token_type" not in metadata:
         raise CheckpointError("tokenizer.ggml.token_type is missing; it tells bytes from pieces")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    as_bytes = {token for token, kind in zip(tokens, kinds, strict=True) if kind == BYTE}
-    missing = [name for name in map("<0x{:02X}>".format, range(256)) if name not in as_bytes]
+
+
+def _has_bytes(as_bytes: Collection[str], unknown: str | None) -> bool:
+    """Whether every byte has a token; none may have one, if there is a token for the unknown."""
+    missing = {f"<0x{byte:02X}>" for byte in range(256)} - set(as_bytes)
     if missing and (unknown is None or as_bytes):
         raise CheckpointError(
-            f"tokenizer.ggml.tokens: no byte token {missing[0]!r}, and no unknown one that might "
+            f"tokenizer.ggml.tokens: no byte token {min(missing)!r}, and no unknown one that might "
             "stand for all"
         )
-    merges = _merges(tokens, kinds, _scores(metadata, len(tokens)))
-    given = [token for token, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED]
-    given = sorted(filter(None, given), key=len, reverse=True)
-    if given:
-        vocabulary = _by_merges_alone(vocabulary, kinds, merges)
-        merges = [pair for pair in merges if {*pair, "".join(pair)} <= vocabulary.keys()]
-    bpe = models.BPE(
-        vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=not missing,
-        ignore_merges=bool(given),
-    )  # fmt: skip
-    found = tokenizers.Tokenizer(bpe)
-    spaces: list[Any] = [normalizers.Replace(" ", _SPACE)]
-    found.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE)] * prefix + spaces)
-    if given:
-        pattern = "|".join(re.escape(piece) for piece in given)
-        found.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
-    found.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.Replace(_NEVER, ""), decoders.ByteFallback()]
-        + [decoders.Fuse()]
-        + [decoders.Strip(" ", 1, 0)] * prefix
-    )
-    return found
+    return not missing
 
 
 def _scores(metadata: Mapping[str, Any], count: int) -> np.ndarray:
@@ -103,21 +115,10 @@ def _merges(
 ) -> list[tuple[str, str]]:
     """Every pair of pieces that may be joined, the one of the highest score first."""
     joined = {t: i for i, t in enumerate(tokens) if kinds[i] in (NORMAL, UNUSED) and t}
-    found: list[tuple[str, str]] = []
+    merges: list[tuple[str, str]] = []
     before: dict[float, str] = {}
     for piece, i in sorted(joined.items(), key=lambda item: -scores[item[1]]):
-        if len(piece) > _LONGEST:
-            raise CheckpointError(
-                f"tokenizer.ggml.tokens: {piece[:80]!r} … has {len(piece)} characters; supported: "
-                f"{_LONGEST}"
-            )
-        cuts = [(piece[:at], piece[at:]) for at in range(len(piece) - 1, 0, -1)]
-        pairs = [cut for cut in cuts if all(len(c) == 1 or c in joined for c in cut)]
-        alone = next((c for cut in pairs for c in cut if c not in joined), None)
-        if alone is not None:
-            raise CheckpointError(
-                f"tokenizer.ggml.tokens: {piece!r} has the character {alone!r}, which is no token"
-            )
+        pairs = _cuts(piece, joined)
         if not pairs:
             continue
         if kinds[i] == UNUSED:
@@ -128,8 +129,25 @@ def _merges(
                 f"tokenizer.ggml.scores: {other!r} and {piece!r} have the same score "
                 f"{scores[i]}, so that which is joined first is not known"
             )
-        found += pairs
-    return found
+        merges += pairs
+    return merges
+
+
+def _cuts(piece: str, joined: Collection[str]) -> list[tuple[str, str]]:
+    """Every way to cut a piece into two that are pieces, the longest left part first."""
+    if len(piece) > _LONGEST:
+        raise CheckpointError(
+            f"tokenizer.ggml.tokens: {piece[:80]!r} … has {len(piece)} characters; supported: "
+            f"{_LONGEST}"
+        )
+    cuts = [(piece[:at], piece[at:]) for at in range(len(piece) - 1, 0, -1)]
+    pairs = [cut for cut in cuts if all(len(part) == 1 or part in joined for part in cut)]
+    alone = next((part for cut in pairs for part in cut if part not in joined), None)
+    if alone is not None:
+        raise CheckpointError(
+            f"tokenizer.ggml.tokens: {piece!r} has the character {alone!r}, which is no token"
+        )
+    return pairs
 
 
 def _by_merges_alone(

@@ -72,17 +72,7 @@ def _built(metadata: Mapping[str, Any], kind: object) -> PreTrainedTokenizerFast
 
     only({_MODEL: kind}, _MODEL, ("gpt2", "llama"))
     by_bytes = kind == "gpt2"
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
-        raise CheckpointError("tokenizer.ggml.tokens: expected a list of strings")
-    if len(set(tokens)) != len(tokens):
-        raise CheckpointError("tokenizer.ggml.tokens: a token appears twice")
-    kinds = np.asarray(metadata.get("tokenizer.ggml.token_type", ()))
-    kinds = kinds if kinds.size else np.ones(len(tokens), int)
-    if kinds.shape != (len(tokens),) or kinds.dtype.kind not in "iu":
-        raise CheckpointError(
-            f"tokenizer.ggml.token_type: {kinds.dtype} {kinds.shape}; {len(tokens)} tokens"
-        )
+    tokens, kinds = _tokens(metadata)
     usual = {} if by_bytes else {
         key: i for key, i in _USUAL.items() if np.isin(kinds[i : i + 1], (CONTROL, UNKNOWN)).any()
     }  # fmt: skip
@@ -111,6 +101,22 @@ def _built(metadata: Mapping[str, Any], kind: object) -> PreTrainedTokenizerFast
         clean_up_tokenization_spaces=False,
         **{f"{role}_token": token for role, token in named.items() if token is not None},
     )
+
+
+def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], np.ndarray]:
+    """The tokens by id, and what kind each of them is."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise CheckpointError("tokenizer.ggml.tokens: expected a list of strings")
+    if len(set(tokens)) != len(tokens):
+        raise CheckpointError("tokenizer.ggml.tokens: a token appears twice")
+    kinds = np.asarray(metadata.get("tokenizer.ggml.token_type", ()))
+    kinds = kinds if kinds.size else np.ones(len(tokens), int)
+    if kinds.shape != (len(tokens),) or kinds.dtype.kind not in "iu":
+        raise CheckpointError(
+            f"tokenizer.ggml.token_type: {kinds.dtype} {kinds.shape}; {len(tokens)} tokens"
+        )
+    return tokens, kinds
 
 
 def _byte_level(
