@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import jquant as jq
 from jquant.app import cli
 from jquant.app.console import Narrator, megabytes
-from jquant.app.demo import run_demo
+from jquant.app.demo import Sizes, run_demo
 from jquant.models.assembly import sources
 from jquant.models.config import from_hf
 
@@ -156,9 +156,7 @@ def test_generate(quantized: Path, capsys) -> None:
 
 
 def test_the_demo_runs_from_end_to_end(model: Path, tmp_path: Path, capsys) -> None:
-    run_demo(
-        Narrator(), samples=2, held_out=2, length=32, tokens=4, output=tmp_path / "d", source=model
-    )
+    run_demo(Narrator(), Sizes(2, 2, 32, 4), output=tmp_path / "d", source=model)
     out, err = capsys.readouterr()
     assert "every bit came back" in err and "KL to full precision" in out and "Done in" in err
 

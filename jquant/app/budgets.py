@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,9 +26,15 @@ from jquant.grids import MSE, MinMax
 from jquant.schemes.scheme import Plan, Scheme
 
 
+class Model(NamedTuple):
+    """A function and its parameters, which may be lazy."""
+
+    fn: Callable[..., Any]
+    params: Any
+
+
 def share_bits(
-    fn: Callable[..., Any],
-    params: Any,
+    model: Model,
     plan: Plan,
     rules: Iterable[str],
     windows: np.ndarray,
@@ -38,7 +44,7 @@ def share_bits(
     """The plan with a width for every weight, and what was chosen.
 
     Args:
-        fn, params: the model; lazy parameters are read, all of them.
+        model: its lazy parameters are read, all of them.
         plan: the recipe for every weight, and the rules'.
         rules: expressions whose weights stay as they are.
         windows: tokens `[N, length]`.
@@ -48,8 +54,8 @@ def share_bits(
     Raises:
         PlanError: a budget below the smallest possible, or a recipe of one width; before any work.
     """
-    known = list(rules)
-    paths = [path for path in plan if not any(re.fullmatch(rule, path) for rule in known)]
+    expressions = list(rules)
+    paths = [path for path in plan if not any(re.fullmatch(rule, path) for rule in expressions)]
     if not paths:
         raise PlanError("--bits has nothing to choose: rules name every weight")
     real = candidates(plan, paths=paths)
@@ -59,11 +65,11 @@ def share_bits(
     )
     with narrator.stage("finding out who needs bits", len(windows)) as update:
         scores = fisher(
-            fn, params, drafts, [window[None] for window in windows],
+            *model, drafts, [window[None] for window in windows],
             key=jax.random.key(0), progress=lambda done, total: update(done),
         )  # fmt: skip
-    plan, found = allocate(scores.losses(drafts), real, bytes=budget)
-    return plan, replace(found, by=scores.name, papers=scores.papers)
+    plan, allocation = allocate(scores.losses(drafts), real, bytes=budget)
+    return plan, replace(allocation, by=scores.name, papers=scores.papers)
 
 
 def _cheap(scheme: Scheme) -> Scheme:

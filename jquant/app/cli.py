@@ -8,7 +8,6 @@ line that makes no sense, 130 for Ctrl-C. `JQUANT_DEBUG=1` shows the traceback i
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import sys
 import warnings
@@ -24,10 +23,18 @@ from rich.table import Table
 
 from jquant import models
 from jquant.allocation import adadim as choose_axes
-from jquant.app.budgets import share_bits
+from jquant.app.budgets import Model, share_bits
 from jquant.app.console import Narrator, summary
 from jquant.app.demo import run_demo
 from jquant.app.listing import listing
+from jquant.app.quantizing import (
+    Chosen,
+    need_foreseeable,
+    need_free,
+    needs_text,
+    show_weights,
+    write_report,
+)
 from jquant.app.recipes import Aim, in_batches, objective_of, plan_of, read_rules
 from jquant.app.texts import asked, need_known, need_tokenizer, need_unquantized, some, windows_of
 from jquant.calibration import find_weights
@@ -170,52 +177,43 @@ def quantize_model(
     narrator = Narrator(quiet)
     default = named(recipe, group)  # a wrong word is cheap to find now, dear after loading
     rules = read_rules(rule)
-    if not force and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is there already; give another name, or --force to replace it")
+    need_free(output, force)
     need_unquantized(source)
     narrator.say(f"loading {source}")
     fn, params, words = models.load(source, lazy=True, tokenizer=tokenizer)
     windows, _ = windows_of(fn, words, length, text)
     windows = some(windows, samples)
     weights = find_weights(fn, params, jax.ShapeDtypeStruct(windows[:1].shape, np.int32))
-    chosen = plan_of(weights, default, rules, lorc)
+    plan, chosen = plan_of(weights, default, rules, lorc), Chosen()
     batches = in_batches(windows)
     if adadim:
         with narrator.job("choosing axes") as move:
-            chosen, choices = choose_axes(fn, params, chosen, batches, progress=move)
-    shares = None
+            plan, axes = choose_axes(fn, params, plan, batches, progress=move)
+        chosen = chosen._replace(axes=axes)
     if bits is not None:
-        chosen, shares = share_bits(fn, params, chosen, rules, windows, bits, narrator)
+        plan, shares = share_bits(Model(fn, params), plan, rules, windows, bits, narrator)
+        chosen = chosen._replace(shares=shares)
         narrator.show(f"bits: {shares}")
-    if objective == "own" and not any(scheme.needs for scheme in chosen.values()):
-        batches = None
-    if dry_run and objective != "own":
-        raise ValueError(f"--dry-run cannot tell what --objective {objective} takes; leave out one")
+    batches = batches if needs_text(plan, objective) else None
+    need_foreseeable(objective, dry_run)
     if dry_run:
         narrator.say("compiling and timing every program of the job")
-        found = estimate(fn, params, chosen, batches, granularity=granularity)
-        narrator.show(found.table())
+        narrator.show(estimate(fn, params, plan, batches, granularity=granularity).table())
         return
     with narrator.job("quantizing") as move:
-        qparams, found = quantize(
-            fn, params, chosen, batches, granularity=granularity, work_dir=work_dir, progress=move,
+        qparams, outcome = quantize(
+            fn, params, plan, batches, granularity=granularity, work_dir=work_dir, progress=move,
             objective=objective_of(objective), key=jax.random.key(0),
         )  # fmt: skip
     checkpoint = models.save_quantized(output, fn, qparams, words)
-    told = found.to_json() | ({} if shares is None else {"allocation": shares.to_json()})
-    (output / "report.json").write_text(json.dumps(told, indent=1, default=str), "utf-8")
-    before = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    if report and adadim:
-        narrator.show(choices.table())
-    if report and shares is not None:
-        narrator.show(shares.table())
+    write_report(output, outcome, chosen)
     if report:
-        narrator.show(found.table())
-    for line in found.warnings:
+        show_weights(narrator, outcome, chosen)
+    for line in outcome.warnings:
         _warn(line)
     narrator.show(f"{source} → {output}")  # a title would be folded to the table's width
-    size = checkpoint.stat().st_size
-    narrator.show(summary(found, before, size, choices if adadim else None))
+    before = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    narrator.show(summary(outcome, before, checkpoint.stat().st_size, chosen.axes))
 
 
 @app.command

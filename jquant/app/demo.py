@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,35 @@ BEST = "GPTQ + QEP"
 PROMPT = "Explain in two sentences why the sky is blue."
 
 
-def run_demo(
-    narrator: Narrator,
-    *,
-    samples: int = 16,
-    held_out: int = 8,
-    length: int = 512,
-    tokens: int = 48,
-    output: Path | None = None,
-    source: str | Path | None = None,
-) -> None:
-    """Run it, saying every step.
+@dataclass(frozen=True)
+class Sizes:
+    """How much text the demo works with.
 
-    Args:
-        narrator: says it.
+    Attributes:
         samples: calibration windows.
         held_out: evaluation windows.
         length: tokens per window.
         tokens: how many tokens to generate.
+    """
+
+    samples: int = 16
+    held_out: int = 8
+    length: int = 512
+    tokens: int = 48
+
+
+def run_demo(
+    narrator: Narrator,
+    sizes: Sizes = Sizes(),
+    *,
+    output: Path | None = None,
+    source: str | Path | None = None,
+) -> None:
+    """Run the demo, saying every step.
+
+    Args:
+        narrator: says it.
+        sizes: how much text it works with.
         output: folder for the quantized model; one in the cache folder by default.
         source: another model that `models.load` can load, instead of SmolLM2.
     """
@@ -59,10 +71,10 @@ def run_demo(
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     narrator.say(f"   {fn.config.layers} layers, {count / 1e6:.1f} million parameters in float32")
 
-    calibration, evaluation = windows_of(fn, tokenizer, length, None)
-    calibration, evaluation = calibration[:samples], evaluation[:held_out]
+    calibration, evaluation = windows_of(fn, tokenizer, sizes.length, None)
+    calibration, evaluation = calibration[: sizes.samples], evaluation[: sizes.held_out]
     narrator.say(
-        f"2. The text: Python's own help; {len(calibration)} windows of {length} tokens to "
+        f"2. The text: Python's own help; {len(calibration)} windows of {sizes.length} tokens to "
         f"calibrate, {len(evaluation)} others to evaluate"
     )
     weights = find_weights(fn, params, calibration[:1])
@@ -93,7 +105,7 @@ def run_demo(
     narrator.show(_table(params, found, plans[BEST], folder / CHECKPOINT))
 
     narrator.say(f"6. Using it: {PROMPT}")
-    narrator.show(_answer(fn, loaded, tokenizer, tokens))
+    narrator.show(_answer(fn, loaded, tokenizer, sizes.tokens))
     seconds = time.monotonic() - began
     narrator.say(
         f"Done in {int(seconds) // 60} min {int(seconds) % 60} s. Next: jquant inspect {folder}; "
