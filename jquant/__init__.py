@@ -102,7 +102,6 @@ _MOVED = {
 }
 for _old, _new in _MOVED.items():
     sys.modules[f"{__name__}.{_old}"] = sys.modules[f"{__name__}.{_new}"]
-    globals().setdefault(_old, sys.modules[f"{__name__}.{_new}"])  # `jq.quantize` is the function
 
 # Modules whose packages come with an extra and cost more to import than all the rest.
 _WHEN_USED = ("models",)
