@@ -50,15 +50,12 @@ def clusters_of(
     for path in candidates.free:
         blocks.setdefault(block_of.get(path, path), []).append(path)
     if sensitivity is not None and sensitivity.schemes is None:
-        scores = [
-            math.fsum(sensitivity.values[path][0] for path in paths) / len(paths)
-            for paths in blocks.values()
-        ]
+        shares, divisor = sensitivity.values, len
     else:
-        scores = [
-            math.fsum(losses[path][0] for path in paths) / sum(map(candidates.size, paths))
-            for paths in blocks.values()
-        ]
+        shares, divisor = losses, lambda paths: sum(map(candidates.size, paths))
+    scores = [
+        math.fsum(shares[path][0] for path in paths) / divisor(paths) for paths in blocks.values()
+    ]
     labels = clusters(scores, count)
     label_of: dict[str, int] = {}
     for paths, label in zip(blocks.values(), labels, strict=True):
