@@ -1,6 +1,6 @@
 """What a user of the walker decides: which values are special, and what becomes of them.
 
-`walker` is the `interpreter.Walker` that asks.
+`walker` is the `programs.walker.Walker` that asks.
 """
 
 from __future__ import annotations
