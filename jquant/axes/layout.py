@@ -37,7 +37,8 @@ class Layout:
     """How an array's axes make up `[*batch, out, in]`: for each axis, its factors, outermost first.
 
     Example:
-        >>> Layout.of((3, 8, 5), batch_axes=(0,), in_axes=(1,)).canonical(jnp.ones((3, 8, 5))).shape
+        >>> stack = jax.numpy.ones((3, 8, 5))
+        >>> Layout.of(stack.shape, batch_axes=(0,), in_axes=(1,)).canonical(stack).shape
         (3, 5, 8)
     """
 
