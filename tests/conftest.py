@@ -8,6 +8,7 @@ skipped, unless `OPTIMIZED=1` asks for the whole run to be compiled as users com
 
 import contextlib
 import gc
+import importlib.metadata
 import logging
 import os
 from collections.abc import Iterator
@@ -20,8 +21,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if os.environ.get("OPTIMIZED", "0") == "0":
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    # XLA ends the process at a flag that it does not know, and newer ones have no other emitters.
+    emitters = "--xla_cpu_use_fusion_emitters=false "
     os.environ["XLA_FLAGS"] = (
-        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+        (emitters if importlib.metadata.version("jaxlib").startswith("0.10.") else "")
+        + "--xla_cpu_parallel_codegen_split_count=1 "
         + os.environ.get("XLA_FLAGS", "")
     )
 
