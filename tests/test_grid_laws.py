@@ -167,7 +167,10 @@ def test_a_range_search_is_never_worse_in_its_own_error(symmetric, bits, w, seed
     for search in (MSE(), MinMax()):
         grid = Uniform(bits, symmetric=symmetric, range=search)
         params = grid.fit(w, importance)
-        error = np.abs(w - np.asarray(grid.decode(nearest(grid, w, params), params), np.float64))
+        error = np.abs(
+            np.asarray(w, np.float64)
+            - np.asarray(grid.decode(nearest(grid, w, params), params), np.float64)
+        )
         losses.append((importance * error**2.4).sum(-1))
     assert (losses[0] <= losses[1] * (1 + 1e-5) + 1e-30).all()
 
