@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,6 @@ from jquant.rounding.steps import Moving
 from jquant.schemes.scheme import Scheme
 from jquant.trees.paths import key_of
 from jquant.weights.qtensor import QTensor
-
-if TYPE_CHECKING:
-    pass
 
 LOOKED_AT = 4  # batches on which candidates are compared (heuristic)
 
