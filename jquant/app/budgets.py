@@ -10,34 +10,27 @@ errors.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 
 from jquant.allocation import Allocation, Candidates, allocate, candidates, fisher
 from jquant.allocation.bits import budget_bytes
 from jquant.allocation.candidates import draft
 from jquant.app.console import Narrator
+from jquant.app.sources import Model
 from jquant.errors import PlanError
 from jquant.grids import MSE, MinMax
 from jquant.schemes.scheme import Plan, Scheme
-
-
-class Model(NamedTuple):
-    """A function and its parameters, which may be lazy."""
-
-    fn: Callable[..., Any]
-    params: Any
 
 
 def share_bits(
     model: Model,
     plan: Plan,
     rules: Iterable[str],
-    windows: np.ndarray,
+    examples: Sequence[Any],
     bits: float,
     narrator: Narrator,
 ) -> tuple[Plan, Allocation]:
@@ -47,7 +40,7 @@ def share_bits(
         model: its lazy parameters are read, all of them.
         plan: the recipe for every weight, and the rules'.
         rules: expressions whose weights stay as they are.
-        windows: tokens `[N, length]`.
+        examples: batches of one example each.
         bits: stored bits per weight, over the whole plan.
         narrator: says how far it is.
 
@@ -63,9 +56,9 @@ def share_bits(
     drafts = Candidates(
         {path: tuple(map(_cheap, schemes)) for path, schemes in real.items()}, real.weights
     )
-    with narrator.stage("finding out who needs bits", len(windows)) as update:
+    with narrator.stage("finding out who needs bits", len(examples)) as update:
         scores = fisher(
-            *model, drafts, [window[None] for window in windows],
+            model.fn, model.params, drafts, examples,
             key=jax.random.key(0), progress=lambda done, total: update(done),
         )  # fmt: skip
     plan, allocation = allocate(scores.losses(drafts), real, bytes=budget)

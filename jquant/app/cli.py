@@ -23,10 +23,12 @@ from rich.table import Table
 
 from jquant import models
 from jquant.allocation import adadim as choose_axes
-from jquant.app.budgets import Model, share_bits
+from jquant.app.budgets import share_bits
 from jquant.app.console import Narrator, summary
 from jquant.app.demo import run_demo
+from jquant.app.examples import Examples, calibration, held_out, one_by_one
 from jquant.app.listing import listing
+from jquant.app.measuring import alone, beside, described, full_and_quantized
 from jquant.app.quantizing import (
     Chosen,
     need_foreseeable,
@@ -35,17 +37,18 @@ from jquant.app.quantizing import (
     show_weights,
     write_report,
 )
-from jquant.app.recipes import Aim, in_batches, objective_of, plan_of, read_rules
-from jquant.app.texts import asked, need_known, need_tokenizer, need_unquantized, some, windows_of
+from jquant.app.recipes import Aim, objective_of, plan_of, read_rules
+from jquant.app.sources import opened
+from jquant.app.texts import asked, need_known, need_tokenizer, need_unquantized
 from jquant.calibration import find_weights
 from jquant.calibration.stages import Granularity
-from jquant.evaluate import compare, perplexity
 from jquant.io import read_header
 from jquant.jobs.estimate import estimate
 from jquant.jobs.quantize import quantize
 from jquant.layerwise.weight import stored_bits
 from jquant.models.quantized import CHECKPOINT
 from jquant.schemes.presets import named, presets
+from jquant.weights.arguments import inputs_of
 
 
 def _version() -> str:
@@ -66,31 +69,28 @@ app = cyclopts.App(
         jquant evaluate model-w4 --against path/to/model.gguf
         jquant generate model-w4 --prompt "Once upon a time"
 
-    A model is a GGUF file, a Hugging Face folder or hub id (Llama, Mistral and Qwen2 families), or
-    a folder that `jquant quantize` wrote. Each command has its own --help.
+    A model is a GGUF file, a Hugging Face folder or hub id (Llama, Mistral and Qwen2 families), a
+    folder that `jquant quantize` wrote, or package.module:make, where make() returns (fn, params)
+    or (fn, params, batches). Each command has its own --help.
     """,
     version=_version,
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,  # `run` says that it stopped
 )
 
-Source = Annotated[str, Parameter(help="A GGUF file, a folder, or a hub id.")]
+Source = Annotated[str, Parameter(help="A GGUF file, a folder, a hub id, or package.module:make.")]
 Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], negative="", help="Only the result.")]
 RECIPES = f"One of {', '.join(presets())}: see `jquant recipes`."
 Recipe = Annotated[str, Parameter(name=["--recipe", "-r"], help=RECIPES)]
-Samples = Annotated[int, Parameter(help="How many windows of text.")]
-Length = Annotated[
-    int | None,
-    Parameter(help="Tokens per window; default: 512, or the model's context if it is shorter."),
+Orbax = Annotated[
+    Path | None,
+    Parameter(
+        help="Folder of an Orbax checkpoint (or of a manager, or one of its steps) with the "
+        "parameters of a model that code makes."
+    ),
 ]
 Tokenizer = Annotated[
     str | None, Parameter(help="A folder, GGUF file or hub id to take the tokenizer from instead.")
-]
-Text = Annotated[
-    Path | None,
-    Parameter(
-        help="A UTF-8 text file; default: Python's own help. 80 % calibrates, 20 % measures."
-    ),
 ]
 
 
@@ -121,9 +121,8 @@ def quantize_model(
     adadim: Annotated[bool, Parameter(negative="")] = False,
     lorc: int | None = None,
     objective: Aim = "own",
-    samples: Samples = 16,
-    length: Length = None,
-    text: Text = None,
+    examples: Examples = Examples(),
+    params: Orbax = None,
     tokenizer: Tokenizer = None,
     force: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
@@ -141,6 +140,7 @@ def quantize_model(
         jquant quantize org/model -o w3 --recipe int3-qep --group 128 --text my.txt
         jquant quantize model.gguf -o w3.7 --bits 3.7
         jquant quantize model.gguf -o mixed --rule '.*mlp/down.*=int8-nearest' --rule 'embed.*=keep'
+        jquant quantize my_package.my_module:make -o w4 --params run/300 --batches images.npz
 
     Parameters
     ----------
@@ -180,39 +180,38 @@ def quantize_model(
     need_free(output, force)
     need_unquantized(source)
     narrator.say(f"loading {source}")
-    fn, params, words = models.load(source, lazy=True, tokenizer=tokenizer)
-    windows, _ = windows_of(fn, words, length, text)
-    windows = some(windows, samples)
-    weights = find_weights(fn, params, jax.ShapeDtypeStruct(windows[:1].shape, np.int32))
+    model = opened(source, params=params, tokenizer=tokenizer, lazy=True)
+    batches = calibration(model, examples)
+    weights = find_weights(model.fn, model.params, *inputs_of(batches[0]))
     plan, chosen = plan_of(weights, default, rules, lorc), Chosen()
-    batches = in_batches(windows)
     if adadim:
         with narrator.job("choosing axes") as move:
-            plan, axes = choose_axes(fn, params, plan, batches, progress=move)
+            plan, axes = choose_axes(model.fn, model.params, plan, batches, progress=move)
         chosen = chosen._replace(axes=axes)
     if bits is not None:
-        plan, shares = share_bits(Model(fn, params), plan, rules, windows, bits, narrator)
+        plan, shares = share_bits(model, plan, rules, one_by_one(batches), bits, narrator)
         chosen = chosen._replace(shares=shares)
         narrator.show(f"bits: {shares}")
-    batches = batches if needs_text(plan, objective) else None
+    used = batches if needs_text(plan, objective) else None
     need_foreseeable(objective, dry_run)
     if dry_run:
         narrator.say("compiling and timing every program of the job")
-        narrator.show(estimate(fn, params, plan, batches, granularity=granularity).table())
+        cost = estimate(model.fn, model.params, plan, used, granularity=granularity)
+        narrator.show(cost.table())
         return
     with narrator.job("quantizing") as move:
         qparams, outcome = quantize(
-            fn, params, plan, batches, granularity=granularity, work_dir=work_dir, progress=move,
-            objective=objective_of(objective), key=jax.random.key(0),
+            model.fn, model.params, plan, used, granularity=granularity, work_dir=work_dir,
+            progress=move, objective=objective_of(objective), key=jax.random.key(0),
         )  # fmt: skip
-    checkpoint = models.save_quantized(output, fn, qparams, words)
+    checkpoint = model.save(output, qparams)
     write_report(output, outcome, chosen)
     if report:
         show_weights(narrator, outcome, chosen)
     for line in outcome.warnings:
         _warn(line)
     narrator.show(f"{source} → {output}")  # a title would be folded to the table's width
-    before = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    before = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     narrator.show(summary(outcome, before, checkpoint.stat().st_size, chosen.axes))
 
 
@@ -237,9 +236,8 @@ def evaluate(
     source: Source,
     *,
     against: str | None = None,
-    samples: Samples = 8,
-    length: Length = None,
-    text: Text = None,
+    examples: Examples = Examples(),
+    params: Orbax = None,
     tokenizer: Tokenizer = None,
     quiet: Quiet = False,
 ) -> None:
@@ -247,36 +245,31 @@ def evaluate(
 
         jquant evaluate model-w4
         jquant evaluate model-w4 --against model.gguf --samples 32
+        jquant evaluate w4 --against my_package.my_module:make --batches held-out.npz
 
     Parameters
     ----------
     against
         The model in full precision. With it, KL divergence (in nats per token: 0 is no change) and
-        how often both find the same token likeliest are shown too.
+        how often both find the same token likeliest are shown too; of a model that code makes, the
+        squared error of its outputs, relative to their squares.
     """
     narrator = Narrator(quiet)
-    narrator.say(f"loading {source}")
-    fn, params, words = models.load(source, tokenizer=tokenizer)
-    _, windows = windows_of(fn, words, length, text)
-    windows = some(windows, samples)
-    batches = [window[None] for window in windows]
-    table = Table(show_header=False)
     if against is None:
-        with narrator.stage("evaluating", windows.size) as update:
-            found = perplexity(fn, params, batches, progress=update)
-        table.add_row("perplexity", f"{found:.4f}")
+        narrator.say(f"loading {source}")
+        model = opened(source, params=params, tokenizer=tokenizer)
+        batches = held_out(model, examples)
+        rows = alone(model, batches, narrator)
     else:
-        narrator.say(f"loading {against}")
-        full_fn, full, _ = models.load(against, tokenizer=tokenizer)
-        if full_fn.config != fn.config:
-            raise ValueError(f"{against} is another network than {source}: their sizes differ")
-        with narrator.stage("evaluating", windows.size) as update:
-            both = compare(fn, full, params, batches, progress=update)
-        table.add_row("KL, nats per token", f"{both.kl:.5f}")
-        table.add_row("perplexity", f"{both.perplexity_quantized:.4f}")
-        table.add_row(f"perplexity of {against}", f"{both.perplexity_full:.4f}")
-        table.add_row("same likeliest token", f"{both.agreement:.2%}")
-    narrator.show(f"{source} on {windows.size} held-out tokens")
+        full, qparams = full_and_quantized(
+            against, source, narrator, params=params, tokenizer=tokenizer
+        )
+        batches = held_out(full, examples)
+        rows = beside(full, qparams, batches, narrator)
+    narrator.show(f"{source} on {described(batches)}")
+    table = Table(show_header=False)
+    for row in rows:
+        table.add_row(*row)
     narrator.show(table)
 
 

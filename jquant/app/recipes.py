@@ -65,7 +65,7 @@ def read_rules(given: Sequence[str]) -> Rules:
 def plan_of(
     weights: Mapping[str, Weight], default: Scheme, rules: Rules, lorc: int | None = None
 ) -> Plan:
-    """`default` for every weight that no rule matches, except those of `KEPT`.
+    """`default` for every weight that no rule matches, except those of `KEPT` and lookup tables.
 
     With `lorc`, every scheme gets a compensation of that rank: in the metric of the inputs, or for
     weights that are only looked up in the plain one; with factors of 8 bits.
@@ -76,10 +76,11 @@ def plan_of(
     """
     # Only the user's own rules can be mistakes, so ours are left out where they decide nothing.
     left = [path for path in weights if not any(re.fullmatch(rule, path) for rule in rules)]
-    ours = {KEPT: [path for path in left if re.fullmatch(KEPT, path)]}
-    ours[".*"] = [path for path in left if path not in ours[KEPT]]
-    last: Rules = {KEPT: keep, ".*": default}
-    chosen = plan(weights, {**rules, **{rule: last[rule] for rule, paths in ours.items() if paths}})
+    spared = [p for p in left if re.fullmatch(KEPT, p) or not weights[p].has_inputs]
+    ours: Rules = {"|".join(map(re.escape, spared)): keep} if spared else {}
+    if len(spared) < len(left):
+        ours[".*"] = default
+    chosen = plan(weights, {**rules, **ours})
     if lorc is None:
         return chosen
     informed = LoRC(lorc, Uniform(8, symmetric=True), metric="evidence")

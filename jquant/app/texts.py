@@ -5,12 +5,14 @@ The first 80 % of its tokens calibrate, the rest is held out, both cut into wind
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from jquant import models
+from jquant.app.documents import tokens_of
 from jquant.errors import CheckpointError
 from jquant.models import smollm2
 from jquant.models.quantized import CHECKPOINT
@@ -19,7 +21,7 @@ LENGTH = 512  # tokens per window, where the model's context has so many
 
 
 def windows_of(
-    fn: models.Decoder, tokenizer: Any, length: int | None, text: Path | None
+    fn: Any, tokenizer: Any, length: int | None, text: Path | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Windows `[N, length]` to calibrate and to measure with, of a file or of Python's help.
 
@@ -34,9 +36,9 @@ def windows_of(
             the text or the model's context has not.
     """
     need_tokenizer(tokenizer, "the model")
-    context = fn.config.context
-    length = min(LENGTH, context) if length is None else length
-    if length > context:
+    context = limit_of(fn, "context")
+    length = min(LENGTH, context or LENGTH) if length is None else length
+    if context is not None and length > context:
         raise ValueError(
             f"--length {length}: the model's context has {context} tokens, and was not trained on "
             f"more; pass --length {context} or less"
@@ -51,11 +53,7 @@ def windows_of(
 
 
 def _of_file(tokenizer: Any, length: int, text: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        content = text.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{text} is not UTF-8 text: {error}") from error
-    tokens = np.asarray(tokenizer(content, add_special_tokens=False)["input_ids"], np.int32)
+    tokens = tokens_of(tokenizer, text)
     split = len(tokens) * 8 // 10
     if not 2 <= length <= len(tokens) - split:
         raise ValueError(
@@ -69,11 +67,13 @@ def _of_file(tokenizer: Any, length: int, text: Path) -> tuple[np.ndarray, np.nd
     return calibration, held_out
 
 
-def some(windows: np.ndarray, count: int) -> np.ndarray:
-    """The first `count` windows. ValueError: there are not so many."""
-    if not 1 <= count <= len(windows):
-        raise ValueError(f"--samples {count}: the text has 1 to {len(windows)} windows to take")
-    return windows[:count]
+def some(
+    items: Sequence[Any], count: int, there: str = "the text has", what: str = "windows"
+) -> Any:
+    """The first `count` windows or batches. ValueError: there are not so many."""
+    if not 1 <= count <= len(items):
+        raise ValueError(f"--samples {count}: {there} 1 to {len(items)} {what} to take")
+    return items[:count]
 
 
 def need_tokenizer(tokenizer: Any, source: str) -> None:
@@ -85,13 +85,19 @@ def need_tokenizer(tokenizer: Any, source: str) -> None:
         )
 
 
-def need_known(fn: models.Decoder, tokens: np.ndarray) -> None:
+def need_known(fn: Any, tokens: np.ndarray) -> None:
     """ValueError: there are tokens that a model does not have."""
-    if tokens.size and (most := int(tokens.max())) >= fn.config.vocab:
+    vocab = limit_of(fn, "vocab")
+    if vocab is not None and tokens.size and (most := int(tokens.max())) >= vocab:
         raise ValueError(
-            f"the tokenizer makes token {most}, the model has {fn.config.vocab}: it is another "
+            f"the tokenizer makes token {most}, the model has {vocab}: it is another "
             "model's; name the right one with --tokenizer"
         )
+
+
+def limit_of(fn: Any, name: Literal["context", "vocab"]) -> int | None:
+    """How many tokens a model's context or vocabulary has; None of a function that does not say."""
+    return getattr(getattr(fn, "config", None), name, None)
 
 
 def need_unquantized(source: str) -> None:

@@ -34,13 +34,14 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from jquant.errors import CheckpointError, TreeError, near
+from jquant.errors import CheckpointError
 from jquant.io.container import parse_json, read_container, render_header, replace_file
 from jquant.io.files import FileState, naming
+from jquant.io.fitting import check_places
 from jquant.io.leaves import Reader
 from jquant.io.tree import Decoder, Encoder
 from jquant.trees.placement import transferring
-from jquant.weights.arguments import by_path, replaced, value_of
+from jquant.weights.arguments import replaced, value_of
 from jquant.weights.qtensor import QTensor
 
 VERSION = 1
@@ -199,17 +200,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 def _fitting(decoder: Decoder, root: Any, like: Any) -> dict[str, Any]:
     """The nodes of a file's leaves by path, if they fit the places of another tree."""
-    nodes, wanted = decoder.leaves(root), by_path(like, "like")
-    for one, other, whose in ((wanted, nodes, "the file"), (nodes, wanted, "like")):
-        for path in one:
-            if path not in other:
-                raise TreeError(f"{whose} has no leaf at {path!r}; near: {near(path, other)}")
-    for path, leaf in wanted.items():
-        shape = np.shape(decoder.abstract(nodes[path]))
-        if tuple(leaf.shape) != shape:
-            raise TreeError(
-                f"like, at {path!r}, has the shape {tuple(leaf.shape)}, the file has {shape}"
-            )
+    nodes = decoder.leaves(root)
+    check_places(like, {path: np.shape(decoder.abstract(node)) for path, node in nodes.items()})
     return nodes
 
 

@@ -19,24 +19,32 @@ import numpy as np
 
 from jquant.errors import CheckpointError
 from jquant.io.files import FileState
+from jquant.io.fitting import check_places
 from jquant.trees.lazy import Lazy, Window
+from jquant.weights.arguments import by_path, replaced
 
 
-def lazy_orbax(path: str | os.PathLike[str]) -> Any:
+def lazy_orbax(path: str | os.PathLike[str], *, like: Any = None) -> Any:
     """The tree of a checkpoint written by Orbax, with a `Lazy` in place of every array and number.
 
     Args:
         path: the folder that `StandardCheckpointer.save` or `PyTreeCheckpointer.save` was given; or
             a `CheckpointManager`'s, of which the latest step is taken, or that of a step, of which
             the only item is taken, or the one called "default"; or that of an item.
+        like: a tree whose structure the result is to have, such as an NNX state or what
+            `jax.eval_shape` makes of `model.init`: the leaves of the checkpoint take the places of
+            its leaves, path by path, in the dtypes of `like`. A state and its pure dict have the
+            same paths: the last key `value` of a Flax variable counts for nothing. None: as stored.
 
     Returns:
-        the tree as Orbax describes it: dicts with string keys, and lists, for tuples as well.
+        the tree as Orbax describes it (dicts with string keys, and lists, for tuples as well), or
+        that of `like`.
 
     Raises:
         CheckpointError: there is no such checkpoint, or several that may be meant, or it holds
             something else than arrays and numbers. Reading a leaf raises it if data are missing or
             damaged, or the checkpoint has been replaced.
+        TreeError: `like` has not the paths of the checkpoint, or a leaf of another shape.
 
     Example: `params = jq.io.lazy_orbax("run")`, which is that of `"run/300/default"` where 300 is
     the latest step. `jq.io.restore(jq.io.lazy_orbax("run"))` is what `jq.io.plain` was given.
@@ -66,7 +74,24 @@ def lazy_orbax(path: str | os.PathLike[str]) -> Any:
         }
         return _leaf(state, array.name, tuple(array.shape), np.dtype(array.dtype), spec)
 
-    return jax.tree_util.tree_map_with_path(leaf, tree)
+    stored = jax.tree_util.tree_map_with_path(leaf, tree)
+    return stored if like is None else _into(like, stored, folder)
+
+
+def _into(like: Any, stored: Any, folder: Path) -> Any:
+    """The stored leaves in the places of `like`, cast to the dtypes there."""
+    leaves = {_variable(path): leaf for path, leaf in by_path(stored).items()}
+    wanting = {path: (_variable(path), leaf) for path, leaf in by_path(like, "like").items()}
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    check_places(dict(wanting.values()), shapes, f"the checkpoint {folder}")
+    return replaced(
+        like, {path: leaves[at].astype(leaf.dtype) for path, (at, leaf) in wanting.items()}
+    )
+
+
+def _variable(path: str) -> str:
+    """The path of a Flax variable: of the array in it, without its last key."""
+    return path.removesuffix("/value")
 
 
 def _tree_in(folder: Path) -> Path:

@@ -86,7 +86,10 @@ def _decoder(path: Path) -> tuple[Decoder, dict[str, tuple[int, ...]]]:
     header = read_header(path)
     stored = header.metadata.get("decoder")
     if stored is None:
-        raise CheckpointError(f"{path}: parameters without a decoder; jquant.load reads them")
+        raise CheckpointError(
+            f"{path}: parameters without a decoder; jquant.load reads them, and `jquant evaluate "
+            "--against package.module:make` measures them, where make() returns their function"
+        )
     try:
         fields = json.loads(stored)
         config = fields.pop("config")

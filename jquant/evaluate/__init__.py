@@ -1,0 +1,25 @@
+"""How far a quantized model has moved: on tokens, and on any outputs."""
+
+from jquant.evaluate.logits import (
+    TOKENS_AT_ONCE,
+    TOKENS_PER_FORWARD,
+    Comparison,
+    agreement,
+    compare,
+    compare_all,
+    kl,
+    perplexity,
+)
+from jquant.evaluate.outputs import output_error
+
+__all__ = [
+    "TOKENS_AT_ONCE",
+    "TOKENS_PER_FORWARD",
+    "Comparison",
+    "agreement",
+    "compare",
+    "compare_all",
+    "kl",
+    "output_error",
+    "perplexity",
+]

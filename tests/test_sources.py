@@ -1,0 +1,312 @@
+"""Models that the user's code makes, on the command line: where they come from, what they run on.
+
+The laws: such a model goes the whole way (quantize, evaluate) with its parameters in memory or in
+an Orbax checkpoint; whatever is wrong with a name, checkpoint or file is told before work starts.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from transformers import PreTrainedTokenizerFast
+
+import jquant as jq
+from jquant import io
+from jquant.app import cli
+from jquant.app.documents import tokens_of
+from jquant.app.examples import count_examples, count_tokens, one_by_one, read_batches
+from jquant.app.sources import names_maker, opened
+from jquant.errors import TreeError
+from jquant.trees.lazy import Lazy, realize
+
+MODULE = """
+import jax, jax.numpy as jnp
+
+def fn(params, x):
+    return jnp.tanh(x @ params["a"]) @ params["b"]
+
+def batches():
+    return [jax.random.normal(jax.random.key(2), (32, 32))] * 2
+
+def make():
+    one, two = jax.random.split(jax.random.key(0))
+    return fn, {"a": jax.random.normal(one, (32, 32)), "b": jax.random.normal(two, (32, 16))}
+
+def complete():
+    return (*make(), batches())
+
+def shapes():
+    return fn, jax.eval_shape(lambda: make()[1])
+
+class Object:
+    fn = staticmethod(fn)
+    params = make()[1]
+    batches = batches()
+
+def three():
+    return 3
+
+def four():
+    return fn, {}, [], None
+
+def no_batches():
+    return (*make(), [])
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the module `made`."""
+    (tmp_path / "made.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "made", raising=False)
+    return tmp_path
+
+
+def run(*arguments: object) -> int:
+    return cli.run([str(argument) for argument in arguments])
+
+
+# The whole way
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["complete", "Object"])
+def test_a_model_that_code_makes_goes_the_whole_way(name: str, folder: Path, capsys) -> None:
+    assert run("quantize", f"made:{name}", "-o", "out", "--group", 16, "-q") == 0
+    assert "2 weights" in capsys.readouterr().out
+    assert run("evaluate", "out", "--against", f"made:{name}", "-q") == 0
+    assert "64 examples" in (shown := capsys.readouterr().out)
+    error = float(shown.split("│")[2])
+    assert 0 < error < 0.02
+    assert run("evaluate", "out") == 1
+    assert "--against" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_parameters_are_read_from_orbax(folder: Path, capsys) -> None:
+    ocp = pytest.importorskip("orbax.checkpoint")
+    import made  # type: ignore
+
+    fn, params = made.make()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "run", params)
+    np.savez(folder / "x.npz", np.random.default_rng(0).normal(size=(48, 32)).astype(np.float32))
+    data = ["--batches", "x.npz", "--params", "run"]
+    assert run("quantize", "made:shapes", "-o", "out", *data, "--bits", 4.6, "-q") == 0
+    assert run("evaluate", "out", "--against", "made:shapes", *data, "-q") == 0
+    out = capsys.readouterr().out
+    assert "48 examples" in out
+    assert fn is not None and jq.load(folder / "out" / "jquant.safetensors").keys() == {"a", "b"}
+
+
+def test_made_models_are_opened_lazily(folder: Path) -> None:
+    ocp = pytest.importorskip("orbax.checkpoint")
+    import made  # type: ignore
+
+    _, params = made.make()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "run", params)
+    model = opened("made:shapes", params=folder / "run", lazy=True)
+    assert all(isinstance(leaf, Lazy) for leaf in jax.tree.leaves(model.params))
+    np.testing.assert_array_equal(realize(model.params)["a"], params["a"])
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "source, is_name",
+    {
+        "pkg.mod:make": True, "mod:make": True, "mod:Class.make": True, "mod.py:make": True,
+        "model.gguf": False, "org/model": False, "./mod:make": False, "C:\\model": False,
+        "a/b:c": False, "mod:": False, ":make": False,
+    }.items(),
+)  # fmt: skip
+def test_what_is_a_name(source: str, is_name: bool) -> None:
+    assert names_maker(source) is is_name
+
+
+def test_a_file_of_that_name_is_the_file(folder: Path) -> None:
+    (folder / "made:make").write_text("")
+    assert not names_maker("made:make")
+
+
+WRONG = {
+    "no module": ("nowhere:make", "no module 'nowhere'"),
+    "no package": ("no.where:make", "no module 'no.where'"),
+    "no attribute": ("made:mak", "no callable 'mak'; it has fn, batches, make"),
+    "a number": ("made:three", "returned int; it must return"),
+    "four things": ("made:four", "returned a tuple of 4"),
+    "shapes": ("made:shapes", "pass --params FOLDER"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_names_are_told(case: str, folder: Path, capsys) -> None:
+    source, message = WRONG[case]
+    assert run("quantize", source, "-o", "out", "-q") == 1
+    assert message in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
+def test_what_is_missing_is_told(folder: Path, capsys) -> None:
+    for options, message in [
+        (["made:make"], "nothing to run made:make on"),
+        (["made:no_batches"], "made:no_batches: no batches"),
+        (["made:complete", "--samples", 3], "--samples 3: there are 1 to 2 batches"),
+        (["made:complete", "--params", "nowhere"], "no Orbax checkpoint"),
+        (["made:complete", "--batches", "x.npz"], "x.npz: No such file"),
+        (["made:complete", "--batches", "made:fn"], "made:fn is called without arguments: missing"),
+        (["nowhere.gguf", "--params", "run"], "--params is for models that code makes"),
+    ]:
+        assert run("quantize", *options, "-o", "out", "-q") == 1
+        assert message in capsys.readouterr().err
+
+
+# Checkpoints in the places of a tree
+
+
+class Network(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+
+@pytest.mark.parametrize("stored", ["state", "pure dict"])
+@pytest.mark.parametrize("like", ["state", "pure dict"])
+def test_orbax_leaves_take_the_places_of_a_tree(stored: str, like: str, tmp_path: Path) -> None:
+    ocp = pytest.importorskip("orbax.checkpoint")
+    state = nnx.state(Network(nnx.Rngs(0)))
+    trees = {"state": state, "pure dict": nnx.to_pure_dict(state)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "x", trees[stored])
+    places = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, "bfloat16"), trees[like])
+    lazy = io.lazy_orbax(tmp_path / "x", like=places)
+    assert jax.tree.structure(lazy) == jax.tree.structure(places)
+    for leaf, value in zip(jax.tree.leaves(lazy), jax.tree.leaves(state), strict=True):
+        assert isinstance(leaf, Lazy)
+        np.testing.assert_array_equal(leaf[...], np.asarray(value).astype(leaf.dtype))
+        assert leaf.dtype == "bfloat16"
+
+
+def test_trees_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    ocp = pytest.importorskip("orbax.checkpoint")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(
+            tmp_path / "x", {"a": np.zeros((2, 3), np.float32), "n": {"b": np.ones(2)}}
+        )
+    shape = jax.ShapeDtypeStruct
+    for like, message in [
+        ({"a": shape((2, 3), "float32")}, "like has no leaf at 'n/b'"),
+        ({"a": shape((2, 3), "float32"), "n": {"c": shape((2,), "float32")}}, "no leaf at 'n/c'"),
+        (
+            {"a": shape((3, 2), "float32"), "n": {"b": shape((2,), "float32")}},
+            r"\(3, 2\).*\(2, 3\)",
+        ),
+    ]:
+        with pytest.raises(TreeError, match=message):
+            io.lazy_orbax(tmp_path / "x", like=like)
+
+
+# Batches
+
+
+def test_files_of_arrays_are_cut_into_equal_batches(tmp_path: Path) -> None:
+    x, y = np.arange(96.0).reshape(48, 2), np.arange(48)
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "xy.npz", x=x, a=y)
+    one, both = read_batches(str(tmp_path / "x.npy")), read_batches(str(tmp_path / "xy.npz"))
+    assert [batch.shape for batch in one] == [(24, 2)] * 2
+    assert [[array.shape for array in batch] for batch in both] == [[(24, 2), (24,)]] * 2
+    np.testing.assert_array_equal(np.concatenate(one), x)
+    assert count_examples(both) == 48 and count_tokens(both) == 0
+    assert len(one_by_one(both)) == 48
+
+
+@pytest.mark.parametrize("case", ["lengths", "empty", "scalar", "bytes", "objects", "other"])
+def test_files_that_hold_no_examples_are_told(case: str, tmp_path: Path) -> None:
+    path = tmp_path / ("x.bin" if case == "other" else "x.npz")
+    arrays = {
+        "lengths": {"a": np.zeros((2, 3)), "b": np.zeros(3)},
+        "empty": {"a": np.zeros((0, 3))},
+        "scalar": {"a": np.zeros(())},
+        "objects": {"a": np.array([None, 1], object)},
+    }
+    if case in arrays:
+        np.savez(path, allow_pickle=True, **arrays[case])
+    else:
+        path.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="x\\.(npz|bin)"):
+        read_batches(str(path))
+
+
+# Documents
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, with a chat template."""
+    import tokenizers
+
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["some text"], vocab_size=260, special_tokens=["<end>"])
+    words = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
+    words.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    return words
+
+
+TURNS = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}]
+RECORDS = [{"text": "one"}, {"messages": TURNS}]
+
+
+def test_documents_of_lines(tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, RECORDS)) + "\n")
+    text = tokenizer.decode(tokens_of(tokenizer, path))
+    assert text == "one<end>[user] why?\n[assistant] so.\n<end>"
+
+
+def test_documents_of_parquet(tokenizer, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    path = tmp_path / "x.parquet"
+    table = pyarrow.Table.from_pylist([{"text": "one", "n": 1}, {"text": "two", "n": 2}])
+    parquet.write_table(table, path)
+    assert tokenizer.decode(tokens_of(tokenizer, path)) == "one<end>two<end>"
+    path.write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="not readable Parquet"):
+        tokens_of(tokenizer, path)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2 is not JSON"),
+        ("[1]", "line 2: expected"),
+        ('{"body": "x"}', "line 2: expected .* got the fields body"),
+        ('{"text": 3}', "line 2: expected"),
+        ("\udcff", "not UTF-8"),
+    ],
+)
+def test_bad_documents_are_told(line: str, message: str, tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n' + line.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=message):
+        tokens_of(tokenizer, path)
+
+
+def test_messages_without_a_template_are_told(tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(RECORDS[1]))
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(
+        ValueError, match="line 1: messages, and the tokenizer has no chat template"
+    ):
+        tokens_of(plain, path)
