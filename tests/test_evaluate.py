@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from jquant import evaluate
+from jquant.evaluate import logits
+from jquant.trees.lazy import Lazy
 
 VOCAB = 40
 FULL = 2.0 * jax.random.normal(jax.random.key(0), (VOCAB, VOCAB))
@@ -58,7 +60,7 @@ def test_the_single_measures_are_those_of_compare() -> None:
 
 def test_how_text_is_batched_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluate.compare(table, FULL, MOVED, [TOKENS])
-    monkeypatch.setattr(evaluate, "TOKENS_PER_FORWARD", 3 * 33)
+    monkeypatch.setattr(logits, "TOKENS_PER_FORWARD", 3 * 33)
     for cuts in ([3], [1, 2, 6], [5]):
         parts = iter(np.split(TOKENS, cuts))
         got = evaluate.compare(table, FULL, MOVED, parts)
@@ -73,7 +75,7 @@ def test_equal_rows_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
         traced.append(tokens.shape)
         return params[tokens]
 
-    monkeypatch.setattr(evaluate, "TOKENS_PER_FORWARD", 2 * 33)
+    monkeypatch.setattr(logits, "TOKENS_PER_FORWARD", 2 * 33)
     evaluate.compare(counted, FULL, MOVED, [TOKENS])  # 2 + 2 + 2 + 1 rows
     first = len(traced)
     evaluate.compare(counted, FULL, MOVED, [TOKENS[:4], TOKENS[4:5]])
@@ -164,3 +166,35 @@ def test_bad_models_are_refused() -> None:
         evaluate.compare(table, FULL, forbidden, [np.zeros((1, 4), np.int32)])
     with pytest.raises(ValueError, match=r"gave \(7, 40\); expected logits \[7, 33, vocabulary\]"):
         evaluate.perplexity(lambda p, t: p[t[:, 0]], FULL, [TOKENS])
+
+
+# Outputs of any kind
+
+
+def test_output_error_is_relative_and_over_all_floats() -> None:
+    def fn(params, x):
+        return {"a": x @ params, "b": (2 * x @ params).astype(jnp.bfloat16), "n": jnp.arange(3)}
+
+    x, w = jnp.ones((4, 3)), jnp.ones((3, 2))
+    batches = [x, (3 * x,)]
+    assert evaluate.output_error(fn, w, w, batches) == 0.0
+    assert abs(evaluate.output_error(fn, w, 0.5 * w, batches) - 0.25) < 1e-3
+    done: list[int] = []
+    evaluate.output_error(fn, w, w, batches, progress=done.append)
+    assert done == [1, 2]
+
+
+@pytest.mark.parametrize("case", ["no batches", "no floats", "zeros", "not finite"])
+def test_outputs_without_a_size_are_refused(case: str) -> None:
+    x = {"zeros": 0.0, "not finite": jnp.inf}.get(case, 1.0) * jnp.ones((2, 2))
+    fn = (lambda p, x: jnp.arange(2)) if case == "no floats" else (lambda p, x: x * p)
+    with pytest.raises(ValueError, match="finite floats that are not all 0"):
+        evaluate.output_error(fn, 1.0, 1.0, [] if case == "no batches" else [x])
+
+
+def test_lazy_parameters_are_read() -> None:
+    values = np.ones((3, 2), np.float32)
+    x = np.ones((2, 3), np.float32)
+    lazy = Lazy(values.shape, values.dtype, values.__getitem__, "w")
+    params = {"w": lazy}
+    assert evaluate.output_error(lambda p, x: x @ p["w"], params, params, [x]) == 0

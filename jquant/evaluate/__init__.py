@@ -1,8 +1,6 @@
 """How far a quantized model has moved: on tokens, and on any outputs."""
 
 from jquant.evaluate.logits import (
-    TOKENS_AT_ONCE,
-    TOKENS_PER_FORWARD,
     Comparison,
     agreement,
     compare,
@@ -13,8 +11,6 @@ from jquant.evaluate.logits import (
 from jquant.evaluate.outputs import output_error
 
 __all__ = [
-    "TOKENS_AT_ONCE",
-    "TOKENS_PER_FORWARD",
     "Comparison",
     "agreement",
     "compare",

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from jquant.calibration.tokens import Given, Weights, check_any, weighed
 from jquant.inference import apply
+from jquant.trees.lazy import realize
 
 TOKENS_PER_FORWARD = 1024  # rounded down to whole rows: bounds the logits in memory
 TOKENS_AT_ONCE = 128  # tokens whose probabilities exist at one time
@@ -65,7 +66,8 @@ def compare(
 
     Args:
         fn: `fn(params, tokens[B, T]) -> logits[B, T, V]`.
-        params, qparams: the two sets of parameters; either may hold quantized weights.
+        params, qparams: the two sets of parameters; either may hold quantized weights and lazy
+            leaves, which are read.
         batches: token arrays `[B, T]`, T >= 2; B and T may vary (each T compiles once). Or tuples
             of such an array and other inputs of `fn` whose first axis is B.
         token_weights: what each token counts: a function `(*inputs) -> array [B, T]`, or one array
@@ -116,7 +118,8 @@ def compare_all(
     """
     if not models:
         raise ValueError("models is empty; pass {name: quantized parameters}")
-    run = apply(fn)
+    run, params = apply(fn), realize(params)
+    models = {name: realize(qparams) for name, qparams in models.items()}
     tallies = {name: _Tally() for name in models}
     done = 0
     for tokens, others, weights, real in _microbatches(batches, token_weights):
@@ -180,7 +183,7 @@ def perplexity(
     progress: Progress | None = None,
 ) -> float:
     """`exp` of the mean negative log likelihood of each next token; arguments as for `compare`."""
-    run = apply(fn)
+    run, params = apply(fn), realize(params)
     losses: list[float] = []
     counted: list[float] = []
     for tokens, others, weights, real in _microbatches(batches, token_weights):

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jquant.inference import apply
+from jquant.trees.lazy import realize
 from jquant.weights.arguments import inputs_of
 
 
@@ -29,7 +30,8 @@ def output_error(
 
     Args:
         fn: `fn(params, *inputs)`; outputs are any pytree with floats.
-        params, qparams: the two sets of parameters; either may hold quantized weights.
+        params, qparams: the two sets of parameters; either may hold quantized weights and lazy
+            leaves, which are read.
         batches: each a tuple of inputs, or the only input.
         progress: called with the number of batches done.
 
@@ -44,7 +46,7 @@ def output_error(
         >>> round(output_error(lambda params, x: x @ params, w, 0.9 * w, [x]), 6)
         0.01
     """
-    run = apply(fn)
+    run, params, qparams = apply(fn), realize(params), realize(qparams)
     error, size = 0.0, 0.0
     for done, batch in enumerate(batches, 1):
         inputs = inputs_of(batch, done - 1)
