@@ -1,0 +1,116 @@
+"""The families of decoders that checkpoints hold, a row of a table each.
+
+A family is data: what the two dialects (a `config.json` of Hugging Face, the metadata of a GGUF
+file) call its sizes, what they leave unsaid, which of their switches must stand where, and which
+fields of `DecoderConfig` all its networks share. The decoder knows no family; it computes what the
+fields say. To add one is to add a row (and, if a block computes what none did, a field).
+
+What GGUF says and means is llama.cpp's: its converter writes the files, its loader fills in what
+they leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jquant.models.claims import integer, number
+from jquant.models.rope import LLAMA_ROPE, RopeRules
+
+Slides = Callable[[Mapping[str, Any], int], bool]
+
+
+class Key(NamedTuple):
+    """Where a number stands.
+
+    Attributes:
+        hf, gguf: its key in either dialect (GGUF's without the architecture); None where unsaid.
+        read: checks it, a function of `claims`.
+        optional: whether null, or 0 in GGUF, leaves the field of the decoder at its default.
+        made: the field from the number.
+    """
+
+    hf: str | None
+    gguf: str | None
+    read: Callable[..., Any] = number
+    optional: bool = True
+    made: Callable[[Any], Any] = lambda value: value
+
+
+class Dialect(NamedTuple):
+    """A family in one of the dialects.
+
+    Attributes:
+        name: `model_type`, or `general.architecture`.
+        defaults: what counts where a key is absent, by key.
+        allowed: the values that leave a network as the decoder computes it, by key.
+        computed: fields that the dialect does not say, from those that it does.
+        slides: whether a layer's attention has a window, from the keys and the layer's number;
+            None: none has, and a window that would cut is refused.
+        permuted: whether the rows of q and k are in llama.cpp's order, pairs side by side.
+        norm_offset: what to add to the stored scales of norms.
+    """
+
+    name: str
+    defaults: Mapping[str, Any] = {}
+    allowed: Mapping[str, tuple[Any, ...]] = {}
+    computed: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {}
+    slides: Slides | None = None
+    permuted: bool = False
+    norm_offset: float = 0.0
+
+
+class Family(NamedTuple):
+    """A row: `fields` are what its networks share, `keys` what differs and how it is called.
+
+    `biased` says whether a `config.json` may ask for biases by `attention_bias`.
+    """
+
+    hf: Dialect
+    gguf: Dialect | None
+    fields: Mapping[str, Any] = {}
+    keys: Mapping[str, Key] = {}
+    rope: RopeRules = LLAMA_ROPE
+    biased: bool = False
+
+
+SIZES = {
+    "width": Key("hidden_size", "embedding_length", integer, False),
+    "hidden": Key("intermediate_size", "feed_forward_length", integer, False),
+    "layers": Key("num_hidden_layers", "block_count", integer, False),
+    "heads": Key("num_attention_heads", "attention.head_count", integer, False),
+    "kv_heads": Key("num_key_value_heads", "attention.head_count_kv", integer),
+    "context": Key("max_position_embeddings", "context_length", integer),
+    "norm_eps": Key("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+}
+
+
+def _all(config: Mapping[str, Any], layer: int) -> bool:
+    return True
+
+
+def _late(config: Mapping[str, Any], layer: int) -> bool:
+    return layer >= integer(config, "max_window_layers", least=0)
+
+
+_SILU = {"hidden_act": ("silu",), "mlp_bias": (False,)}
+_PLAIN = _SILU | {"attention_bias": (False,)}
+_QWEN = {"use_sliding_window": False, "max_window_layers": 28, "sliding_window": 4096}
+
+FAMILIES = (
+    Family(Dialect("llama", allowed=_SILU), Dialect("llama", permuted=True), biased=True),
+    Family(Dialect("mistral", {"sliding_window": 4096}, _PLAIN, slides=_all), None),
+    Family(
+        Dialect("qwen2", _QWEN, _SILU, slides=_late),
+        Dialect("qwen2"),
+        fields={"qkv_bias": True},
+    ),
+    Family(
+        Dialect("qwen3", _QWEN | {"head_dim": 128}, _SILU, slides=_late),
+        Dialect("qwen3"),
+        fields={"qk_norm": "head"},
+        biased=True,
+    ),
+)
+HF = {family.hf.name: family for family in FAMILIES}
+GGUF = {family.gguf.name: family for family in FAMILIES if family.gguf is not None}

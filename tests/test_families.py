@@ -1,0 +1,160 @@
+"""Every family of decoders against `transformers`' own class, on random small configurations.
+
+GGUF files are written under gguf-py's names and by the rules of llama.cpp's converters, see
+`checkpoints.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import torch_logits, torch_model, transformers, write_gguf
+
+import jquant as jq
+from jquant import models
+from jquant.errors import CheckpointError
+from jquant.models.config import from_hf
+from jquant.models.families import HF
+
+TOKENS = np.random.default_rng(0).integers(0, 96, (2, 24)).astype(np.int32)
+BATCH = (
+    np.random.default_rng(1).integers(0, 96, (10, 24)).astype(np.int32)
+)  # tokens enough for GPTQ
+THREE = dict(num_hidden_layers=3, hidden_size=32, intermediate_size=40)
+
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral, a window": ("Mistral", dict(sliding_window=5)),
+    "qwen2, late windows": (
+        "Qwen2", THREE | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    ),
+    "qwen3": ("Qwen3", dict(head_dim=24)),
+    "qwen3, all switches": (
+        "Qwen3",
+        THREE | dict(
+            head_dim=6, attention_bias=True, tie_word_embeddings=True, use_sliding_window=True,
+            sliding_window=7, max_window_layers=2,
+        ),
+    ),
+}  # fmt: skip
+# What GGUF does not say, so that llama.cpp computes another network than `transformers`.
+NOT_IN_GGUF = {"mistral, a window", "qwen2, late windows", "qwen3, all switches"}
+QUANTIZED = ("qwen3, all switches",)
+
+
+def network(name: str, **more: Any) -> Any:
+    kind, settings = NETWORKS[name]
+    return torch_model(kind, **settings | more, attn_implementation="eager")
+
+
+def close(got: Any, expected: Any, tolerance: float = 2e-5) -> None:
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(got, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
+
+
+def single(fn: models.Decoder) -> models.Decoder:
+    """The decoder with its numbers as GGUF can hold them."""
+
+    def rounded(value: Any) -> Any:
+        return float(np.float32(value)) if isinstance(value, float) else value
+
+    fields: dict[str, Any] = {
+        key: tuple(map(rounded, value)) if isinstance(value, tuple) else rounded(value)
+        for key, value in vars(fn.config).items()
+    }
+    return dataclasses.replace(fn, config=models.DecoderConfig(**fields))
+
+
+def random(fn: models.Decoder) -> Any:
+    """Parameters whose norms and biases do something."""
+    params, key = fn.init(jax.random.key(0)), jax.random.key(1)
+    leaves, tree = jax.tree.flatten(params)
+    noise = [
+        0.1 * jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_logits_are_those_of_pytorch(name: str, tmp_path: Path) -> None:
+    model = network(name)
+    model.save_pretrained(tmp_path / "hf")
+    expected = torch_logits(model, TOKENS)
+    for scan in (False, True):
+        fn, params, _ = models.load(tmp_path / "hf", scan_layers=scan)
+        close(jax.jit(fn)(params, TOKENS), expected)
+    if name in NOT_IN_GGUF:
+        return
+    other, values, _ = models.load(write_gguf(tmp_path / "m.gguf", model), scan_layers=True)
+    assert single(other) == single(fn)
+    jax.tree.map(np.testing.assert_array_equal, values, params)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_cached_steps_equal_the_full_pass(name: str, scan: bool) -> None:
+    fn = models.Decoder(from_hf(network(name).config.to_dict()), scan)
+    params, step, cache, parts = random(fn), jax.jit(fn.step), fn.init_cache(2, 32), []
+    for start, stop in ((0, 20), (20, 21), (21, 22)):
+        logits, cache = step(params, cache, TOKENS[:, start:stop], jnp.int32(start))
+        parts.append(logits)
+    full = jax.jit(fn)(params, jnp.asarray(TOKENS[:, :22]))
+    close(jnp.concatenate(parts, 1), full, 1e-5)
+
+
+def kernels_of(params: Any) -> set[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
+    return {path for path in paths if path.endswith("/kernel")}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_projection_is_found(name: str) -> None:
+    fn = models.Decoder(from_hf(network(name).config.to_dict()))
+    params = jax.eval_shape(fn.init, jax.random.key(0))
+    weights = jq.find_weights(fn, params, TOKENS)
+    assert kernels_of(params) == {path for path in weights if path.endswith("/kernel")}
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_every_projection_is_quantized_in_stages(name: str, scan: bool) -> None:
+    config = from_hf(network(name).config.to_dict())
+    fn = models.Decoder(config, scan)
+    params = random(fn)
+    scheme = jq.Scheme(jq.grids.Uniform(4), None, jq.rounding.GPTQ())
+    plan = jq.plan(jq.find_weights(fn, params, TOKENS), {"layers/.*kernel": scheme})
+    stages = len(jq.estimate(fn, params, plan, [BATCH]).stages)
+    assert stages >= 3 * config.layers
+    qparams, report = jq.quantize(fn, params, plan, [BATCH])
+    assert set(report) == {path for path in kernels_of(params) if path.startswith("layers/")}
+    close(jax.jit(jq.apply(fn))(qparams, TOKENS), jax.jit(fn)(params, TOKENS), 0.5)
+
+
+def test_what_a_config_leaves_out_is_what_transformers_takes() -> None:
+    for name, family in HF.items():
+        plain = transformers.AutoConfig.for_model(name).to_dict()
+        for key, value in family.hf.defaults.items():
+            assert plain.get(key, value) in (value, None), f"{name}: {key}"
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("qwen3", dict(hidden_act="gelu"), r"hidden_act = 'gelu' is not supported; supported: silu"),
+    ("qwen3, all switches", dict(layer_types=["full_attention"]), r"kinds of attention"),
+    ("qwen3, all switches", dict(sliding_window="4"), r"sliding_window = 4; expected"),
+    ("mistral, a window", dict(attention_bias=True), r"attention_bias = 'True'"),
+    ("mistral, a window", dict(num_hidden_layers=10**7), r"10000000 layers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), REFUSED, ids=str)
+def test_what_is_not_computed_is_refused(name: str, changes: dict, message: str) -> None:
+    config = json.loads(json.dumps(network(name).config.to_dict()))
+    with pytest.raises(CheckpointError, match=message):
+        from_hf(config | changes)
