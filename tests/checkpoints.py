@@ -31,9 +31,9 @@ PERMUTED, OFFSET = ("llama", "granite"), ("gemma2", "gemma3")
 
 
 def torch_model(kind: str = "Llama", **settings: Any) -> Any:
-    """A random `<kind>ForCausalLM` with lively weights, norms and biases."""
+    """A random causal model of `<kind>Config` with lively weights, norms and biases."""
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **settings})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -51,6 +51,10 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp's `LlamaModel.permute`."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def architecture_of(config: Any) -> str:
+    return ARCHITECTURES.get(config.model_type) or config.model_type
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def gguf_keys(config: Any) -> dict[str, Any]:
 
 def gguf_tensors(model: Any) -> Iterator[tuple[str, Any]]:
     """The model's parameters under the names that gguf-py has for them; fused experts apart."""
-    architecture = ARCHITECTURES.get(model.config.model_type, model.config.model_type)
+    architecture = architecture_of(model.config)
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[architecture], model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
@@ -121,7 +125,7 @@ def write_gguf(
     The model's own weights are rounded in place to what was written: it stays the reference.
     """
     config = model.config
-    arch = ARCHITECTURES.get(config.model_type, config.model_type)
+    arch = architecture_of(config)
     writer = gguf.GGUFWriter(path, arch)
     for key, value in (tokenizer or {}).items():
         getattr(writer, f"add_{key}")(value)

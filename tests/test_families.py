@@ -24,6 +24,13 @@ from jquant.models.config import from_hf
 from jquant.models.families import HF
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 24)).astype(np.int32)
+# What GGUF files of these networks say that no converter needs to write for the models there are.
+IN_GGUF: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "attention.sliding_window_pattern": 2, "rope.freq_base_swa": 1e2,
+        "rope.scaling.type": "linear", "rope.scaling.factor": 8.0,
+    },
+}  # fmt: skip
 BATCH = (
     np.random.default_rng(1).integers(0, 96, (10, 24)).astype(np.int32)
 )  # tokens enough for GPTQ
@@ -42,10 +49,45 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
             sliding_window=7, max_window_layers=2,
         ),
     ),
+    "gemma2": (
+        "Gemma2",
+        dict(
+            head_dim=16, query_pre_attn_scalar=16, sliding_window=6, num_hidden_layers=3,
+            attn_logit_softcapping=3.0, final_logit_softcapping=5.0,
+        ),
+    ),
+    "gemma2, its own scale": (
+        "Gemma2",
+        THREE | dict(
+            head_dim=8, query_pre_attn_scalar=20, sliding_window=5, attn_logit_softcapping=None,
+            final_logit_softcapping=None,
+            layer_types=["full_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        dict(
+            head_dim=16, query_pre_attn_scalar=16, sliding_window=4, num_hidden_layers=4,
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e3},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+            },
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
+    ),
+    "gemma3, its own scale": (
+        "Gemma3Text",
+        THREE | dict(
+            head_dim=12, query_pre_attn_scalar=20, final_logit_softcapping=4.0, attention_bias=True,
+        ),
+    ),
 }  # fmt: skip
 # What GGUF does not say, so that llama.cpp computes another network than `transformers`.
-NOT_IN_GGUF = {"mistral, a window", "qwen2, late windows", "qwen3, all switches"}
-QUANTIZED = ("qwen3, all switches",)
+NOT_IN_GGUF = {
+    "mistral, a window", "qwen2, late windows", "qwen3, all switches", "gemma2, its own scale",
+    "gemma3, its own scale",
+}  # fmt: skip
+QUANTIZED = ("gemma3",)
 
 
 def network(name: str, **more: Any) -> Any:
@@ -91,7 +133,8 @@ def test_logits_are_those_of_pytorch(name: str, tmp_path: Path) -> None:
         close(jax.jit(fn)(params, TOKENS), expected)
     if name in NOT_IN_GGUF:
         return
-    other, values, _ = models.load(write_gguf(tmp_path / "m.gguf", model), scan_layers=True)
+    path = write_gguf(tmp_path / "m.gguf", model, keys=IN_GGUF.get(name))
+    other, values, _ = models.load(path, scan_layers=True)
     assert single(other) == single(fn)
     jax.tree.map(np.testing.assert_array_equal, values, params)
 
@@ -148,6 +191,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", dict(hidden_act="gelu"), r"hidden_act = 'gelu' is not supported; supported: silu"),
     ("qwen3, all switches", dict(layer_types=["full_attention"]), r"kinds of attention"),
     ("qwen3, all switches", dict(sliding_window="4"), r"sliding_window = 4; expected"),
+    ("gemma2", dict(hidden_activation="gelu"), r"hidden_activation = 'gelu'.*gelu_pytorch_tanh"),
+    ("gemma3", dict(use_bidirectional_attention=True), r"use_bidirectional_attention = 'True'"),
+    ("gemma3", dict(sliding_window=None), r"sliding_window = None; expected an integer"),
+    ("gemma3", dict(query_pre_attn_scalar=None), r"query_pre_attn_scalar = None"),
+    ("gemma3", dict(attn_logit_softcapping=-1.0), r"attn_logit_softcapping = -1.0; expected a pos"),
+    (
+        "gemma3",
+        dict(rope_parameters={"full_attention": {}, "sliding_attention": {"rope_type": "linear"}}),
+        r"rope_type = 'linear' is not supported; supported: default",
+    ),
     ("mistral, a window", dict(attention_bias=True), r"attention_bias = 'True'"),
     ("mistral, a window", dict(num_hidden_layers=10**7), r"10000000 layers"),
 ]  # fmt: skip
@@ -158,3 +211,29 @@ def test_what_is_not_computed_is_refused(name: str, changes: dict, message: str)
     config = json.loads(json.dumps(network(name).config.to_dict()))
     with pytest.raises(CheckpointError, match=message):
         from_hf(config | changes)
+
+
+def test_gguf_of_gemma_without_a_window_is_all_full_attention(tmp_path: Path) -> None:
+    model = network("gemma3", layer_types=["full_attention"] * 4)
+    path = write_gguf(
+        tmp_path / "m.gguf", model,
+        keys={"attention.sliding_window": None, "rope.scaling.factor": 8.0},
+    )  # fmt: skip
+    fn, params, _ = models.load(path)
+    assert fn.config.windows == ()
+    close(jax.jit(fn)(params, TOKENS), torch_logits(model, TOKENS))
+
+
+def test_gguf_knows_the_largest_gemmas_by_their_depth(tmp_path: Path) -> None:
+    for name, layers in (("gemma2", 46), ("gemma3", 62)):
+        small = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, head_dim=6)
+        config = models.load(
+            write_gguf(
+                tmp_path / "m.gguf",
+                network(
+                    name, num_hidden_layers=layers, num_key_value_heads=1, layer_types=None, **small
+                ),
+            ),
+            lazy=True,
+        )[0].config
+        assert config.attention_scale == 4**-0.5 and len(config.windows) == layers

@@ -42,7 +42,7 @@ def attend(
     """
     b, t, heads, d = q.shape
     s, kv = k.shape[1:3]
-    scale = d**-0.5 if scale is None else scale
+    factor = d**-0.5 if scale is None else scale
     # One matrix per key head: all its queries, block by block.
     grouped = q.reshape(b, t, kv, heads // kv, d).transpose(0, 2, 3, 1, 4)
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
@@ -55,7 +55,7 @@ def attend(
         scores = jnp.einsum(
             "bkqd,bksd->bkqs", rows, keys[:, :, :seen], preferred_element_type=jnp.float32
         ).reshape(b, kv, -1, end - start, seen)
-        scores = scores * scale
+        scores = scores * factor
         scores = scores if cap is None else cap * jnp.tanh(scores / cap)
         scores = jnp.where(mask[start:end, :seen], scores, -jnp.inf)
         chosen = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, kv, -1, seen)

@@ -183,7 +183,7 @@ def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     for key, values in family.hf.allowed.items():
         only(config, key, values, default=values[0])
     said = _filled({**family.hf.defaults, **config}, _HF_USUAL)
-    names = {field: key.hf for field, key in (SIZES | family.keys).items()}
+    names = {field: key.hf for field, key in {**SIZES, **family.keys}.items()}
     fields = _numbers(said, family, names, (None,))
     usual = fields["width"] // fields["heads"]
     fields["vocab"] = integer(said, "vocab_size")
@@ -193,6 +193,8 @@ def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         fields["qkv_bias"] = fields["out_bias"] = bool(said.get("attention_bias", False))
     fields |= hf_rope(config, family.rope, fields["head_dim"], fields["context"])
     window = said.get("sliding_window") if said.get("use_sliding_window", True) else None
+    if family.rope.window_theta is not None:  # without windows these layers would turn otherwise
+        integer(said, "sliding_window")
     where = _Windows("sliding_window", window, said, said.get("layer_types"))
     return _build(family, family.hf, fields, where)
 
@@ -219,7 +221,7 @@ def from_gguf(
     _only_done(metadata, prefix, family, dialect)
     said = {prefix + key: value for key, value in dialect.defaults.items()} | dict(metadata)
     said = _filled(said, {prefix + key: value for key, value in _GGUF_USUAL.items()})
-    keys = SIZES | family.keys
+    keys = {**SIZES, **family.keys}
     names = {field: prefix + key.gguf for field, key in keys.items() if key.gguf}
     fields = _numbers(said, family, names, (None, 0))
     usual = fields["width"] // fields["heads"]
@@ -266,7 +268,7 @@ def _numbers(
     """The fields that stand in a checkpoint as numbers, by the keys that they have there."""
     fields: dict[str, Any] = {}
     for field, name in names.items():
-        key = (SIZES | family.keys)[field]
+        key = {**SIZES, **family.keys}[field]
         got = None if name is None else said.get(name)
         nothing = (None,) if field in SIZES else absent
         if name is None or key.optional and not isinstance(got, np.ndarray) and got in nothing:
@@ -287,8 +289,8 @@ class _Windows(NamedTuple):
     def of_layers(self, slides: Slides | None, fields: Mapping[str, Any]) -> tuple[int, ...]:
         """For each layer its window, 0 for none; `()` if no text is long enough for any."""
         layers, context = fields["layers"], fields["context"]
-        size = integer({self.key: self.window}, self.key, context, least=0) or context
-        if size >= context and not fields.get("window_theta"):
+        size = integer({self.key: self.window}, self.key, 0, least=0)
+        if size == 0 or size >= context and not fields.get("window_theta"):
             return ()
         if slides is None:
             raise unsupported(self.key, size, "none (null, or 0 in GGUF)")

@@ -97,6 +97,44 @@ _SILU = {"hidden_act": ("silu",), "mlp_bias": (False,)}
 _PLAIN = _SILU | {"attention_bias": (False,)}
 _QWEN = {"use_sliding_window": False, "max_window_layers": 28, "sliding_window": 4096}
 
+_GEMMA = {
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "use_bidirectional_attention": (False, None),
+}
+_GEMMA_USUAL = {
+    "head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}  # fmt: skip
+_GEMMA_KEYS = {
+    "attention_scale": Key("query_pre_attn_scalar", None, number, False, lambda s: s**-0.5),
+    "attention_cap": Key("attn_logit_softcapping", "attn_logit_softcapping"),
+    "logits_cap": Key("final_logit_softcapping", "final_logit_softcapping"),
+}
+
+
+def _every(count: int) -> Slides:
+    """All layers but every `count`-th, unless the checkpoint has another number."""
+
+    def slides(config: Mapping[str, Any], layer: int) -> bool:
+        return (layer + 1) % integer(config, "sliding_window_pattern", count) != 0
+
+    return slides
+
+
+def _root(fields: Mapping[str, Any]) -> float:
+    return fields["width"] ** 0.5
+
+
+def _gemma_scale(deepest: int) -> Callable[[Mapping[str, Any]], float]:
+    """llama.cpp takes the scale of a head, but in the 27B models, which it knows by their depth."""
+
+    def scale(fields: Mapping[str, Any]) -> float:
+        largest = fields["layers"] == deepest
+        return (fields["width"] // fields["heads"] if largest else fields["head_dim"]) ** -0.5
+
+    return scale
+
+
 FAMILIES = (
     Family(Dialect("llama", allowed=_SILU), Dialect("llama", permuted=True), biased=True),
     Family(Dialect("mistral", {"sliding_window": 4096}, _PLAIN, slides=_all), None),
@@ -111,6 +149,38 @@ FAMILIES = (
         fields={"qk_norm": "head"},
         biased=True,
     ),
-)
+    Family(
+        Dialect(
+            "gemma2",
+            _GEMMA_USUAL | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+            _GEMMA, {"embed_scale": _root}, _every(2), norm_offset=1.0,
+        ),
+        Dialect(
+            "gemma2",
+            {
+                "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+                "attention.sliding_window": 4096,
+            },
+            computed={"embed_scale": _root, "attention_scale": _gemma_scale(46)},
+            slides=_every(2),
+        ),
+        fields={"norms": "both", "activation": "gelu_tanh"},
+        keys=_GEMMA_KEYS,
+        biased=True,
+    ),
+    Family(
+        Dialect("gemma3_text", _GEMMA_USUAL, _GEMMA, {"embed_scale": _root}, _every(6),
+                norm_offset=1.0),
+        Dialect(
+            "gemma3",
+            computed={"embed_scale": _root, "attention_scale": _gemma_scale(62)},
+            slides=_every(6),
+        ),
+        fields={"norms": "both", "activation": "gelu_tanh", "qk_norm": "head"},
+        keys=_GEMMA_KEYS,
+        rope=RopeRules({"default": "default", "linear": "linear"}, 1e6, window_theta=1e4),
+        biased=True,
+    ),
+)  # fmt: skip
 HF = {family.hf.name: family for family in FAMILIES}
 GGUF = {family.gguf.name: family for family in FAMILIES if family.gguf is not None}
