@@ -6,6 +6,7 @@ reordering of q and k that llama.cpp's converter applies, written here the way l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,15 @@ def gguf_keys(config: Any) -> dict[str, Any]:
     }
     if config.model_type not in ("granite", "phi3") and getattr(config, "head_dim", None):
         keys["attention.key_length"] = keys["attention.value_length"] = config.head_dim
+    if config.model_type == "phi3":
+        share = rope.get("partial_rotary_factor", 1.0)
+        width = config.hidden_size // config.num_attention_heads
+        keys["rope.dimension_count"] = int(width * share)
+        original = config.original_max_position_embeddings
+        keys["rope.scaling.original_context_length"] = original
+        if "long_factor" in rope:
+            stretch = math.log(config.max_position_embeddings / original) / math.log(original)
+            keys["rope.scaling.attn_factor"] = math.sqrt(1 + stretch)
     for ours, theirs in {
         "attn_logit_softcapping": "attn_logit_softcapping",
         "final_logit_softcapping": "final_logit_softcapping",
@@ -133,7 +143,12 @@ def write_gguf(
         kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
         if value is not None:
             getattr(writer, f"add_{kinds[type(value)]}")(f"{arch}.{key}", value)
-    for name, value in (tensors or {}).items():
+    rope = {
+        f"rope_factors_{kind}.weight": np.asarray(config.rope_parameters[f"{kind}_factor"])
+        for kind in ("short", "long")
+        if f"{kind}_factor" in config.rope_parameters
+    }
+    for name, value in (rope | (tensors or {})).items():
         writer.add_tensor(name, value.astype(np.float32))
     for name, parameter in gguf_tensors(model):
         value = parameter.detach().numpy()

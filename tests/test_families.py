@@ -35,6 +35,11 @@ BATCH = (
     np.random.default_rng(1).integers(0, 96, (10, 24)).astype(np.int32)
 )  # tokens enough for GPTQ
 THREE = dict(num_hidden_layers=3, hidden_size=32, intermediate_size=40)
+SMALL_IDS = dict(pad_token_id=0, eos_token_id=1)
+LONG: dict[str, Any] = dict(
+    rope_type="longrope", partial_rotary_factor=0.75, rope_theta=50.0,
+    short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5], long_factor=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+)  # fmt: skip
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, a window": ("Mistral", dict(sliding_window=5)),
@@ -79,6 +84,14 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3Text",
         THREE | dict(
             head_dim=12, query_pre_attn_scalar=20, final_logit_softcapping=4.0, attention_bias=True,
+        ),
+    ),
+    "phi3": ("Phi3", SMALL_IDS | dict(sliding_window=9)),
+    "phi3, longrope": (
+        "Phi3",
+        THREE | SMALL_IDS | dict(
+            num_attention_heads=2, num_key_value_heads=1, original_max_position_embeddings=18,
+            rope_parameters=LONG,
         ),
     ),
 }  # fmt: skip
@@ -201,6 +214,22 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         dict(rope_parameters={"full_attention": {}, "sliding_attention": {"rope_type": "linear"}}),
         r"rope_type = 'linear' is not supported; supported: default",
     ),
+    ("phi3", dict(rope_parameters={"rope_type": "linear", "factor": 2.0}), r"'linear' is not.*long"),
+    (
+        "phi3, longrope",
+        dict(rope_parameters=LONG | dict(short_factor=[1.0])),
+        r"rope_divisors = \(1.0,\); expected 6 positive numbers",
+    ),
+    (
+        "phi3, longrope",
+        dict(rope_parameters=LONG | dict(long_factor="no")),
+        r"long_factor = no; expected a list",
+    ),
+    (
+        "phi3, longrope",
+        dict(rope_parameters=LONG | dict(partial_rotary_factor=0.7)),
+        r"rotary = 11; expected an even number",
+    ),
     ("mistral, a window", dict(attention_bias=True), r"attention_bias = 'True'"),
     ("mistral, a window", dict(num_hidden_layers=10**7), r"10000000 layers"),
 ]  # fmt: skip
@@ -237,3 +266,15 @@ def test_gguf_knows_the_largest_gemmas_by_their_depth(tmp_path: Path) -> None:
             lazy=True,
         )[0].config
         assert config.attention_scale == 4**-0.5 and len(config.windows) == layers
+
+
+def test_longrope_is_of_the_longest_that_a_text_may_get(tmp_path: Path) -> None:
+    model = network("phi3, longrope")
+    fn, params, _ = models.load(write_gguf(tmp_path / "m.gguf", model))
+    short = TOKENS[:, :18]
+    close(jax.jit(fn)(params, short), torch_logits(model, short))
+    # With a cache for more than it was trained on, its first tokens turn as later ones will.
+    cached = [fn.step(params, fn.init_cache(2, n), short, 0)[0] for n in (18, 19)]
+    close(cached[0], torch_logits(model, short))
+    with pytest.raises(AssertionError):
+        close(cached[1], torch_logits(model, short))

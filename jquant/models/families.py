@@ -181,6 +181,15 @@ FAMILIES = (
         rope=RopeRules({"default": "default", "linear": "linear"}, 1e6, window_theta=1e4),
         biased=True,
     ),
+    Family(
+        Dialect("phi3", {"rms_norm_eps": 1e-5}, _PLAIN, slides=_all),
+        Dialect("phi3", slides=_all),
+        fields={"fused": True},
+        rope=RopeRules(
+            {"default": "default", **dict.fromkeys(("longrope", "su", "yarn"), "longrope")},
+            partial=True,
+        ),
+    ),
 )  # fmt: skip
 HF = {family.hf.name: family for family in FAMILIES}
 GGUF = {family.gguf.name: family for family in FAMILIES if family.gguf is not None}

@@ -53,12 +53,14 @@ class RopeRules(NamedTuple):
         theta: the base of the frequencies where none is said.
         partial: whether only some channels of a head may turn.
         window_theta: the base in layers with a window where none is said; None: the same in all.
+        trained: the context that LongRoPE was stretched from where none is said.
     """
 
     kinds: Mapping[str, str]
     theta: float = 10000.0
     partial: bool = False
     window_theta: float | None = None
+    trained: int = 4096
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -111,7 +113,7 @@ def _hf_rope(config: Mapping[str, Any], rules: RopeRules, head_dim: int, context
     elif kind == "llama3":
         fields["rope_divisors"] = _llama3(rope, theta, rotary, context)
     elif kind == "longrope":
-        fields |= _longrope(rope, context)
+        fields |= _longrope(rope, rules.trained, context)
     return fields
 
 
@@ -127,8 +129,8 @@ def _llama3(rope: Mapping[str, Any], theta: float, rotary: int, context: int) ->
     return tuple(float(d) for d in 1.0 / ((1.0 - smooth) / factor + smooth))
 
 
-def _longrope(rope: Mapping[str, Any], context: int) -> Fields:
-    trained = number(rope, _TRAINED, context)
+def _longrope(rope: Mapping[str, Any], usual_trained: int, context: int) -> Fields:
+    trained = number(rope, _TRAINED, usual_trained)
     stretch = number(rope, "factor", context / trained)
     usual = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 < trained else 1.0
     return {
