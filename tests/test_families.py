@@ -94,6 +94,18 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
             rope_parameters=LONG,
         ),
     ),
+    "olmo2": ("Olmo2", SMALL_IDS),
+    "olmo2, biases": (
+        "Olmo2", THREE | SMALL_IDS | dict(attention_bias=True, tie_word_embeddings=True),
+    ),
+    "granite": (
+        "Granite",
+        dict(
+            attention_multiplier=0.3, embedding_multiplier=3.0, residual_multiplier=0.6,
+            logits_scaling=2.5,
+        ),
+    ),
+    "granite, plain": ("Granite", THREE | dict(attention_bias=True, tie_word_embeddings=True)),
 }  # fmt: skip
 # What GGUF does not say, so that llama.cpp computes another network than `transformers`.
 NOT_IN_GGUF = {
@@ -214,7 +226,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         dict(rope_parameters={"full_attention": {}, "sliding_attention": {"rope_type": "linear"}}),
         r"rope_type = 'linear' is not supported; supported: default",
     ),
-    ("phi3", dict(rope_parameters={"rope_type": "linear", "factor": 2.0}), r"'linear' is not.*long"),
+    ("granite", dict(mlp_bias=True), r"mlp_bias = 'True'"),
+    ("granite", dict(attention_multiplier=0), r"attention_multiplier = 0; expected a positive"),
+    ("olmo2", dict(sliding_window=16), r"sliding_window = '16' is not supported"),
+    ("phi3", dict(rope_parameters={"rope_type": "linear", "factor": 2}), r"'linear' is not.*long"),
     (
         "phi3, longrope",
         dict(rope_parameters=LONG | dict(short_factor=[1.0])),

@@ -130,7 +130,7 @@ class DecoderConfig:
         turns = 0 < self.rotary <= self.head_dim and self.rotary % 2 == 0
         _require(turns, "rotary", self.rotary, f"an even number up to {self.head_dim}")
         for field in ("norm_eps", "rope_theta", "rope_scale", "logits_divisor", "attention_scale",
-                      "attention_cap", "logits_cap"):  # fmt: skip
+                      "attention_cap", "logits_cap", "embed_scale", "residual_scale"):  # fmt: skip
             value = getattr(self, field)
             fit = value is None or math.isfinite(value) and value > 0
             _require(fit, field, value, "a positive number")

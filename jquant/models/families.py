@@ -190,6 +190,24 @@ FAMILIES = (
             partial=True,
         ),
     ),
+    Family(
+        Dialect("olmo2", {"rms_norm_eps": 1e-5}, _SILU),
+        Dialect("olmo2"),
+        fields={"norms": "post", "qk_norm": "all"},
+        biased=True,
+    ),
+    Family(
+        Dialect("granite", {"attention_multiplier": 1.0}, _SILU),
+        # llama.cpp does not turn queries and keys of this architecture where it is False
+        Dialect("granite", allowed={"rope.scaling.finetuned": (True,)}, permuted=True),
+        keys={
+            "attention_scale": Key("attention_multiplier", "attention.scale"),
+            "embed_scale": Key("embedding_multiplier", "embedding_scale"),
+            "residual_scale": Key("residual_multiplier", "residual_scale"),
+            "logits_divisor": Key("logits_scaling", "logit_scale"),
+        },
+        biased=True,
+    ),
 )  # fmt: skip
 HF = {family.hf.name: family for family in FAMILIES}
 GGUF = {family.gguf.name: family for family in FAMILIES if family.gguf is not None}
