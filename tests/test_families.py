@@ -32,10 +32,11 @@ IN_GGUF: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 BATCH = (
-    np.random.default_rng(1).integers(0, 96, (10, 24)).astype(np.int32)
+    np.random.default_rng(1).integers(0, 96, (16, 24)).astype(np.int32)
 )  # tokens enough for GPTQ
 THREE = dict(num_hidden_layers=3, hidden_size=32, intermediate_size=40)
 SMALL_IDS = dict(pad_token_id=0, eos_token_id=1)
+EXPERTS = dict(moe_intermediate_size=20)
 LONG: dict[str, Any] = dict(
     rope_type="longrope", partial_rotary_factor=0.75, rope_theta=50.0,
     short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5], long_factor=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
@@ -106,13 +107,21 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "granite, plain": ("Granite", THREE | dict(attention_bias=True, tie_word_embeddings=True)),
+    "qwen3 experts": (
+        "Qwen3Moe",
+        EXPERTS | dict(head_dim=16, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True),
+    ),
+    "qwen3 experts, unlike sums": (
+        "Qwen3Moe",
+        THREE | EXPERTS | dict(num_experts=4, num_experts_per_tok=3, attention_bias=True),
+    ),
 }  # fmt: skip
 # What GGUF does not say, so that llama.cpp computes another network than `transformers`.
 NOT_IN_GGUF = {
     "mistral, a window", "qwen2, late windows", "qwen3, all switches", "gemma2, its own scale",
-    "gemma3, its own scale",
+    "gemma3, its own scale", "qwen3 experts, unlike sums",
 }  # fmt: skip
-QUANTIZED = ("gemma3",)
+QUANTIZED = [("gemma3", True), ("qwen3 experts", True), ("qwen3 experts", False)]
 
 
 def network(name: str, **more: Any) -> Any:
@@ -190,10 +199,12 @@ def test_every_projection_is_found(name: str) -> None:
     assert kernels_of(params) == {path for path in weights if path.endswith("/kernel")}
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize(("name", "scan"), QUANTIZED)
 def test_every_projection_is_quantized_in_stages(name: str, scan: bool) -> None:
-    config = from_hf(network(name).config.to_dict())
+    small = network(
+        name, hidden_size=32, intermediate_size=40, num_hidden_layers=2, layer_types=None
+    )
+    config = from_hf(small.config.to_dict() | dict(sliding_window_pattern=2))
     fn = models.Decoder(config, scan)
     params = random(fn)
     scheme = jq.Scheme(jq.grids.Uniform(4), None, jq.rounding.GPTQ())
@@ -226,6 +237,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         dict(rope_parameters={"full_attention": {}, "sliding_attention": {"rope_type": "linear"}}),
         r"rope_type = 'linear' is not supported; supported: default",
     ),
+    ("qwen3 experts", dict(mlp_only_layers=[1]), r"mlp_only_layers = '\[1\]'"),
+    ("qwen3 experts", dict(decoder_sparse_step=2), r"decoder_sparse_step = '2'"),
+    ("qwen3 experts", dict(num_experts=6), r"num_experts = 6 and num_local_experts = 5 contra"),
+    ("qwen3 experts", dict(num_experts_per_tok=6), r"experts_used = 6; expected at most 5"),
+    ("qwen3 experts", dict(norm_topk_prob="yes"), r"norm_topk_prob = 'yes'"),
     ("granite", dict(mlp_bias=True), r"mlp_bias = 'True'"),
     ("granite", dict(attention_multiplier=0), r"attention_multiplier = 0; expected a positive"),
     ("olmo2", dict(sliding_window=16), r"sliding_window = '16' is not supported"),
@@ -293,3 +309,25 @@ def test_longrope_is_of_the_longest_that_a_text_may_get(tmp_path: Path) -> None:
     close(cached[0], torch_logits(model, short))
     with pytest.raises(AssertionError):
         close(cached[1], torch_logits(model, short))
+
+
+def test_an_expert_has_the_moment_of_the_tokens_sent_to_it(tmp_path: Path) -> None:
+    model = network("qwen3 experts", num_hidden_layers=1)
+    model.save_pretrained(tmp_path)
+    block, kept = model.model.layers[0].mlp, []
+    block.register_forward_hook(lambda module, inputs, output: kept.append(inputs[0].detach()))
+    torch_logits(model, TOKENS)
+    rows = kept[0].reshape(-1, 64)
+    chosen = block.gate(rows)[2].numpy()
+    rows = rows.numpy().astype(np.float64)
+    for scan in (False, True):
+        fn, params, _ = models.load(tmp_path, scan_layers=scan)
+        captured = jq.capture(fn, params, [TOKENS])
+        for leaf in ("gate", "up"):
+            path = f"layers/mlp/{leaf}/kernel" if scan else f"layers/0/mlp/{leaf}/kernel"
+            evidence = captured[path]
+            for expert in range(5):
+                mine = rows[(chosen == expert).any(-1)]
+                moment = np.asarray(evidence.second_moment).reshape(5, 64, 64)[expert]
+                close(moment, mine.T @ mine, 1e-4)
+                assert np.asarray(evidence.count).reshape(5)[expert] == len(mine)

@@ -82,17 +82,25 @@ _MLP: dict[str, dict[str, Row]] = {
         "mlp/gate_up/kernel": ("ffn_up.weight", "mlp.gate_up_proj.weight", "gd"),
         "mlp/down/kernel": ("ffn_down.weight", "mlp.down_proj.weight", "df"),
     },
+    "experts": {
+        "mlp/router/kernel": ("ffn_gate_inp.weight", "mlp.gate.weight", "ed"),
+        "mlp/gate/kernel": ("ffn_gate_exps.weight", "mlp.experts.{}.gate_proj.weight", "efd"),
+        "mlp/up/kernel": ("ffn_up_exps.weight", "mlp.experts.{}.up_proj.weight", "efd"),
+        "mlp/down/kernel": ("ffn_down_exps.weight", "mlp.experts.{}.down_proj.weight", "edf"),
+    },
 }
 _PREFIX = ("blk.{}.", "model.layers.{}.")
 
 
 class Source(NamedTuple):
-    """One tensor a checkpoint must hold, and the leaf it fills (in layer `layer`, if any)."""
+    """One tensor a checkpoint must hold, and the leaf it fills: in layer `layer`, if any, and of
+    one expert, where each has a tensor of its own."""
 
     name: str
     shape: tuple[int, ...]
     leaf: str
     layer: int | None
+    expert: int | None = None
 
 
 def sources(config: DecoderConfig, form: Format) -> Iterator[Source]:
@@ -100,14 +108,15 @@ def sources(config: DecoderConfig, form: Format) -> Iterator[Source]:
 
     Example:
         >>> config = DecoderConfig(vocab=32, width=8, hidden=16, layers=2, heads=4, kv_heads=2)
-        >>> next(sources(config, "gguf"))
-        Source(name='token_embd.weight', shape=(32, 8), leaf='embed/embedding', layer=None)
+        >>> next(sources(config, "gguf"))[:3]
+        ('token_embd.weight', (32, 8), 'embed/embedding')
     """
     column = 0 if form == "gguf" else 1
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     sizes = {
         "v": config.vocab,
         "d": config.width,
+        "e": config.experts,
         "f": config.hidden,
         "g": 2 * config.hidden,
         "h": config.head_dim,
@@ -122,13 +131,17 @@ def sources(config: DecoderConfig, form: Format) -> Iterator[Source]:
     for layer in range(config.layers):
         prefix = _PREFIX[column].format(layer)
         for leaf, row in block.items():
-            shape = tuple(sizes[axis] for axis in row[2])
-            yield Source(prefix + row[column], shape, f"layers/{leaf}", layer)
+            name, shape = prefix + row[column], tuple(sizes[axis] for axis in row[2])
+            if "{}" not in name:
+                yield Source(name, shape, f"layers/{leaf}", layer)
+                continue
+            for expert in range(config.experts):
+                yield Source(name.format(expert), shape[1:], f"layers/{leaf}", layer, expert)
 
 
 def _block(config: DecoderConfig) -> dict[str, Row]:
     """The leaves of each of this network's blocks."""
-    mlp = "fused" if config.fused else "gated"
+    mlp = "experts" if config.experts else "fused" if config.fused else "gated"
     rows = _NORMS[config.norms] | _QKV[config.fused] | _OUT
     rows |= _QK_NORM.get(config.qk_norm, {}) | _MLP[mlp]
     biased = {"q": config.qkv_bias, "k": config.qkv_bias, "v": config.qkv_bias}
@@ -196,16 +209,23 @@ def assemble(
             f"{min(left)!r}; the model is of another architecture than its configuration says"
         )
     leaves: dict[str, list[Lazy]] = {}
+    experts: list[Lazy] = []
     dtype = jax.dtypes.canonicalize_dtype(param_dtype)
     for source in needed:
         leaf = _finite(tensor(source.name), f"{origin}: tensor {source.name!r}")
-        leaf = leaf.T if source.leaf.endswith("/kernel") else leaf
+        leaf = leaf.mT if source.leaf.endswith("/kernel") else leaf
         if offset and source.leaf.endswith("/scale"):
             leaf = leaf.map(lambda scale: scale + np.float32(offset), leaf.dtype, f"+ {offset}")
+        leaf = leaf.astype(dtype)
+        if source.expert is not None:
+            experts.append(leaf)
+            if source.expert < config.experts - 1:
+                continue
+            leaf, experts = stack(experts), []
         path = source.leaf
         if not scan_layers:
             path = path.replace("layers/", f"layers/{source.layer}/", 1)
-        leaves.setdefault(path, []).append(leaf.astype(dtype))
+        leaves.setdefault(path, []).append(leaf)
     return _nested({
         path: stack(parts) if scan_layers and path.startswith("layers/") else parts[0]
         for path, parts in leaves.items()

@@ -1,9 +1,6 @@
-"""The parts of a decoder as Flax NNX modules: projections, norms, attention, the gated network.
+"""The blocks of a decoder as Flax NNX modules: attention and the gated network, with their norms.
 
-Three choices serve whoever interprets the jaxpr. Every projection is one `dot_general` of an
-activation with an `[in, out]` kernel. q, k and v (and gate and up) receive the very same value. The
-compute dtype is where matmul *inputs* live; results are always float32, and so is the residual
-stream (bfloat16 inputs with float32 results are also what CPUs run fastest).
+q, k and v (and gate and up) receive the very same value, so that one moment serves them all.
 """
 
 from __future__ import annotations
@@ -17,35 +14,11 @@ from jaxtyping import Array, Float
 
 from jquant.models.attention import attend
 from jquant.models.config import DecoderConfig
+from jquant.models.experts import Experts
+from jquant.models.layers import ACTIVATIONS, Linear, Norm
 from jquant.models.positions import Rope, rotate
 
 Cache = dict[str, Any]
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}  # jax.nn.gelu is the one by tanh
-
-
-class Linear(nnx.Module):
-    """`x @ kernel + bias`, with a float32 result whatever the dtype of the inputs."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs):
-        kernel = jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32)
-        self.kernel = nnx.Param(kernel * inputs**-0.5)
-        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
-
-    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = dot(x, self.kernel[...], kernel_axis=0)
-        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
-
-
-class Norm(nnx.Module):
-    """`x / rms(x) * scale`, computed in float32 and returned in `dtype`."""
-
-    def __init__(self, width: int, eps: float, dtype: str):
-        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
-        self.eps, self.dtype = eps, dtype
-
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * rms * self.scale[...].astype(jnp.float32)).astype(self.dtype)
 
 
 class Attention(nnx.Module):
@@ -134,7 +107,7 @@ class Block(nnx.Module):
         self.attention = Attention(config, dtype, rngs)
         self.attention_post_norm = Norm(c.width, c.norm_eps, after) if after else None
         self.mlp_norm = Norm(c.width, c.norm_eps, before) if before else None
-        self.mlp = MLP(config, dtype, rngs)
+        self.mlp = (Experts if c.experts else MLP)(config, dtype, rngs)
         self.mlp_post_norm = Norm(c.width, c.norm_eps, after) if after else None
 
     def __call__(
@@ -154,18 +127,3 @@ class Block(nnx.Module):
         y = y if norm is None else norm(y)
         scale = self.config.residual_scale
         return y if scale == 1.0 else y * scale
-
-
-def dot(x: Array, kernel: Array, kernel_axis: int) -> Array:
-    """Contract the last axis of `x` with one axis of `kernel`, in x's dtype, into float32.
-
-    Rows and steps are one axis: gradients that sum over two take 2.5 times as long on XLA:CPU.
-    """
-    contract = (((1,), (kernel_axis,)), ((), ()))
-    y = jax.lax.dot_general(
-        x.reshape(-1, x.shape[-1]),
-        kernel.astype(x.dtype),
-        contract,
-        preferred_element_type=jnp.float32,
-    )
-    return y.reshape(*x.shape[:-1], -1)

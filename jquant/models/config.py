@@ -182,7 +182,7 @@ def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     only(config, "quantization_config", (None,), default=None)
     for key, values in family.hf.allowed.items():
         only(config, key, values, default=values[0])
-    said = _filled({**family.hf.defaults, **config}, _HF_USUAL)
+    said = _filled({**family.hf.defaults, **_renamed(config, family.hf.aliases)}, _HF_USUAL)
     names = {field: key.hf for field, key in {**SIZES, **family.keys}.items()}
     fields = _numbers(said, family, names, (None,))
     usual = fields["width"] // fields["heads"]
@@ -255,6 +255,18 @@ def _only_done(metadata: Mapping[str, Any], prefix: str, family: Family, dialect
     more |= {"sliding_window_pattern": None} if dialect.slides else {}
     allowed = _GGUF_ATTENTION | more
     nothing_else(metadata, f"{prefix}attention.", allowed, "attention of these networks")
+
+
+def _renamed(config: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """With every key under one of its names."""
+    renamed = dict(config)
+    for alias, key in aliases.items():
+        if alias in config and renamed.setdefault(key, config[alias]) != config[alias]:
+            raise CheckpointError(
+                f"{key} = {str(config[key])[:80]} and {alias} = {str(config[alias])[:80]} "
+                "contradict each other; leave only the right one"
+            )
+    return renamed
 
 
 def _filled(said: dict[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jquant.models.blocks import Block, Cache, Linear, Norm, dot
+from jquant.models.blocks import Block, Cache
 from jquant.models.config import DecoderConfig
+from jquant.models.layers import Linear, Norm, dot
 from jquant.models.positions import Views, views
 
 Params = Mapping[str, Any]

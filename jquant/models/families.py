@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jquant.models.claims import integer, number
+from jquant.models.claims import flag, integer, number
 from jquant.models.rope import LLAMA_ROPE, RopeRules
 
 Slides = Callable[[Mapping[str, Any], int], bool]
@@ -44,6 +44,7 @@ class Dialect(NamedTuple):
         name: `model_type`, or `general.architecture`.
         defaults: what counts where a key is absent, by key.
         allowed: the values that leave a network as the decoder computes it, by key.
+        aliases: other names of keys, and which key each of them is.
         computed: fields that the dialect does not say, from those that it does.
         slides: whether a layer's attention has a window, from the keys and the layer's number;
             None: none has, and a window that would cut is refused.
@@ -58,6 +59,7 @@ class Dialect(NamedTuple):
     slides: Slides | None = None
     permuted: bool = False
     norm_offset: float = 0.0
+    aliases: Mapping[str, str] = {}
 
 
 class Family(NamedTuple):
@@ -205,6 +207,29 @@ FAMILIES = (
             "embed_scale": Key("embedding_multiplier", "embedding_scale"),
             "residual_scale": Key("residual_multiplier", "residual_scale"),
             "logits_divisor": Key("logits_scaling", "logit_scale"),
+        },
+        biased=True,
+    ),
+    Family(
+        Dialect(
+            "qwen3_moe",
+            {"use_sliding_window": False, "sliding_window": 4096, "moe_intermediate_size": 768,
+             "num_experts_per_tok": 8, "norm_topk_prob": False},
+            _SILU | {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
+            slides=_all,
+            aliases={"num_local_experts": "num_experts"},
+        ),
+        # llama.cpp lets the weights of a token's experts sum to 1, whatever the network did
+        Dialect("qwen3moe", allowed={
+            "expert_gating_func": (0, 1), "expert_weights_scale": (0, 1),
+            "expert_weights_norm": (True,), "expert_shared_count": (0,), "expert_group_count": (0,),
+        }),
+        fields={"qk_norm": "head"},
+        keys={
+            "hidden": Key("moe_intermediate_size", "expert_feed_forward_length", integer, False),
+            "experts": Key("num_experts", "expert_count", integer, False),
+            "experts_used": Key("num_experts_per_tok", "expert_used_count", integer, False),
+            "renormalized": Key("norm_topk_prob", None, flag, False),
         },
         biased=True,
     ),
