@@ -173,6 +173,21 @@ def test_logits_are_those_of_pytorch(name: str, tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, values, params)
 
 
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in NOT_IN_GGUF])
+def test_transformers_reads_the_same_of_our_gguf_files(name: str, tmp_path: Path) -> None:
+    """That is, the files that the other tests load are what others take for such files."""
+    reader = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
+    if name.startswith(("olmo2", "granite")):
+        pytest.skip("transformers does not know this architecture of GGUF")
+    model = network(name)
+    path = write_gguf(tmp_path / "m.gguf", model, keys=IN_GGUF.get(name))
+    read = reader.load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
+    state = model.state_dict()
+    assert set(state) - set(read["tensors"]) <= {"lm_head.weight"}
+    for key, value in read["tensors"].items():
+        np.testing.assert_allclose(value, state[key], rtol=0, atol=2e-7)
+
+
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_cached_steps_equal_the_full_pass(name: str, scan: bool) -> None:
@@ -305,7 +320,8 @@ def test_longrope_is_of_the_longest_that_a_text_may_get(tmp_path: Path) -> None:
     short = TOKENS[:, :18]
     close(jax.jit(fn)(params, short), torch_logits(model, short))
     # With a cache for more than it was trained on, its first tokens turn as later ones will.
-    cached = [fn.step(params, fn.init_cache(2, n), short, 0)[0] for n in (18, 19)]
+    tokens = jnp.asarray(short)
+    cached = [fn.step(params, fn.init_cache(2, n), tokens, 0)[0] for n in (18, 19)]
     close(cached[0], torch_logits(model, short))
     with pytest.raises(AssertionError):
         close(cached[1], torch_logits(model, short))
