@@ -6,6 +6,8 @@ reordering of q and k that llama.cpp's converter applies, written here the way l
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +26,15 @@ LLAMA3 = dict(
     rope_type="llama3", rope_theta=500.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )  # fmt: skip
-NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm", "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm", "lm_head": "output", "model.layers.": "blk.",
-}  # fmt: skip
+# What llama.cpp calls a family, and how it keeps q, k and norms.
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}
+PERMUTED, OFFSET = ("llama", "granite"), ("gemma2", "gemma3")
 
 
 def torch_model(kind: str = "Llama", **settings: Any) -> Any:
-    """A random `<kind>ForCausalLM` with lively weights, norms and biases."""
+    """A random causal model of `<kind>Config` with lively weights, norms and biases."""
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **settings})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -56,51 +54,114 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
+def architecture_of(config: Any) -> str:
+    return ARCHITECTURES.get(config.model_type) or config.model_type
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """What llama.cpp's converters write of a configuration, after the architecture's name."""
+    rope = config.rope_parameters
+    keys = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": float(rope.get("full_attention", rope)["rope_theta"]),
+    }
+    if config.model_type not in ("granite", "phi3") and getattr(config, "head_dim", None):
+        keys["attention.key_length"] = keys["attention.value_length"] = config.head_dim
+    if config.model_type == "phi3":
+        share = rope.get("partial_rotary_factor", 1.0)
+        width = config.hidden_size // config.num_attention_heads
+        keys["rope.dimension_count"] = int(width * share)
+        original = config.original_max_position_embeddings
+        keys["rope.scaling.original_context_length"] = original
+        if "long_factor" in rope:
+            stretch = math.log(config.max_position_embeddings / original) / math.log(original)
+            keys["rope.scaling.attn_factor"] = math.sqrt(1 + stretch)
+    for ours, theirs in {
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+        "attention_multiplier": "attention.scale",
+        "embedding_multiplier": "embedding_scale",
+        "residual_multiplier": "residual_scale",
+        "logits_scaling": "logit_scale",
+    }.items():
+        if getattr(config, ours, None):
+            keys[theirs] = float(getattr(config, ours))
+    for ours, theirs in {
+        "sliding_window": "attention.sliding_window",
+        "num_local_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+    }.items():
+        if getattr(config, ours, None):
+            keys[theirs] = getattr(config, ours)
+    return keys
+
+
+def gguf_tensors(model: Any) -> Iterator[tuple[str, Any]]:
+    """The model's parameters under the names that gguf-py has for them; fused experts apart."""
+    architecture = architecture_of(model.config)
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], model.config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        parts = [(name, parameter)]
+        if name.endswith("experts.gate_up_proj"):
+            halves = zip(("gate_proj", "up_proj"), parameter.detach().chunk(2, 1), strict=True)
+            parts = [(name.replace("gate_up_proj", half), value) for half, value in halves]
+        for part, value in parts:
+            stem, _, suffix = part.rpartition(".")
+            stem, suffix = (part, "weight") if suffix not in ("weight", "bias") else (stem, suffix)
+            yield f"{names.get_name(stem)}.{suffix}", value
+
+
 def write_gguf(
     path: Path,
     model: Any,
     types: dict[str, str] | None = None,
     *,
     tokenizer: dict[str, Any] | None = None,
-    rope_freqs: np.ndarray | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
     keys: dict[str, Any] | None = None,
 ) -> Path:
     """Write `model` as GGUF; 2-D weights take the type of the first matching key of `types`.
 
-    `keys` are written besides, after the architecture's name and a dot.
+    `keys` are written besides, after the architecture's name and a dot; None takes one out.
 
     The model's own weights are rounded in place to what was written: it stays the reference.
     """
     config = model.config
-    arch = config.model_type
+    arch = architecture_of(config)
     writer = gguf.GGUFWriter(path, arch)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     for key, value in (tokenizer or {}).items():
         getattr(writer, f"add_{key}")(value)
-    for key, value in (keys or {}).items():
+    for key, value in (gguf_keys(config) | (keys or {})).items():
         kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
-        getattr(writer, f"add_{kinds[type(value)]}")(f"{arch}.{key}", value)
-    if rope_freqs is not None:
-        writer.add_tensor("rope_freqs.weight", rope_freqs.astype(np.float32))
-    for name, parameter in model.named_parameters():
-        for theirs, ours in NAMES.items():
-            name = name.replace(theirs, ours)
+        if value is not None:
+            getattr(writer, f"add_{kinds[type(value)]}")(f"{arch}.{key}", value)
+    rope = {
+        f"rope_factors_{kind}.weight": np.asarray(config.rope_parameters[f"{kind}_factor"])
+        for kind in ("short", "long")
+        if f"{kind}_factor" in config.rope_parameters
+    }
+    for name, value in (rope | (tensors or {})).items():
+        writer.add_tensor(name, value.astype(np.float32))
+    for name, parameter in gguf_tensors(model):
         value = parameter.detach().numpy()
         chosen = [kind for key, kind in (types or {}).items() if key in name and value.ndim == 2]
         kind = gguf.GGMLQuantizationType[(chosen or ["F32"])[0]]
         with torch.no_grad():
             stored = gguf.quants.quantize(value, kind)
             parameter.copy_(torch.as_tensor(np.array(gguf.quants.dequantize(stored, kind))))
-        if arch == "llama" and ("attn_q." in name or "attn_k." in name):
+        if arch in PERMUTED and ("attn_q." in name or "attn_k." in name):
             heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
             stored = permute(stored, heads)
+        if arch in OFFSET and name.endswith("norm.weight"):
+            stored = stored + np.float32(1)
         writer.add_tensor(name, np.ascontiguousarray(stored), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -112,7 +112,7 @@ def test_gguf_of_other_networks(tmp_path: Path) -> None:
     llama3 = torch_model(rope_parameters=LLAMA3, attention_bias=True)
     divisors = np.asarray(from_hf(llama3.config.to_dict()).rope_divisors)
     assert divisors.min() == 1 and divisors.max() == LLAMA3["factor"]
-    path = write_gguf(tmp_path / "llama3.gguf", llama3, rope_freqs=divisors)
+    path = write_gguf(tmp_path / "llama3.gguf", llama3, tensors={"rope_freqs.weight": divisors})
     fn, params, _ = models.load(path)
     assert fn.config.out_bias
     close(run(fn, params), torch_logits(llama3, TOKENS))

@@ -35,7 +35,8 @@ def gguf(**keys: Any) -> models.DecoderConfig:
     """The decoder of a header that says `keys` of the network, in which `__` is a dot."""
     factors = keys.pop("factors", None)
     more = {f"llama.{key.replace('__', '.')}": value for key, value in keys.items()}
-    return from_gguf(SAID | more, {"token_embd.weight": (96, 64)}, factors)
+    tensors = {} if factors is None else {"rope_freqs.weight": factors}
+    return from_gguf(SAID | more, {"token_embd.weight": (96, 64)}, tensors)
 
 
 def test_an_old_linear_scale_computes_what_pytorch_computes(tmp_path: Path) -> None:

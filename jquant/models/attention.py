@@ -24,19 +24,25 @@ def attend(
     mask: Bool[Array, "t s"],
     *,
     causal: bool,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> Float[Array, "b t heads d"]:
     """Attention in float32 sums; `heads / kv` neighbouring queries share a key and a value.
 
     Args:
         q, k, v: queries, keys and values.
         mask: which keys a query sees; every query must see one.
-        causal: whether `mask` is causal with `t == s`, so that blocks can be left out.
+        causal: whether `mask` lets no query see a later key and `t == s`, so that blocks can be
+            left out.
+        scale: what scores are multiplied by; `d ** -0.5` by default.
+        cap: scores become `cap * tanh(score / cap)`; None leaves them.
 
     Returns:
         float32.
     """
     b, t, heads, d = q.shape
     s, kv = k.shape[1:3]
+    factor = d**-0.5 if scale is None else scale
     # One matrix per key head: all its queries, block by block.
     grouped = q.reshape(b, t, kv, heads // kv, d).transpose(0, 2, 3, 1, 4)
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
@@ -49,7 +55,9 @@ def attend(
         scores = jnp.einsum(
             "bkqd,bksd->bkqs", rows, keys[:, :, :seen], preferred_element_type=jnp.float32
         ).reshape(b, kv, -1, end - start, seen)
-        scores = jnp.where(mask[start:end, :seen], scores * d**-0.5, -jnp.inf)
+        scores = scores * factor
+        scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+        scores = jnp.where(mask[start:end, :seen], scores, -jnp.inf)
         chosen = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, kv, -1, seen)
         mixed = jnp.einsum(
             "bkqs,bksd->bkqd", chosen, values[:, :, :seen], preferred_element_type=jnp.float32

@@ -29,7 +29,7 @@ def only(
     if key not in values and default is _REQUIRED:
         raise CheckpointError(f"{key} is missing; supported: {', '.join(map(str, allowed))}")
     got = values.get(key, default)
-    if isinstance(got, list | dict | np.ndarray) or got not in allowed:
+    if isinstance(got, np.ndarray) or got not in allowed:
         raise unsupported(key, got, ", ".join(map(str, allowed)))
     return got
 
@@ -60,13 +60,16 @@ def nothing_else(
 
 
 def integer(
-    values: Mapping[str, Any], key: str, default: int | None = None, most: int = 1 << 26
-) -> int:
-    """The whole number from 1 to `most` at `key`."""
+    values: Mapping[str, Any], key: str, default: int | None = None, most: int = 1 << 26,
+    least: int = 1,
+) -> int:  # fmt: skip
+    """The whole number from `least` to `most` at `key`."""
     got = values.get(key)
     got = default if got is None else got
-    if not isinstance(got, int) or isinstance(got, bool) or not 0 < got <= most:
-        raise CheckpointError(f"{key} = {str(got)[:80]}; expected an integer from 1 to {most}")
+    if not isinstance(got, int) or isinstance(got, bool) or not least <= got <= most:
+        raise CheckpointError(
+            f"{key} = {str(got)[:80]}; expected an integer from {least} to {most}"
+        )
     return got
 
 
@@ -78,3 +81,9 @@ def number(values: Mapping[str, Any], key: str, default: float | None = None) ->
     if not is_number or not 0 < got < 1e300:  # NaN and integers past any float end here too
         raise CheckpointError(f"{key} = {str(got)[:80]}; expected a positive number")
     return float(got)
+
+
+def flag(values: Mapping[str, Any], key: str, default: bool | None = None) -> bool:
+    """The truth value at `key`."""
+    got = values.get(key)
+    return only({key: default if got is None else got}, key, (True, False))

@@ -23,12 +23,12 @@ from jquant.io.files import FileState
 from jquant.models.assembly import Checkpoint, assemble
 from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf, from_hf
 from jquant.models.decoder import Decoder
+from jquant.models.families import GGUF, HF
 from jquant.models.gguf_file import GGUFFile, read_gguf
 from jquant.models.quantized import CHECKPOINT, is_quantized, load_quantized
 from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_from_hf, tokenizer_named
 from jquant.trees.lazy import Lazy, Window, realize
 
-_ROPE_FACTORS = "rope_freqs.weight"
 _DTYPES = ("F32", "F16", "BF16")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -91,12 +91,7 @@ def _load_gguf(
         if (parts := file.metadata.get("split.count", 1)) != 1:
             raise CheckpointError(f"split.count = {parts}; join the model's GGUF files first")
         shapes = {name: info.shape for name, info in file.tensors.items()}
-        factors = None
-        if (shape := shapes.pop(_ROPE_FACTORS, None)) is not None:
-            if len(shape) != 1 or shape[0] > MAX_HEAD_DIM:
-                raise CheckpointError(f"tensor {_ROPE_FACTORS!r} has shape {shape}")
-            factors = file.tensor(_ROPE_FACTORS)[...]
-        config = from_gguf(file.metadata, shapes, factors)
+        config = from_gguf(file.metadata, shapes, _rope_tensors(file, shapes))
         tokens = (
             tokenizer_from_gguf(file.metadata) if tokenizer is None else tokenizer_named(tokenizer)
         )
@@ -109,8 +104,21 @@ def _load_gguf(
     return fn, params, tokens
 
 
+def _rope_tensors(file: GGUFFile, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The values of the file's tensors of rotary divisors, which are taken out of `shapes`."""
+    family = GGUF.get(file.metadata.get("general.architecture", ""))
+    tensors = {}
+    for name in () if family is None else family.rope.tensors:
+        if (shape := shapes.pop(name, None)) is not None:
+            if len(shape) != 1 or shape[0] > MAX_HEAD_DIM:
+                raise CheckpointError(f"tensor {name!r} has shape {shape}")
+            tensors[name] = file.tensor(name)[...]
+    return tensors
+
+
 def _is_permuted(file: GGUFFile) -> bool:
-    return file.metadata["general.architecture"] == "llama"
+    dialect = GGUF[file.metadata["general.architecture"]].gguf
+    return dialect is not None and dialect.permuted
 
 
 def _unpermuted(file: GGUFFile, config: DecoderConfig) -> Callable[[str], Lazy]:
@@ -140,7 +148,8 @@ def _load_directory(
     path: Path, scan_layers: bool, dtype: str, param_dtype: str, tokenizer: str | Path | None
 ) -> tuple[Decoder, dict[str, Any], Any]:
     try:
-        config = from_hf(_json(path / "config.json"))
+        said = _json(path / "config.json")
+        config = from_hf(said)
         fn = Decoder(config, scan_layers, dtype)
         files = _tensor_files(path)
     except CheckpointError as error:
@@ -164,7 +173,8 @@ def _load_directory(
     def tensor(name: str) -> Lazy:
         return _tensor(states[files[name]], name, shapes[name])
 
-    checkpoint = Checkpoint("hf", path.name, shapes, tensor)
+    offset = HF[said["model_type"]].hf.norm_offset
+    checkpoint = Checkpoint("hf", path.name, shapes, tensor, offset)
     params = assemble(config, checkpoint, scan_layers=scan_layers, param_dtype=param_dtype)
     tokens = tokenizer_from_hf(path) if tokenizer is None else tokenizer_named(tokenizer)
     return fn, params, tokens

@@ -93,9 +93,8 @@ def _decoder(path: Path) -> tuple[Decoder, dict[str, tuple[int, ...]]]:
     try:
         fields = json.loads(stored)
         config = fields.pop("config")
-        if config.get("rope_divisors") is not None:
-            config["rope_divisors"] = tuple(config["rope_divisors"])
-        fn = Decoder(DecoderConfig(**config), **fields)
+        lists = {key: tuple(value) for key, value in config.items() if isinstance(value, list)}
+        fn = Decoder(DecoderConfig(**config | lists), **fields)
         # Layers are built one by one, so a lie about their number would take forever.
         if not fn.scan_layers and fn.config.layers > len(header.leaves):
             raise ValueError(f"{fn.config.layers} layers of {len(header.leaves)} parameters")

@@ -96,6 +96,17 @@ class Lazy:
             f"{self.identity}, transposed",
         )
 
+    @property
+    def mT(self) -> Lazy:  # noqa: N802
+        """The array with its last two axes exchanged, as in a stack of matrices."""
+        *stacks, rows, columns = self.shape
+
+        def read(window: Window) -> np.ndarray:
+            *first, r, c = window
+            return self[(*first, c, r)].swapaxes(-1, -2)
+
+        return Lazy((*stacks, columns, rows), self.dtype, read, f"{self.identity}, transposed")
+
     def map(self, function: Callable[[np.ndarray], np.ndarray], dtype: Any, what: str) -> Lazy:
         """The array after an elementwise function of result type `dtype`, run on what is read.
 
