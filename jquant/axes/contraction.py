@@ -5,13 +5,14 @@ contracted with an axis of the other operand (in), runs along with one (batch), 
 result (out). A `Contraction` says so once, from an equation's dimension numbers. A convolution is
 brought down to that by its patches, with an axis for every axis of the kernel that is contracted;
 groups of channels are batch axes. With the weight's `Origin` follow how it is read (`Reading`) and
-how its rows are arranged (`Arrangement`).
+how its rows are arranged (`Arrangement`): what calibration asks. With the `Layout` of a quantized
+weight follows the `Product` of rows and codes (`dimensions.py`): what `apply` asks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +75,7 @@ class Contraction(NamedTuple):
         meets: for each axis, the axis of the other operand that it meets; None: it meets none.
         operand: the shape of the other operand, as the weight sees it.
         patches: what the weight sees of a convolution's input; None: the operand itself.
+        along: the batch axes of a `dot_general`, in the order in which its result has them.
 
     Example:
         >>> eqn = jax.make_jaxpr(jnp.matmul)(jnp.ones((5, 3)), jnp.ones((3, 2))).eqns[0]
@@ -88,6 +90,7 @@ class Contraction(NamedTuple):
     meets: tuple[int | None, ...]
     operand: tuple[int, ...]
     patches: Patches | None = None
+    along: tuple[int, ...] = ()
 
     @staticmethod
     def of(eqn: core.JaxprEqn, slot: int) -> Contraction:
@@ -110,14 +113,23 @@ class Contraction(NamedTuple):
         dims = range(len(shape))
         return Contraction(
             "dot", tuple(shape), tuple(roles.get(k, "out") for k in dims),
-            tuple(map(meets.get, dims)), tuple(operand),
+            tuple(map(meets.get, dims)), tuple(operand), along=tuple(batch[0]),
         )  # fmt: skip
+
+    def pairs(self, axes: Iterable[int]) -> tuple[tuple[int, int], ...]:
+        """Some axes, each with the axis of the other operand that it meets."""
+        met = ((axis, self.meets[axis]) for axis in axes)
+        return tuple((axis, there) for axis, there in met if there is not None)
 
     @property
     def summed(self) -> list[int]:
         """The axes of the other operand that are contracted."""
-        pairs = zip(self.roles, self.meets, strict=True)
-        return [there for role, there in pairs if role == "in" and there is not None]
+        return [there for _, there in self.pairs(self.contracted)]
+
+    @property
+    def contracted(self) -> list[int]:
+        """The axes that are contracted."""
+        return [axis for axis, role in enumerate(self.roles) if role == "in"]
 
     def split(self, origin: Origin, shape: Sequence[int]) -> Origin:
         """The origin of an array of `shape`, with the axes that the array is read with.

@@ -1,10 +1,9 @@
-"""Where a product of an array and a weight finds their axes: along, free, and contracted.
+"""A contraction with a quantized weight, ordered as the weight's codes are.
 
-A `dot_general` names axes by number, and any number of each kind. `Dimensions` are those of one
-array: seen as rows it is `[*batch, tokens, in]`, whatever its axes are. `Product` are those of a
-`dot_general` with a weight, ordered as the weight's canonical view `[*batch, out, in]` orders them:
-rows of the input meet the rows of codes, and `result` takes `[*batch, tokens, out]` to the axes
-that the equation has.
+A `Contraction` says where axes meet; codes lie in the canonical view `[*batch, out, in]`. A
+`Product` is both: rows of the input meet the rows of codes, and `result` takes `[*batch, tokens,
+out]` to the axes that the equation has. `Dimensions` are the axes of the other operand there: seen
+as rows it is `[*batch, tokens, in]`, whatever its axes are.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Literal
 import jax
 from jax.extend import core
 
+from jquant.axes.contraction import Contraction
 from jquant.axes.layout import Factor, Layout
 
 Role = Literal["out", "in"]
@@ -84,7 +84,7 @@ class Product:
         layout: of the weight's array.
         role: of the weight's contracted axes.
         batch: axes that run along, in the equation's order.
-        contracted: axes that are summed over, likewise.
+        contracted: axes that are summed over, in the order of the weight's.
         input: the axes of the other operand, in the order of the weight's canonical view.
     """
 
@@ -101,11 +101,9 @@ class Product:
 
         Also where an array's axis plays two roles in the canonical view.
         """
-        pairs = [
-            tuple(zip(axes[at], axes[1 - at], strict=True))
-            for axes in eqn.params["dimension_numbers"]
-        ]
-        contracted, batch = pairs
+        contraction = Contraction.of(eqn, at)
+        batch = contraction.pairs(contraction.along)
+        contracted = contraction.pairs(contraction.contracted)
         role = _role(layout, [k for k, _ in contracted], [k for k, _ in batch])
         if role is None:
             return None
@@ -113,8 +111,7 @@ class Product:
         def ordered(pairs: Pairs) -> list[int]:
             return [k for _, k in sorted((_place(layout, mine), k) for mine, k in pairs)]
 
-        rank = eqn.invars[1 - at].aval.ndim  # type: ignore[attr-defined]
-        input_ = Dimensions.of(rank, ordered(batch), ordered(contracted))
+        input_ = Dimensions.of(len(contraction.operand), ordered(batch), ordered(contracted))
         return Product(at, layout, role, batch, contracted, input_)
 
     @property
