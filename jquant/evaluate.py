@@ -110,8 +110,8 @@ def compare_all(
         ...     return params[tokens]
         >>> table = jax.random.normal(jax.random.key(0), (8, 8))
         >>> models = {"half": table / 2, "same": table}
-        >>> found = compare_all(fn, table, models, [jnp.arange(8).reshape(2, 4)])
-        >>> found["half"].kl > 0, found["same"].kl
+        >>> comparisons = compare_all(fn, table, models, [jnp.arange(8).reshape(2, 4)])
+        >>> comparisons["half"].kl > 0, comparisons["same"].kl
         (True, 0.0)
     """
     if not models:
@@ -144,9 +144,9 @@ class _Tally:
         self.pairs: list[float] = []  # of a token and its next
 
     def add(
-        self, name: str, found: tuple[Array, Array, Array], real: int, weights: Weights | None
+        self, name: str, measures: tuple[Array, Array, Array], real: int, weights: Weights | None
     ) -> None:
-        divergence, nll, agree = (np.asarray(part)[..., :real, :] for part in found)
+        divergence, nll, agree = (np.asarray(part)[..., :real, :] for part in measures)
         if weights is not None:
             own, pairs = _weights_of(weights)
             self.weights += own.ravel().tolist()

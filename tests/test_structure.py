@@ -233,6 +233,30 @@ def test_public_names_exist_and_are_documented(path: Path) -> Iterator[str]:
                 yield f"{name} has no docstring, or only the one that dataclass made"
 
 
+def names(node: ast.AST) -> Iterator[str]:
+    """The identifiers that one node of a tree reads, binds or passes by keyword."""
+    match node:
+        case ast.Name(id=name) | ast.arg(arg=name) | ast.Attribute(attr=name):
+            yield name
+        case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+            yield name
+        case ast.keyword(arg=str(name)) | ast.alias(asname=str(name)):
+            yield name
+        case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)):
+            yield name
+
+
+# Words that say how a value came about, or that somebody asked for it, not what it is.
+VAGUE = {"found", "known", "said", "wanted"}
+
+
+@each_file
+def test_names_say_what_a_thing_is(path: Path) -> Iterator[str]:
+    for node in ast.walk(TREES[path]):
+        for name in VAGUE.intersection(names(node)):
+            yield f"line {getattr(node, 'lineno', 0)}: {name!r} names anything; say what it is"
+
+
 # Where each takes the dtype, counted from zero; without one it follows `jax_enable_x64`.
 MAKERS = {"zeros": 1, "ones": 1, "empty": 1, "full": 2, "eye": 3, "arange": 3, "linspace": 5,
           "normal": 2, "uniform": 2}  # fmt: skip

@@ -212,15 +212,15 @@ class _Chooser:
     def choice(self, path: str) -> Choice:
         if path in self.left:
             return Choice(self.plan[path].groups.axis, None, self.left[path])
-        found = self.losses[path]
-        inward, outward = (math.fsum(losses) for losses in zip(*found, strict=True))
+        by_layer = self.losses[path]
+        inward, outward = (math.fsum(losses) for losses in zip(*by_layer, strict=True))
         piece = next(p for stage in self.walk.stages for p in stage.pieces if p.path == path)
         return Choice(
             axis="out" if outward < inward else "in",
             losses=(inward, outward),
             compared=self.words(piece),
-            layers=len(found),
-            layers_out=sum(outward < inward for inward, outward in found),
+            layers=len(by_layer),
+            layers_out=sum(outward < inward for inward, outward in by_layer),
         )
 
     def words(self, piece: Piece) -> str:
@@ -280,8 +280,8 @@ def _no_choice(weight: Weight, scheme: Scheme) -> str:
 
 def _check_any(plan: Plan, left: Mapping[str, str]) -> None:
     if len(left) == len(plan):
-        said = "; ".join(f"{path!r}: {why}" for path, why in list(left.items())[:3])
+        reasons = "; ".join(f"{path!r}: {why}" for path, why in list(left.items())[:3])
         raise PlanError(
             f"there is nothing to choose in this plan of {len(plan)} weights"
-            + (f" ({said})" if said else "; pass one that quantizes some")
+            + (f" ({reasons})" if reasons else "; pass one that quantizes some")
         )

@@ -84,8 +84,8 @@ def candidates(
         >>> import jax.numpy as jnp, jquant as jq
         >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((64, 8))}
         >>> weights = jq.find_weights(fn, params, jnp.ones((2, 64)))
-        >>> found = candidates(jq.plan(weights, {".*": jq.presets.int4_gptq()}), (3, 4))
-        >>> found.bytes("w")  # 512 codes, 8 scales and zero points
+        >>> choice = candidates(jq.plan(weights, {".*": jq.presets.int4_gptq()}), (3, 4))
+        >>> choice.bytes("w")  # 512 codes, 8 scales and zero points
         (211, 276)
     """
     if not isinstance(plan, Plan):
@@ -102,17 +102,17 @@ def candidates(
             schemes[path] = (own,)
             continue
         offered = options(own) if callable(options) else options
-        found = dict.fromkeys(_scheme(path, own, option) for option in offered)
-        if not found:
+        distinct = dict.fromkeys(_scheme(path, own, option) for option in offered)
+        if not distinct:
             raise PlanError(f"weight {path!r} has no candidates; pass widths, or schemes")
-        schemes[path] = tuple(sorted(found, key=lambda scheme: bytes_of(weight, scheme)))
-    found = Candidates(schemes, plan.weights)
-    if not found.free:
+        schemes[path] = tuple(sorted(distinct, key=lambda scheme: bytes_of(weight, scheme)))
+    by_path = Candidates(schemes, plan.weights)
+    if not by_path.free:
         raise PlanError(
             f"no weight of this plan of {len(plan)} has two schemes to choose from; pass several "
             "widths or schemes, and weights that may have them"
         )
-    return found
+    return by_path
 
 
 def depth(path: str) -> tuple[tuple[int, int, str], ...]:
@@ -134,8 +134,8 @@ def key_of_scheme(scheme: Scheme) -> str:
         >>> key_of_scheme(Scheme(NF4, 64)).endswith("Blocks(axis='in', size=64)")
         True
     """
-    said = f"{scheme.grid!r}, {scheme.groups!r}"
-    return said if scheme.compensation is None else f"{said}, {scheme.compensation!r}"
+    key = f"{scheme.grid!r}, {scheme.groups!r}"
+    return key if scheme.compensation is None else f"{key}, {scheme.compensation!r}"
 
 
 def draft(scheme: Scheme) -> Scheme:

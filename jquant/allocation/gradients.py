@@ -130,17 +130,17 @@ def taylor(
     """
     check_loss(loss, token_weights)
     trials = Trials(params, candidates, batches, evidence, key, token_weights)
-    found = {path: [[] for _ in candidates[path]] for path in trials.free}
+    terms = {path: [[] for _ in candidates[path]] for path in trials.free}
     weights, counts = trials.weights(), []
     for done, (inputs, own) in enumerate(trials.pairs(), start=1):
         gradient = _gradient(fn, loss, weights, trials.params, _Batch(inputs, inputs, own))
         counts.append(size(inputs, own))
         for path, g in gradient.items():
             for at, e in enumerate(trials.errors(path)):
-                found[path][at].append(abs(float(jnp.vdot(g, e))))
+                terms[path][at].append(abs(float(jnp.vdot(g, e))))
         if progress is not None:
             progress(done, len(trials.batches))
-    losses = {path: tuple(mean(s, counts) for s in some) for path, some in found.items()}
+    losses = {path: tuple(mean(s, counts) for s in some) for path, some in terms.items()}
     return Sensitivity(
         "TDMPQ, first order", "units of the loss",
         f"|<gradient, error>| averaged over {len(counts)} batches",
@@ -181,10 +181,10 @@ def fisher(
         >>> params = {"w": jax.random.normal(jax.random.key(0), (8, 4))}
         >>> x = jax.random.normal(jax.random.key(1), (64, 8))
         >>> plan = jq.plan(jq.find_weights(fn, params, x), {".*": jq.presets.int4_nearest()})
-        >>> found = fisher(
+        >>> score = fisher(
         ...     fn, params, jq.allocation.candidates(plan, (3, 4)), [x], key=jax.random.key(2)
         ... )
-        >>> found.values["w"][0] > found.values["w"][1] > 0
+        >>> score.values["w"][0] > score.values["w"][1] > 0
         True
 
     References:
@@ -252,8 +252,8 @@ def kl_gradient(
         >>> params = {"w": jax.random.normal(jax.random.key(0), (8, 4))}
         >>> x = jax.random.normal(jax.random.key(1), (64, 8))
         >>> plan = jq.plan(jq.find_weights(fn, params, x), {".*": jq.presets.int4_nearest()})
-        >>> found = kl_gradient(fn, params, jq.allocation.candidates(plan, (3, 4, 8)), [x])
-        >>> found.values["w"][0] > found.values["w"][1] > found.values["w"][2] > 0
+        >>> score = kl_gradient(fn, params, jq.allocation.candidates(plan, (3, 4, 8)), [x])
+        >>> score.values["w"][0] > score.values["w"][1] > score.values["w"][2] > 0
         True
 
     References:
@@ -263,8 +263,8 @@ def kl_gradient(
     at = {path: _low(path, candidates, low) for path in trials.free}
     coarse = {path: trials.quantized(path, candidates[path][k]) for path, k in at.items()}
     counts, gradients = [], {path: jnp.zeros(w.shape, jnp.float32) for path, w in coarse.items()}
-    for done, (inputs, wanted, count, own) in enumerate(trials.wanted(fn), start=1):
-        batch = _Batch(inputs, (wanted,), own)
+    for done, (inputs, reference, count, own) in enumerate(trials.references(fn), start=1):
+        batch = _Batch(inputs, (reference,), own)
         gradient = _gradient(fn, KL(), coarse, trials.params, batch)
         counts.append(count)
         gradients = _summed(gradients, gradient, jnp.float32(counts[-1]))

@@ -174,8 +174,8 @@ def _offer(
         power = jnp.sum(whole**2)
     else:
         power = jnp.sum(output_error(whole, evidence.second_moment))
-    found = np.asarray(choice.spectrum(left, evidence), np.float64)
-    total = found.reshape(-1, found.shape[-1]).sum(0)
+    spectra = np.asarray(choice.spectrum(left, evidence), np.float64)
+    total = spectra.reshape(-1, spectra.shape[-1]).sum(0)
     gains = total / max(float(power), np.finfo(np.float32).tiny)
     return Offer(tuple(gains.tolist()), _prices(choice, left.shape))
 

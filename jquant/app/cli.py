@@ -263,8 +263,8 @@ def evaluate(
     table = Table(show_header=False)
     if against is None:
         with narrator.stage("evaluating", windows.size) as update:
-            found = perplexity(fn, params, batches, progress=update)
-        table.add_row("perplexity", f"{found:.4f}")
+            ppl = perplexity(fn, params, batches, progress=update)
+        table.add_row("perplexity", f"{ppl:.4f}")
     else:
         narrator.say(f"loading {against}")
         full_fn, full, _ = models.load(against, tokenizer=tokenizer)
@@ -337,17 +337,17 @@ def generate(
     need_known(fn, start)
     eos = () if words.eos_token_id is None else words.eos_token_id
     key = jax.random.key(seed)
-    found: list[int] = []
-    said = ""
+    ids: list[int] = []
+    printed = ""
     for token in models.stream(
         fn, params, start, tokens, temperature=temperature, key=key, eos=eos
     ):
-        found.append(int(token[0]))
+        ids.append(int(token[0]))
         # A character may take several tokens, so the text is decoded anew and its new end printed.
-        text = words.decode(found, skip_special_tokens=True)
+        text = words.decode(ids, skip_special_tokens=True)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(said) :], end="", flush=True)
-            said = text
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
     print()
 
 

@@ -204,8 +204,8 @@ class Float:
         x = self._numbers(w, params)
         rank = jnp.minimum(self.format.rank(x), self.format.top)
         # Positive floats are ordered as their bits are, the tiny ones included.
-        found = lax.bitcast_convert_type(self.format.magnitude(rank), jnp.int32)
-        above = found > lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+        bits = lax.bitcast_convert_type(self.format.magnitude(rank), jnp.int32)
+        above = bits > lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
         inner = jnp.where(above, rank - 1, rank)
         outer = jnp.minimum(inner + 1, self.format.top)
         inner, outer = self._signed(inner, x), self._signed(outer, x)

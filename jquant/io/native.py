@@ -178,10 +178,10 @@ def load_matching(path: str | os.PathLike[str], pattern: str) -> dict[str, Any]:
         decoder, root, _ = _open(file)
         reader = _reader(file, decoder)
         paths = decoder.leaves(root)
-        found = {p: decoder.read(n, reader) for p, n in paths.items() if re.fullmatch(pattern, p)}
-    if not found:
+        leaves = {p: decoder.read(n, reader) for p, n in paths.items() if re.fullmatch(pattern, p)}
+    if not leaves:
         raise ValueError(f"{pattern!r} matches none of {len(paths)} paths in {os.fspath(path)!r}")
-    return found
+    return leaves
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -199,12 +199,12 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 def _fitting(decoder: Decoder, root: Any, like: Any) -> dict[str, Any]:
     """The nodes of a file's leaves by path, if they fit the places of another tree."""
-    nodes, wanted = decoder.leaves(root), by_path(like, "like")
-    for one, other, whose in ((wanted, nodes, "the file"), (nodes, wanted, "like")):
+    nodes, places = decoder.leaves(root), by_path(like, "like")
+    for one, other, whose in ((places, nodes, "the file"), (nodes, places, "like")):
         for path in one:
             if path not in other:
                 raise TreeError(f"{whose} has no leaf at {path!r}; near: {near(path, other)}")
-    for path, leaf in wanted.items():
+    for path, leaf in places.items():
         shape = np.shape(decoder.abstract(nodes[path]))
         if tuple(leaf.shape) != shape:
             raise TreeError(
@@ -224,8 +224,8 @@ def _header(tree: Any, user: Mapping[str, str], sizes: Mapping[str, Any]) -> byt
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> str:
     """CRC-32 of what the header says, however its JSON is written."""
-    said = {k: v for k, v in metadata.items() if k != "jquant.crc32"}
-    return f"{zlib.crc32(json.dumps([said, tensors], sort_keys=True).encode()):08x}"
+    covered = {k: v for k, v in metadata.items() if k != "jquant.crc32"}
+    return f"{zlib.crc32(json.dumps([covered, tensors], sort_keys=True).encode()):08x}"
 
 
 def _open(file: BinaryIO) -> tuple[Decoder, Any, dict[str, str]]:
@@ -236,7 +236,7 @@ def _open(file: BinaryIO) -> tuple[Decoder, Any, dict[str, str]]:
             "a safetensors file that jquant did not write; "
             "jquant.models.load reads models of other tools"
         )
-    said = _checksum(metadata, {n: (e.dtype, list(e.shape)) for n, e in entries.items()})
+    checksum = _checksum(metadata, {n: (e.dtype, list(e.shape)) for n, e in entries.items()})
     body = parse_json(metadata["jquant"], "the jquant metadata")
     if not isinstance(body, dict) or body.get("version") != VERSION:
         version = body.get("version") if isinstance(body, dict) else None
@@ -244,7 +244,7 @@ def _open(file: BinaryIO) -> tuple[Decoder, Any, dict[str, str]]:
             f"format version {version!r:.20}; this jquant reads version {VERSION}: "
             "write the file again, or use the version of jquant that wrote it"
         )
-    if metadata.get("jquant.crc32") != said:
+    if metadata.get("jquant.crc32") != checksum:
         raise CheckpointError("the header is corrupt: its checksum does not match")
     decoder = Decoder(entries, body.get("static"))
     decoder.check(body.get("tree"))

@@ -222,11 +222,11 @@ class Decoder:
             return {}
         if not root.keys() & {"dict", "list", "tuple"}:
             return {"/".join(path): root}
-        found: dict[str, Any] = {}
+        nodes: dict[str, Any] = {}
         for key, child in _children(root):
             for name, node in self.leaves(child, (*path, key)).items():
-                found[unique(name, found)] = node
-        return found
+                nodes[unique(name, nodes)] = node
+        return nodes
 
     def _build(
         self, node: Any, leaf: Callable[[Any], Any], *, check: bool = False, depth: int = 0

@@ -56,9 +56,10 @@ def quantize(
             batches.
         objective: what learned roundings (`DiscQuant`, `NUPES`, …) descend. None: each weight its
             own, the squared error of its outputs, from its evidence. `objectives.KL()` or any
-            `objective(found, wanted, *inputs)`: all of them together, on the outputs of the whole
-            function, after the other weights of the plan have been quantized; batches are gone over
-            again until the steps are done. `objectives.Stagewise()`: those of each stage together.
+            `objective(outputs, reference, *inputs)`: all of them together, on the outputs of the
+            whole function, after the other weights of the plan have been quantized; batches are
+            gone over again until the steps are done. `objectives.Stagewise()`: those of each stage
+            together.
         key: randomness, required when a rounding needs it; each weight's key is derived from its
             path, so that adding a weight changes no other.
         granularity: which weights are calibrated together, on inputs that already quantized weights

@@ -22,8 +22,8 @@ def check_objective(
     """Refuse an objective that the weights of a plan cannot be learned by."""
     if not callable(objective):
         raise PlanError(
-            "objective must be a function (found, wanted, *inputs), such as objectives.KL(), got "
-            f"{objective!r}"
+            "objective must be a function (outputs, reference, *inputs), such as objectives.KL(), "
+            f"got {objective!r}"
         )
     learned = {path: s for path, s in plan.items() if isinstance(s.rounding, Relaxation)}
     if not learned:
@@ -74,7 +74,7 @@ def check_weighable(objective: Any) -> None:
         raise PlanError(
             f"{objective!r} cannot be told what tokens count; beside token_weights pass "
             "objectives.KL() or objectives.Fisher(), or leave token_weights out and weigh tokens "
-            "in an objective (found, wanted, *inputs) of your own"
+            "in an objective (outputs, reference, *inputs) of your own"
         )
 
 

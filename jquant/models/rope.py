@@ -74,20 +74,22 @@ def hf_rope(config: Mapping[str, Any], head_dim: int, context: int) -> tuple[flo
 
 def _agreed(**places: Any) -> dict[str, Any]:
     """What several places say together; null says nothing, and no two may contradict each other."""
-    found: dict[str, tuple[str, Any]] = {}
-    for place, said in places.items():
-        if not isinstance(said, Mapping) or any(isinstance(v, Mapping) for v in said.values()):
-            raise unsupported(place, said, "one object for all layers")
-        for key, value in said.items():
+    agreed: dict[str, tuple[str, Any]] = {}
+    for place, settings in places.items():
+        if not isinstance(settings, Mapping) or any(
+            isinstance(v, Mapping) for v in settings.values()
+        ):
+            raise unsupported(place, settings, "one object for all layers")
+        for key, value in settings.items():
             if value is None:
                 continue
-            other, before = found.setdefault(key, (place, value))
+            other, before = agreed.setdefault(key, (place, value))
             if before != value:
                 raise CheckpointError(
                     f"{other}: {key} = {str(before)[:80]!r} and {place}: {key} = "
                     f"{str(value)[:80]!r} contradict each other; leave only the right one"
                 )
-    return {key: value for key, (_, value) in found.items()}
+    return {key: value for key, (_, value) in agreed.items()}
 
 
 def gguf_rope(
@@ -117,8 +119,8 @@ def gguf_rope(
         if np.any(metadata.get(key, 0))
     }
     if len(set(told.values())) > 1:
-        said = " and ".join(f"{key} = {value}" for key, value in told.items())
-        raise CheckpointError(f"{said} contradict each other")
+        conflict = " and ".join(f"{key} = {value}" for key, value in told.items())
+        raise CheckpointError(f"{conflict} contradict each other")
     scale = 1.0 if kind == "none" else next(iter(told.values()), 1.0)
     if factors is None:
         return theta, None if scale == 1.0 else (scale,) * (head_dim // 2)

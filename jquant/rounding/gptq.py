@@ -45,7 +45,7 @@ from jquant.rounding.columns import Across, Within, columns_of
 from jquant.rounding.correction import STRENGTH, Correction, corrected
 from jquant.rounding.elementwise import moment_for
 from jquant.rounding.factor import Factor, factorise
-from jquant.rounding.substitution import Known, Solved, loss_of, substitute
+from jquant.rounding.substitution import ColumnParams, Solved, loss_of, substitute
 
 
 class Prepared(NamedTuple):
@@ -327,7 +327,7 @@ def _sweep(
     return substitute(
         columns.of(target),
         place.source,
-        Known(columns.table(params), jnp.arange(width, dtype=jnp.int32) // columns.span),
+        ColumnParams(columns.table(params), jnp.arange(width, dtype=jnp.int32) // columns.span),
         factor,
         columns.grid.grid,
         place.sizes,

@@ -58,6 +58,6 @@ def _papers(choice: Any) -> Iterator[str]:
 def entries() -> Mapping[str, str]:
     """All entries, by key."""
     text = (Path(__file__).parent / "papers.bib").read_text(encoding="utf-8")
-    found = re.findall(r"^@\w+\{(.+?),\n(?:.*\n)*?\}$", text, re.MULTILINE)
+    keys = re.findall(r"^@\w+\{(.+?),\n(?:.*\n)*?\}$", text, re.MULTILINE)
     bodies = re.findall(r"^@\w+\{.+?,\n(?:.*\n)*?\}$", text, re.MULTILINE)
-    return dict(zip(found, bodies, strict=True))
+    return dict(zip(keys, bodies, strict=True))

@@ -252,15 +252,15 @@ def named(name: str, group: int | None = None) -> Scheme:
         >>> named("int4-gptq", 128).blocks
         Blocks(axis='in', size=128)
     """
-    known = presets()
-    found = known.get(name.replace("_", "-"))
-    if found is None:
-        raise ValueError(f"no preset is called {name!r}; did you mean {near(name, known)}?")
+    by_name = presets()
+    preset = by_name.get(name.replace("_", "-"))
+    if preset is None:
+        raise ValueError(f"no preset is called {name!r}; did you mean {near(name, by_name)}?")
     if group is None:
-        return found()
-    if "group" not in inspect.signature(found).parameters:
+        return preset()
+    if "group" not in inspect.signature(preset).parameters:
         raise ValueError(
-            f"{name} has groups of {found().groups.size}, which its format fixes; leave out the "
+            f"{name} has groups of {preset().groups.size}, which its format fixes; leave out the "
             f"group size {group}"
         )
-    return found(group)
+    return preset(group)
