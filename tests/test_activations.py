@@ -25,9 +25,9 @@ TOKEN = Activations(BYTES)
 LAYOUT = jq.Layout.of((20, 12), in_axes=(0,))
 
 
-def weight(grid, blocks=None, choice: Activations | None = TOKEN, evidence=None, low=None):
+def weight(grid, groups=None, choice: Activations | None = TOKEN, evidence=None, low=None):
     """A weight `[20, 12]` on a grid, that asks for quantized inputs."""
-    scheme = jq.Scheme(grid, blocks, compensation=low, activations=choice)
+    scheme = jq.Scheme(grid, groups, compensation=low, activations=choice)
     return jq.quantize_weight(W["w"][0], scheme, LAYOUT, evidence=evidence)[0]
 
 
@@ -84,8 +84,8 @@ def test_codes_give_what_rounded_inputs_give(name, inputs) -> None:
     grid = INPUTS[inputs]
     q = weight(*WEIGHTS[name], Activations(grid))
     integers = isinstance(q.grid, Uniform) and isinstance(grid, Uniform)
-    assert TOKEN.way(q.grid, q.blocks) == ("integer" if isinstance(q.grid, Uniform) else "float")
-    assert q.activations.choice.way(q.grid, q.blocks) == ("integer" if integers else "float")
+    assert TOKEN.way(q.grid, q.groups) == ("integer" if isinstance(q.grid, Uniform) else "float")
+    assert q.activations.choice.way(q.grid, q.groups) == ("integer" if integers else "float")
     found, wanted = ways(q, X)
     near(found, wanted)
     assert float(jnp.abs(wanted - times(bare(q), X)).max()) > 1e-3  # inputs are rounded
@@ -134,22 +134,22 @@ def equations(fn, *args):
 
 
 @pytest.mark.parametrize(
-    ("grid", "blocks", "ask", "kinds"),
+    ("grid", "groups", "ask", "kinds"),
     [
         (Uniform(4), None, TOKEN, {("int8", "int8", "int32")}),
         (Uniform(8), 7, TOKEN, {("int8", "int8", "int32")}),
         (E2M1, None, TOKEN, {("bfloat16", "bfloat16", "float32")}),
         (NF4, 8, TOKEN, {("float32", "float32", "float32")}),
-        (Uniform(4), jq.Blocks("out", 6), TOKEN, {("float32", "float32", "float32")}),
+        (Uniform(4), jq.Groups("out", 6), TOKEN, {("float32", "float32", "float32")}),
         (Uniform(4), None, Activations(BYTES, path="simulated"), {("float32",) * 3}),
     ],
 )
-def test_what_is_multiplied(grid, blocks, ask, kinds) -> None:
-    q = weight(grid, blocks, ask)
+def test_what_is_multiplied(grid, groups, ask, kinds) -> None:
+    q = weight(grid, groups, ask)
     dots = [e for e in equations(times, q, X) if e.primitive.name == "dot_general"]
     seen = {tuple(str(v.aval.dtype) for v in (*e.invars, *e.outvars)) for e in dots}
     assert seen == kinds
-    if ask.way(q.grid, q.blocks) == "integer":
+    if ask.way(q.grid, q.groups) == "integer":
         floats = [e.outvars[0].aval for e in equations(times, q, X)]
         assert not [a for a in floats if a.dtype == jnp.float32 and a.size == q.size]
 
@@ -177,7 +177,7 @@ def test_sums_of_the_largest_codes_do_not_wrap() -> None:
         q = jq.QTensor(
             jnp.full((1, width), codes, jnp.uint8),
             {"scale": jnp.ones((1, 1)), "zero": jnp.full((1, 1), 255 - codes, jnp.uint8)},
-            Uniform(8), jq.Blocks(), layout, jnp.dtype("float32"), None,
+            Uniform(8), jq.Groups(), layout, jnp.dtype("float32"), None,
             jq.qtensor.Inputs(Activations(AFFINE, path="integer")),
         )  # fmt: skip
         sign = 1 if codes else -1
@@ -469,9 +469,9 @@ def test_choices_that_contradict_themselves() -> None:
 
 def test_integers_asked_of_what_has_none() -> None:
     ask = Activations(BYTES, path="integer")
-    for grid, blocks in ((NF4, 64), (E4M3, None), (Uniform(4), jq.Blocks("out", 64))):
+    for grid, groups in ((NF4, 64), (E4M3, None), (Uniform(4), jq.Groups("out", 64))):
         with pytest.raises(PlanError, match=r"path='integer'.*pass"):
-            jq.Scheme(grid, blocks, activations=ask)
+            jq.Scheme(grid, groups, activations=ask)
     with pytest.raises(ValueError, match=r"Scheme\.activations must be"):
         jq.Scheme(Uniform(8), activations=BYTES)  # type: ignore[arg-type]
     for name, word in (("conv-grouped-strided", "conv"), ("ragged-dot", "ragged_dot")):

@@ -13,7 +13,7 @@ import pytest
 from cases import floats
 
 import jquant as jq
-from jquant.axes.groups import to_blocks
+from jquant.axes.groups import to_groups
 from jquant.errors import EvidenceError, ObjectiveError, PlanError
 from jquant.grids import Uniform
 from jquant.learning.objectives import KL, MSE, Stagewise
@@ -87,11 +87,11 @@ def test_codes_learned_on_the_network_are_neighbours_on_the_grid_as_fitted():
     plan = planned(params, batches[0], DISC)
     qparams, _ = jq.quantize(fn, params, plan, batches, objective=KL(), key=KEY)
     q, w = qparams["blocks"][1]["up"], params["blocks"][1]["up"].T
-    fitted = Uniform(3).fit(to_blocks(w, q.blocks))
+    fitted = Uniform(3).fit(to_groups(w, q.groups))
     for name, leaf in floats(q.params).items():
         np.testing.assert_array_equal(leaf, floats(fitted)[name])
-    lo, hi = Uniform(3).bracket(to_blocks(w, q.blocks), fitted)
-    codes = to_blocks(q.codes.astype(jnp.int32), q.blocks)
+    lo, hi = Uniform(3).bracket(to_groups(w, q.groups), fitted)
+    codes = to_groups(q.codes.astype(jnp.int32), q.groups)
     assert bool(jnp.all((codes == lo) | (codes == hi)))
 
 

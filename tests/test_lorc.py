@@ -11,7 +11,7 @@ from cases import layer
 from oracles import lorc as oracle
 
 import jquant as jq
-from jquant import Blocks, Evidence, LoRC
+from jquant import Evidence, Groups, LoRC
 from jquant.errors import EvidenceError, PlanError, WeightError
 from jquant.grids import MX, NV, KMeans, Uniform
 from jquant.layerwise.weight import quantize_weight, stored_bits
@@ -240,7 +240,7 @@ def test_the_report_is_of_the_compensated_weight_and_counts_its_bits() -> None:
 
 
 @pytest.mark.parametrize("rounding", [Nearest(), GPTQ(), Stochastic()], ids=str)
-@pytest.mark.parametrize("blocks", [Blocks("in", 17), Blocks("out", 5)], ids=str)
+@pytest.mark.parametrize("blocks", [Groups("in", 17), Groups("out", 5)], ids=str)
 def test_after_any_rounding_the_whole_rank_is_exact(rounding, blocks) -> None:
     w, moment = layer(12, 40)
     scheme = jq.Scheme(GRID, blocks, rounding, LoRC(12, **FULL))

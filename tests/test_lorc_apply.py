@@ -43,7 +43,7 @@ def bare(tree):
     """The same weights without their compensation."""
     return jq.tree_map_weights(
         lambda q: (
-            QTensor(q.codes, q.params, q.grid, q.blocks, q.layout, q.dtype)
+            QTensor(q.codes, q.params, q.grid, q.groups, q.layout, q.dtype)
             if isinstance(q, QTensor)
             else q
         ),
@@ -231,7 +231,7 @@ def test_a_slice_of_a_stack_is_the_stack_s_slice(grid) -> None:
 def test_no_compensation_is_no_leaf() -> None:
     q = quantized(plain, {"w": W["w"]}, _normal(9, 7, 20), None)["w"]
     assert len(jax.tree.leaves(q)) == 1 + len(q.params)
-    again = QTensor(q.codes, q.params, q.grid, q.blocks, q.layout, q.dtype)
+    again = QTensor(q.codes, q.params, q.grid, q.groups, q.layout, q.dtype)
     assert jax.tree.structure(again) == jax.tree.structure(q)
 
 

@@ -182,10 +182,10 @@ class Recording:
         return frozenset({"moment"})
 
     def __call__(
-        self, w: Any, grid: Any, blocks: Any = jq.Blocks(), *, evidence: Any = None, key: Any = None
+        self, w: Any, grid: Any, groups: Any = jq.Groups(), *, evidence: Any = None, key: Any = None
     ) -> Any:
         SEEN.setdefault(self.name, []).append(np.asarray(evidence.second_moment))
-        return GPTQ()(w, grid, blocks, evidence=evidence, key=key)
+        return GPTQ()(w, grid, groups, evidence=evidence, key=key)
 
 
 def _float32(values: np.ndarray) -> jax.Array:

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "jquant"
 # form a cycle. The two doors are not here: `jquant/__init__.py` gathers the public names and holds
 # nothing, and `jquant/__main__.py` calls the command line.
 RANKS = (
-    ("errors",),
+    ("errors", "deprecated"),
     ("numerics", "trees", "axes"),
     ("grids", "programs"),
     ("weights", "arithmetic"),
@@ -277,7 +277,7 @@ def test_arrays_are_made_of_a_dtype(path: Path) -> Iterator[str]:
 # Where public names lay before the folders were ranked.
 FORMERLY = {
     "activations": ("Activations", "Percentile"),
-    "blocks": ("Blocks", "Layout"),
+    "blocks": ("Groups", "Layout"),
     "citations": ("cite",),
     "compensation": ("LoRC",),
     "emulation": ("emulate",),

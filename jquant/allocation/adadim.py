@@ -25,7 +25,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from jquant.allocation.choices import Axis, Choice, Choices
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.axes.layout import Layout
 from jquant.calibration.comparison import Level
 from jquant.calibration.cutting import Recording
@@ -115,7 +115,7 @@ def adadim(
         >>> plan = jq.plan(jq.find_weights(fn, {"w": w}, x), {".*": scheme})
         >>> plan, choices = jq.allocation.adadim(fn, {"w": w}, plan, [x])
         >>> plan["w"].groups, choices["w"].ratio < 0.5
-        (Blocks(axis='out', size=8), True)
+        (Groups(axis='out', size=8), True)
 
     References:
         Heo et al., Rethinking Channel Dimensions to Isolate Outliers for Low-bit Weight
@@ -149,11 +149,13 @@ def chosen(plan: Plan, axes: Mapping[str, Axis]) -> Plan:
         >>> import jax.numpy as jnp, jquant as jq
         >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
         >>> weights = jq.find_weights(fn, params, jnp.ones((2, 8)))
-        >>> chosen(jq.plan(weights, {".*": jq.presets.int4_nearest(4)}), {"w": "out"})["w"].blocks
-        Blocks(axis='out', size=4)
+        >>> chosen(jq.plan(weights, {".*": jq.presets.int4_nearest(4)}), {"w": "out"})["w"].groups
+        Groups(axis='out', size=4)
     """
     schemes = {
-        path: replace(scheme, blocks=Blocks(axes.get(path, scheme.groups.axis), scheme.groups.size))
+        path: replace(
+            scheme, groups=Groups(axes.get(path, scheme.grouping.axis), scheme.grouping.size)
+        )
         for path, scheme in plan.items()
     }
     return Plan(schemes, plan.weights)
@@ -191,11 +193,11 @@ class _Chooser:
     def rounded(self, piece: Piece) -> Array:
         """The piece rounded to nearest along its better axis, or along the planned one."""
         scheme, layout = self.plan[piece.path], self.plan.weights[piece.path].layout
-        w, size = self.original(piece), scheme.groups.size
+        w, size = self.original(piece), scheme.grouping.size
         if piece.path in self.left:
-            return _nearest(w, scheme.grid, scheme.groups, layout)
-        both = Blocks("in", size), Blocks("out", size)
-        candidates = [_nearest(w, scheme.grid, blocks, layout) for blocks in both]
+            return _nearest(w, scheme.grid, scheme.grouping, layout)
+        both = Groups("in", size), Groups("out", size)
+        candidates = [_nearest(w, scheme.grid, groups, layout) for groups in both]
         sums, count = self.walk.compare(piece, candidates, self.current)
         inward, outward = (total / count for total in sums)
         if not math.isfinite(inward + outward):
@@ -211,7 +213,7 @@ class _Chooser:
 
     def choice(self, path: str) -> Choice:
         if path in self.left:
-            return Choice(self.plan[path].groups.axis, None, self.left[path])
+            return Choice(self.plan[path].grouping.axis, None, self.left[path])
         by_layer = self.losses[path]
         inward, outward = (math.fsum(losses) for losses in zip(*by_layer, strict=True))
         piece = next(p for stage in self.walk.stages for p in stage.pieces if p.path == path)
@@ -244,11 +246,11 @@ class _Chooser:
         return lambda done: progress(Progress(at, len(stages), name, doing, done, total, ratio))
 
 
-@partial(jax.jit, static_argnames=("grid", "blocks", "layout"))
-def _nearest(w: Array, grid: Grid, blocks: Blocks, layout: Layout) -> Array:
+@partial(jax.jit, static_argnames=("grid", "groups", "layout"))
+def _nearest(w: Array, grid: Grid, groups: Groups, layout: Layout) -> Array:
     """A weight rounded to nearest, in its own shape and dtype."""
-    rounded = Nearest()(layout.canonical(w), grid, blocks)
-    q = QTensor(rounded.codes, dict(rounded.params), grid, blocks, layout, w.dtype)
+    rounded = Nearest()(layout.canonical(w), grid, groups)
+    q = QTensor(rounded.codes, dict(rounded.params), grid, groups, layout, w.dtype)
     return dequantize_weight(q)
 
 
@@ -258,7 +260,7 @@ def _no_choice(weight: Weight, scheme: Scheme) -> str:
         return "it is only looked up: there is no product to compare"
     lengths = {"in": weight.layout.size("in"), "out": weight.layout.size("out")}
     short = min(lengths, key=lengths.__getitem__)
-    groups = scheme.groups
+    groups = scheme.grouping
     if lengths[short] == 1:
         return f"it has no {short}put axis: a group along it would be one weight"
     fair = groups.size is None or len({groups.group(n) for n in lengths.values()}) == 1

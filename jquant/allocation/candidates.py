@@ -131,10 +131,10 @@ def key_of_scheme(scheme: Scheme) -> str:
 
     Example:
         >>> from jquant.grids import NF4
-        >>> key_of_scheme(Scheme(NF4, 64)).endswith("Blocks(axis='in', size=64)")
+        >>> key_of_scheme(Scheme(NF4, 64)).endswith("Groups(axis='in', size=64)")
         True
     """
-    key = f"{scheme.grid!r}, {scheme.groups!r}"
+    key = f"{scheme.grid!r}, {scheme.grouping!r}"
     return key if scheme.compensation is None else f"{key}, {scheme.compensation!r}"
 
 

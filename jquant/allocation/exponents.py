@@ -32,7 +32,7 @@ def power_exponent(
     Pass it on as `Power(bits, float(exponent))`. Pure; may be part of a jitted function.
 
     Args:
-        groups: a pytree of weights in groups, `[*g, b]` each, as `blocks.to_blocks` cuts them.
+        groups: a pytree of weights in groups, `[*g, b]` each, as `axes.groups.to_groups` cuts them.
         bits: 2 to 8.
         importance: a pytree like `groups` of what to weigh the squared errors by, or None.
         domain: as in `Power`.

@@ -59,7 +59,7 @@ class Float:
             "even" rounded to the format's mantissa first (to the next one from 1.75 for E2M1, as
             compressed-tensors does), "ceil" the least that clips nothing.
         range: `MinMax()`, or `MSE()` to search for a scale that clips on purpose.
-        group: the group size that a `Scheme` without blocks takes.
+        group: the group size that a `Scheme` without groups takes.
 
     Raises:
         ValueError: an argument is out of its set, or they contradict each other.

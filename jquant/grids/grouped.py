@@ -1,7 +1,7 @@
 """A grid over the groups of a whole weight: fit, bracket, decode on `[*batch, out, in]`.
 
 A grid knows groups of weights, `[*g, b]`; a weight in the canonical view is `[*batch, out, in]`,
-and `Blocks` says how one is cut into the other. `Grouped` joins the two, so that nobody who rounds
+and `Groups` says how one is cut into the other. `Grouped` joins the two, so that nobody who rounds
 or decodes a weight cuts it: it has the methods of a grid, and stands where a grid does.
 """
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Shaped
 
-from jquant.axes.groups import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Groups, from_groups, to_groups
 from jquant.grids.base import Grid, Params, nearest
 
 
@@ -31,7 +31,7 @@ class Grouped:
 
     Example:
         >>> from jquant.grids import Uniform
-        >>> grid = Grouped(Uniform(2), Blocks("in", 2))
+        >>> grid = Grouped(Uniform(2), Groups("in", 2))
         >>> w = jnp.array([[0.0, 3.0, 0.0, 6.0]])
         >>> params = grid.fit(w)
         >>> codes = grid.nearest(w, params)
@@ -40,7 +40,7 @@ class Grouped:
     """
 
     grid: Grid
-    groups: Blocks = Blocks()
+    groups: Groups = Groups()
 
     @property
     def bits(self) -> int:
@@ -54,7 +54,7 @@ class Grouped:
 
     def cut(self, array: Shaped[Array, "*batch out in"]) -> Shaped[Array, "*batch rows n b"]:
         """The array as the grid sees it; a shorter last group repeats its last entry."""
-        return to_blocks(array, self.groups)
+        return to_groups(array, self.groups)
 
     def fit(
         self,
@@ -90,4 +90,4 @@ class Grouped:
         self, groups: Shaped[Array, "*batch rows n b"], shape: tuple[int, ...]
     ) -> Shaped[Array, "*batch out in"]:
         """What `cut` has cut, without the entries that were repeated."""
-        return from_blocks(groups, self.groups, shape[-1 if self.groups.axis == "in" else -2])
+        return from_groups(groups, self.groups, shape[-1 if self.groups.axis == "in" else -2])

@@ -11,7 +11,7 @@ moves the ends of runs into the bins. That is within 0.2 % of the least error at
 bits, if there are ten weights to a value; at 7 and 8 bits with five weights to a value it may be
 1.1 to 1.7 times the least.
 
-Blocks of a whole row (`Blocks()`) give SqueezeLLM's one table per row. Static: the choice; array:
+Groups of a whole row (`Groups()`) give SqueezeLLM's one table per row. Static: the choice; array:
 `table` `[*g, 2**bits]`, strictly increasing, in the type it is stored in.
 
 References: Kim et al., SqueezeLLM: Dense-and-Sparse Quantization, 2023,

@@ -35,7 +35,7 @@ _EIGHT: dict[Any, Any] = {FORMATS["E4M3"]: jnp.float8_e4m3fn, FORMATS["E5M2"]: j
 
 def fits(q: QTensor) -> bool:
     """Whether the sums of a group's products are below what 32 bits hold."""
-    return q.blocks.group(q.codes.shape[-1]) <= LONGEST
+    return q.groups.group(q.codes.shape[-1]) <= LONGEST
 
 
 def on_codes(
@@ -74,15 +74,15 @@ def _of_numbers(x: Array, q: QTensor, dtype: Any) -> Array:
     stored = q.codes if q.codes.dtype == dtype else held_codes(q.codes, x)
     d, lessened = numbers(q.grid, stored, dtype)
     c = _filled(c, tokens, axis=-2)
-    exact = dtype == jnp.int8 and _exact(q.blocks.group(width), params, q.params)
+    exact = dtype == jnp.int8 and _exact(q.groups.group(width), params, q.params)
     below = _zero_point(params, less, exact)
     if below is not None and below.shape[-1] > 1:
         below = _filled(below, tokens, axis=-1)
-    count = q.blocks.count(width)
+    count = q.groups.count(width)
     shape = (*q.codes.shape[:-1], count)
     theirs = {name: jnp.broadcast_to(leaf, shape) for name, leaf in q.params.items()}
     group = _Group(_dot(choice.grid, q.grid, dtype), below, lessened, exact)
-    y = _added(group, c, d, theirs, width, q.blocks.group(width))
+    y = _added(group, c, d, theirs, width, q.groups.group(width))
     scale = params.get("scale")
     unit = sound if scale is None else sound * scale.astype(jnp.float32)
     return y[..., :tokens, :] * unit[..., None]

@@ -3,7 +3,7 @@
 Every array is one tensor. Float arrays are stored as they are; codes as a bit stream of the grid's
 width (`bitstream.py`), less the grid's lowest code; so are integer parameters that are codes
 themselves, such as zero points. The header's metadata holds, as versioned JSON, the tree (dicts,
-lists, tuples), and for each quantized weight its grid, blocks, layout and dtype (`schemes.py`):
+lists, tuples), and for each quantized weight its grid, groups, layout and dtype (`schemes.py`):
 
     {"version": 1, "tree": node, "static": [scheme, ...]}
     node = null | {"dict": [[key, node], ...]} | {"list": [node, ...]} | {"tuple": [node, ...]}
@@ -34,6 +34,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+from jquant import deprecated
 from jquant.errors import CheckpointError, TreeError, near
 from jquant.io.container import parse_json, read_container, render_header, replace_file
 from jquant.io.files import FileState, naming
@@ -46,6 +47,7 @@ from jquant.weights.qtensor import QTensor
 VERSION = 1
 
 
+@deprecated.keywords("Stored")
 @dataclass(frozen=True)
 class Stored:
     """One weight or array of a file: its original shape and dtype, its bytes, its grid if any.
@@ -57,7 +59,7 @@ class Stored:
     dtype: str
     bytes: int
     grid: Any = None
-    blocks: Any = None
+    groups: Any = None
     rank: int = 0
 
 
@@ -262,6 +264,6 @@ def _stored(decoder: Decoder, node: Any) -> Stored:
     if isinstance(leaf, QTensor):
         rank = 0 if leaf.compensation is None else leaf.compensation.rank
         dtype = jax.numpy.dtype(leaf.dtype).name
-        return Stored(leaf.shape, dtype, size, leaf.grid, leaf.blocks, rank)
+        return Stored(leaf.shape, dtype, size, leaf.grid, leaf.groups, rank)
     leaf = value_of(leaf)
     return Stored(leaf.shape, str(leaf.dtype), size)

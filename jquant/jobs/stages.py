@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, PRNGKeyArray
 
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, WeightError
@@ -147,7 +147,7 @@ class Job:
         for piece in pieces:
             scheme, seen = self.plan[piece.path], evidence.get(piece)
             moment = None if seen is None else id(seen.second_moment)
-            order.setdefault((scheme.rounding, scheme.groups, moment), []).append(piece)
+            order.setdefault((scheme.rounding, scheme.grouping, moment), []).append(piece)
         return [piece for alike in order.values() for piece in alike]
 
     def round(self, piece: Piece, evidence: Evidence | None) -> tuple[QTensor, Outcome]:
@@ -163,7 +163,7 @@ class Job:
         if "key" in scheme.needs and key is not None:
             own = key_of(key, str(piece))
         w = self.original(piece)
-        prepared = self.prepare(scheme.rounding, evidence, scheme.groups)
+        prepared = self.prepare(scheme.rounding, evidence, scheme.grouping)
 
         def rounded(w: Array, evidence: Any, key: PRNGKeyArray | None, prepared: Any) -> Any:
             return quantize_weight(w, scheme, layout, evidence=evidence, key=key, prepared=prepared)
@@ -359,7 +359,7 @@ def row_of(path: str, scheme: Scheme, q: QTensor, outcome: Outcome, note: str) -
 _dequantize = jax.jit(dequantize_weight)
 
 
-def _prepare(rounding: Rounding, evidence: Evidence | None, groups: Blocks) -> Any:
+def _prepare(rounding: Rounding, evidence: Evidence | None, groups: Groups) -> Any:
     """What a rounding makes of evidence, on automatic axes."""
     return at_ease(lambda seen: prepared_for(rounding, seen, groups), evidence)
 

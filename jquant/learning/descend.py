@@ -80,7 +80,7 @@ class Learned(NamedTuple):
 
     @property
     def target(self) -> Target:
-        grid, groups = self.scheme.grid, self.scheme.groups
+        grid, groups = self.scheme.grid, self.scheme.grouping
         w = self.layout.canonical(self.w).astype(jnp.float32)
         params = _fit(w, Grouped(grid, groups), second_moment(self.evidence))
         return Target(w, params, grid, groups)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.calibration.data import Data
 from jquant.errors import PlanError
 from jquant.grids.base import Grid, Params
@@ -46,7 +46,7 @@ class _Coded:
     params: Params
     parts: tuple[Part, ...]  # they stay as they are
     grid: Grid = field(metadata={"static": True})
-    blocks: Blocks = field(metadata={"static": True})
+    groups: Groups = field(metadata={"static": True})
 
     @property
     def w(self) -> Float[Array, "*batch out in"]:
@@ -57,7 +57,7 @@ class _Coded:
 
     def decode(self, codes: Array, params: Params | None = None) -> Float[Array, "*batch out in"]:
         params = self.params if params is None else params
-        values = Grouped(self.grid, self.blocks).decode(codes, params)
+        values = Grouped(self.grid, self.groups).decode(codes, params)
         for part in self.parts:
             values = part.weight(values)
         return values
@@ -168,7 +168,7 @@ def tune_scales(
         Network.of(fn, structure, leaves, quantized), _Scales(descent), objective,
         tuple(q.layout for q in quantized.values()), tuple(q.dtype for q in quantized.values()),
     )  # fmt: skip
-    targets = [_Coded(q.codes, q.params, q.parts, q.grid, q.blocks) for q in quantized.values()]
+    targets = [_Coded(q.codes, q.params, q.parts, q.grid, q.groups) for q in quantized.values()]
     fixed = [None if path in quantized else leaf for path, leaf in leaves.items()]
     feed = Feed(jax.jit(fn), params, data)
     subjects = Subjects(list(quantized), targets)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
 from jquant.grids.base import Grid, Params
 
@@ -44,10 +44,10 @@ class Rounding(Protocol):
         self,
         w: Float[Array, "*batch out in"],
         grid: Grid,
-        blocks: Blocks = Blocks(),
+        groups: Groups = Groups(),
         *,
         evidence: Evidence | Float[Array, "*batch in in"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Rounded:
-        """Round `w` on `grid` in groups of `blocks`."""
+        """Round `w` on `grid` in `groups`."""
         ...

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from jquant.axes.groups import from_blocks
+from jquant.axes.groups import from_groups
 from jquant.grids.base import Params
 from jquant.grids.grouped import Grouped
 from jquant.numerics.packed import unpacked
@@ -95,7 +95,7 @@ class Within(NamedTuple):
 
     def weights(self, columns: Shaped[Array, "in m b"]) -> Shaped[Array, "out in"]:
         """The inverse of `of`."""
-        return from_blocks(columns, self.grid.groups, self.shape[0])
+        return from_groups(columns, self.grid.groups, self.shape[0])
 
     def table(self, params: Params) -> Params:
         """Parameters by column, in types that can be looked up."""

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from jquant.axes.groups import Blocks
+from jquant import deprecated
+from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
 from jquant.grids.base import Grid, Params, code_dtype
 from jquant.grids.grouped import Grouped
@@ -38,11 +39,12 @@ class LearnedRounding(Relaxation, Protocol):
         ...
 
 
+@deprecated.keywords("a rounding")
 def learn_alone(
     self: LearnedRounding,
     w: Float[Array, "*batch out in"],
     grid: Grid,
-    blocks: Blocks = Blocks(),
+    groups: Groups = Groups(),
     *,
     evidence: Evidence | Float[Array, "*batch in in"] | None = None,
     key: PRNGKeyArray | None = None,
@@ -63,7 +65,7 @@ def learn_alone(
     if not data_free:
         count = jnp.ones(w.shape[:-2], jnp.float32)
         count = evidence.count if isinstance(evidence, Evidence) else count
-    return _learn(self, w, moment, count, key, Grouped(grid, blocks))
+    return _learn(self, w, moment, count, key, Grouped(grid, groups))
 
 
 class _Best(NamedTuple):

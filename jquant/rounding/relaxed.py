@@ -11,7 +11,7 @@ what is learned, as in NUPES, the weight may walk over the whole grid: the formu
 
 Grid points are computed from the weight and its group parameters whenever they are needed, never
 kept. A `Target` holds both; arrays are in the canonical view `[*batch, out, in]`. Static: the grid,
-the blocks, the relaxation. How the gradient steps are taken is `descent.py`'s, what they descend
+the groups, the relaxation. How the gradient steps are taken is `descent.py`'s, what they descend
 `learning/objectives.py`'s.
 """
 
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.grids.base import Grid, Params
 from jquant.grids.grouped import Grouped
 from jquant.rounding.descent import Descent
@@ -68,12 +68,12 @@ class Target:
     w: Float[Array, "*batch out in"]
     params: Params
     grid: Grid = field(metadata={"static": True})
-    blocks: Blocks = field(metadata={"static": True})
+    groups: Groups = field(metadata={"static": True})
 
     @property
     def grouped(self) -> Grouped:
         """The grid, of whole weights."""
-        return Grouped(self.grid, self.blocks)
+        return Grouped(self.grid, self.groups)
 
     def decode(self, codes: Array, params: Params | None = None) -> Float[Array, "*batch out in"]:
         """Values of codes `[*batch, out, in]`; on other group parameters if given."""

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from jquant.axes.groups import Blocks
+from jquant import deprecated
+from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
 from jquant.grids.base import Grid, Params, code_dtype
 from jquant.grids.grouped import Grouped
@@ -69,11 +70,12 @@ class Stochastic:
     def papers(self) -> tuple[str, ...]:
         return ("croci2022stochastic",)
 
+    @deprecated.keywords("a rounding")
     def __call__(
         self,
         w: Float[Array, "*batch out in"],
         grid: Grid,
-        blocks: Blocks = Blocks(),
+        groups: Groups = Groups(),
         *,
         evidence: Evidence | Float[Array, "*batch in in"] | None = None,
         key: PRNGKeyArray | None = None,
@@ -81,19 +83,19 @@ class Stochastic:
         """Codes `[*batch, out, in]` in the grid's code dtype, parameters `[*batch, rows, n, …]`."""
         if key is None:
             raise ValueError("Stochastic rounding needs randomness: pass key=jax.random.key(...)")
-        return _round(w, second_moment(evidence), key, self, grid, blocks)
+        return _round(w, second_moment(evidence), key, self, grid, groups)
 
 
-@partial(jax.jit, static_argnames=("choice", "grid", "blocks"))
+@partial(jax.jit, static_argnames=("choice", "grid", "groups"))
 def _round(
     w: Float[Array, "*batch out in"],
     moment: Float[Array, "*batch in in"] | None,
     key: PRNGKeyArray,
     choice: Stochastic,
     grid: Grid,
-    blocks: Blocks,
+    groups: Groups,
 ) -> Rounded:
-    w, grouped = w.astype(jnp.float32), Grouped(grid, blocks)
+    w, grouped = w.astype(jnp.float32), Grouped(grid, groups)
     params = grouped.fit(w, importance_of(moment))
     luck = noise.uniform(key, w.shape, choice.source)
     codes = _either(w, luck, grouped, params)

@@ -21,7 +21,7 @@ def cite(choice: Plan | Scheme | Any) -> str:
     """BibTeX for what a plan does, and for jquant.
 
     Args:
-        choice: a plan, a scheme, or any part of one: a grid, a rounding, blocks; or what a plan
+        choice: a plan, a scheme, or any part of one: a grid, a rounding, groups; or what a plan
             was made by: a sensitivity, an allocation; or what `jq.emulate` returned; or the module
             `jq.distances`.
 

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.axes.layout import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError, PlanError
@@ -150,7 +150,7 @@ class LoRC:
     def label(self) -> str:
         return f"LoRC {self.rank}"
 
-    def check(self, grid: Grid, blocks: Blocks) -> None:
+    def check(self, grid: Grid, groups: Groups) -> None:
         """A low-rank term is of any grid and groups."""
 
     @property
@@ -316,9 +316,9 @@ def _stored(
     grid = choice.factor_grid
     if grid is None:
         return as_dtype(factor, choice.dtype)
-    blocks, rank = Blocks(axis, getattr(grid, "group", None)), factor.ndim
-    grouped = Grouped(grid, blocks)
+    groups, rank = Groups(axis, getattr(grid, "group", None)), factor.ndim
+    grouped = Grouped(grid, groups)
     params = grouped.fit(factor)
     codes = grouped.nearest(factor, params).astype(code_dtype(grid))
     layout = Layout.of(factor.shape, in_axes=(rank - 1,), batch_axes=tuple(range(rank - 2)))
-    return QTensor(codes, dict(params), grid, blocks, layout, jnp.dtype(jnp.float32))
+    return QTensor(codes, dict(params), grid, groups, layout, jnp.dtype(jnp.float32))

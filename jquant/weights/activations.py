@@ -31,7 +31,7 @@ from jax import lax
 from jaxtyping import Array, Float, Integer
 
 from jquant import grids
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.errors import PlanError
 from jquant.grids import MSE, Grid, MinMax, Params, Uniform, nearest
 from jquant.numerics.extremes import all_finite
@@ -67,7 +67,7 @@ class Activations:
     """How the inputs of a weight's matrix products are quantized: see the module.
 
     Args:
-        grid: of the inputs: `grids.Uniform`, or `grids.Float` without blocks of its own.
+        grid: of the inputs: `grids.Uniform`, or `grids.Float` without groups of its own.
         granularity: "token", "tensor" or "static". ZeroQuant's is "token".
         range: of "static" alone: `MinMax()`, `MSE()`, or `Percentile(99.99)`. Default: MinMax.
         path: "integer": `int8 × int8 → int32` products of codes, refused where grids or groups have
@@ -111,7 +111,7 @@ class Activations:
         if not fine:
             raise ValueError(
                 "Activations.grid must be a grids.Uniform or a grids.Float, with range=MinMax() "
-                f"and without blocks of its own, got {grid!r}"
+                f"and without groups of its own, got {grid!r}"
             )
         if self.granularity == "static" and getattr(grid, "scale", "") is None:
             raise ValueError(
@@ -141,12 +141,12 @@ class Activations:
     def label(self) -> str:
         return f"inputs {type(self.grid).__name__} {self.grid.bits}b {self.granularity}"
 
-    def check(self, grid: Grid, blocks: Blocks) -> None:
+    def check(self, grid: Grid, groups: Groups) -> None:
         """Refuse what `way` refuses."""
-        self.way(grid, blocks)
+        self.way(grid, groups)
 
-    def way(self, grid: Grid, blocks: Blocks) -> Way:
-        """How products with a weight on `grid` in `blocks` are computed.
+    def way(self, grid: Grid, groups: Groups) -> Way:
+        """How products with a weight on `grid` in `groups` are computed.
 
         Raises:
             PlanError: `path="integer"`, and there is no such product.
@@ -154,18 +154,18 @@ class Activations:
         if self.path == "simulated":
             return "simulated"
         way: Way = "simulated"
-        if blocks.axis == "in":
+        if groups.axis == "in":
             both = {_kind(self.grid), _kind(grid)}
             way = "integer" if both == {"integer"} else "simulated" if None in both else "float"
         if self.path == "integer" and way != "integer":
             why = (
                 f"{type(grid).__name__} has no integers"
-                if blocks.axis == "in"
+                if groups.axis == "in"
                 else "scales of groups along the output axis stand inside the sum"
             )
             raise PlanError(
-                f"Activations.path='integer' with a weight on {grid!r} in {blocks!r}: {why}; pass "
-                "grids.Uniform in blocks along the input axis, or path='auto'"
+                f"Activations.path='integer' with a weight on {grid!r} in {groups!r}: {why}; pass "
+                "grids.Uniform in groups along the input axis, or path='auto'"
             )
         return way
 

@@ -65,7 +65,7 @@ class Inputs:
             raise ValueError("ranges of inputs do not fit their grid")
         if whole is None:
             return
-        self.choice.check(whole.grid, whole.blocks)
+        self.choice.check(whole.grid, whole.groups)
         batch = whole.codes.shape[:-2]
         if any(leaf.shape != batch for leaf in jax.tree.leaves(self.params)):
             raise ValueError(f"its inputs' ranges do not fit codes {whole.codes.shape}")

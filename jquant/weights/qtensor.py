@@ -2,7 +2,7 @@
 
 `QTensor` holds integer codes `[*batch, out, in]` in the narrowest JAX type (XLA packs int2 and int4
 on every backend; `nbytes` does not know), and the grid's parameters per group. Static: the grid,
-the blocks, the layout that leads back to the original array, and the dtype it had. None of them
+the groups, the layout that leads back to the original array, and the dtype it had. None of them
 stores a batch size, so a `QTensor` may be sliced by `scan`, `vmap` or `jax.tree.map(lambda a: a[0],
 q)`. Codes of 2 bits are joined by `packed.joined` and never as they are. A weight with a low-rank
 `compensation` stands for the sum of both; its factors have the same batch axes, so they are sliced
@@ -24,7 +24,8 @@ from jax.sharding import NamedSharding
 from jax.tree_util import GetAttrKey
 from jaxtyping import Array, Float, Integer
 
-from jquant.axes.groups import Blocks
+from jquant import deprecated
+from jquant.axes.groups import Groups
 from jquant.axes.layout import Layout
 from jquant.grids.base import Grid, Params
 from jquant.grids.grouped import Grouped
@@ -38,6 +39,7 @@ from jquant.weights.refusal import no_array
 _CHILDREN = ("codes", "params", "compensation", "activations")
 
 
+@deprecated.keywords("QTensor")
 @no_array
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class QTensor:
     codes: Integer[Array, "*batch out in"]
     params: Params
     grid: Grid = field(metadata={"static": True})
-    blocks: Blocks = field(metadata={"static": True})
+    groups: Groups = field(metadata={"static": True})
     layout: Layout = field(metadata={"static": True})
     dtype: Any = field(metadata={"static": True})
     compensation: LowRank | None = None
@@ -82,14 +84,14 @@ class QTensor:
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
         children = [(GetAttrKey(name), getattr(self, name)) for name in _CHILDREN]
         children += [(GetAttrKey(f"transforms_{k}"), t) for k, t in enumerate(self.transforms)]
-        return children, (self.grid, self.blocks, self.layout, self.dtype)
+        return children, (self.grid, self.groups, self.layout, self.dtype)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], children: Sequence[Any]) -> QTensor:
         codes, params, compensation, activations, *transforms = children
-        grid, blocks, layout, dtype = static
+        grid, groups, layout, dtype = static
         parts = compensation, activations, tuple(transforms)
-        return cls(codes, params, grid, blocks, layout, dtype, *parts)
+        return cls(codes, params, grid, groups, layout, dtype, *parts)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -185,7 +187,7 @@ def tree_map_weights(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def canonical_weight(q: QTensor) -> Float[Array, "*batch out in"]:
     """The array a `QTensor` stands for in its canonical view, float32."""
-    values = Grouped(q.grid, q.blocks).decode(q.codes, q.params)
+    values = Grouped(q.grid, q.groups).decode(q.codes, q.params)
     for part in q.parts:
         values = part.weight(values)
     return values
@@ -223,7 +225,7 @@ def placed(q: QTensor, like: Any) -> QTensor:
     if entries is None:
         return q
     *batch, rows, inner = q.layout.canonical_marks(entries)
-    groups = (rows, inner) if q.blocks.axis == "in" else (inner, rows)
+    groups = (rows, inner) if q.groups.axis == "in" else (inner, rows)
 
     def put_as(marks: Sequence[Any]) -> Callable[[Array], Array]:
         return lambda leaf: put(leaf, like.sharding.mesh, marks)
@@ -268,7 +270,7 @@ def weight_bits(q: QTensor) -> float:
         >>> layout = Layout.of((4, 8), in_axes=(1,))
         >>> params = {"scale": jnp.ones((4, 1), jnp.float16)}
         >>> low = LowRank(jnp.ones((4, 1), jnp.float16), jnp.ones((1, 8), jnp.float16))
-        >>> q = QTensor(jnp.zeros((4, 8), jnp.int4), params, Uniform(4, True), Blocks(), layout,
+        >>> q = QTensor(jnp.zeros((4, 8), jnp.int4), params, Uniform(4, True), Groups(), layout,
         ...             jnp.dtype("float32"), low)
         >>> weight_bits(q)  # 4, a float16 for 8 of them, 12 float16 for 32 of them
         12.0
@@ -304,7 +306,7 @@ def weight_bytes(q: QTensor) -> int:
     Example:
         >>> from jquant.grids import Uniform
         >>> params = {"scale": jnp.ones((1, 1), jnp.float16)}
-        >>> q = QTensor(jnp.zeros((1, 3), jnp.int4), params, Uniform(3, True), Blocks(),
+        >>> q = QTensor(jnp.zeros((1, 3), jnp.int4), params, Uniform(3, True), Groups(),
         ...             Layout.of((1, 3), in_axes=(1,)), jnp.dtype("float32"))
         >>> weight_bytes(q)  # 9 bits of codes, 16 of the scale
         4

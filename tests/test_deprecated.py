@@ -1,0 +1,105 @@
+"""Old names: each works as the new one does, and warns of it where it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jquant as jq
+from jquant.deprecated import RENAMED, attribute
+from jquant.grids import Uniform
+from jquant.io.schemes import from_json, to_json
+
+W = jnp.linspace(-1.0, 1.0, 32).reshape(4, 8)
+LAYOUT = jq.Layout.of(W.shape, in_axes=(1,))
+
+
+def scheme(**choices: Any) -> Any:
+    return jq.Scheme(Uniform(4), **choices)
+
+
+def qtensor(**choices: Any) -> Any:
+    q = jq.quantize_weight(W, scheme(groups=4), LAYOUT)[0]
+    return jq.QTensor(q.codes, q.params, q.grid, layout=q.layout, dtype=q.dtype, **choices)
+
+
+def stored(**choices: Any) -> Any:
+    return jq.io.Stored((4, 8), "float32", 16, **choices)
+
+
+def rounded(**choices: Any) -> Any:
+    return np.asarray(jq.rounding.Nearest()(W, Uniform(4), **choices).codes).tolist()
+
+
+# How each keyword is used, and with what.
+USES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "Scheme": (scheme, {"blocks": jq.Groups("out", 2)}),
+    "QTensor": (qtensor, {"blocks": jq.Groups("in", 4)}),
+    "Stored": (stored, {"blocks": jq.Groups("in", 4)}),
+    "a rounding": (rounded, {"blocks": jq.Groups("in", 2)}),
+}
+ROWS = [(place, old, new) for place, names in RENAMED.items() for old, new in names.items()]
+
+
+def rows(kind: Callable[[str], bool]) -> Any:
+    chosen = [row for row in ROWS if kind(row[0])]
+    return pytest.mark.parametrize(
+        ("place", "old", "new"), chosen, ids=[f"{p}-{old}" for p, old, _ in chosen]
+    )
+
+
+@rows(lambda place: place.startswith("jquant"))
+def test_old_attributes_of_modules(place: str, old: str, new: str) -> None:
+    module = importlib.import_module(place)
+    with pytest.warns(DeprecationWarning, match=f"{place}: '{old}' is deprecated, write '{new}'"):
+        value = getattr(module, old)
+    assert value is getattr(module, new)
+    assert old not in module.__all__ and new in module.__all__
+
+
+@rows(lambda place: place in USES)
+def test_old_keywords_and_fields(place: str, old: str, new: str) -> None:
+    make, values = USES[place]
+    expected = make(**{new: values[old]})
+    with pytest.warns(DeprecationWarning, match=f"{place}: '{old}' .* '{new}'") as caught:
+        value = make(**{old: values[old]})
+    assert [warning.filename for warning in caught] == [__file__]  # not a line of jquant
+    if not dataclasses.is_dataclass(value):
+        assert value == expected
+        return
+    assert getattr(value, new) == getattr(expected, new)
+    with pytest.warns(DeprecationWarning, match=f"{place}: '{old}' .* '{new}'"):
+        assert getattr(value, old) == values[old]
+    with pytest.warns(DeprecationWarning, match=f"{place}: '{old}' .* '{new}'"):
+        assert getattr(dataclasses.replace(value, **{old: values[old]}), new) == values[old]
+
+
+def test_every_row_is_tried() -> None:
+    tried = {place for place, _, _ in ROWS if place.startswith("jquant")} | set(USES)
+    assert tried == set(RENAMED)
+
+
+def test_names_that_never_were_are_no_attributes() -> None:
+    assert not hasattr(jq, "Bloks")
+    with pytest.raises(AttributeError, match="module 'jquant' has no attribute 'Bloks'"):
+        attribute("jquant", "Bloks")
+
+
+def test_files_keep_their_words() -> None:
+    """Those of version 1: old files are read, and new ones by older versions."""
+    words = {"Blocks": {"axis": "out", "size": 4}}
+    assert to_json(jq.Groups("out", 4)) == words
+    assert from_json(words) == jq.Groups("out", 4)
+
+
+def test_files_keep_their_words_for_fields(tmp_path) -> None:
+    jq.save(tmp_path / "x.jq", {"w": jq.quantize_weight(W, scheme(groups=4), LAYOUT)[0]})
+    raw = (tmp_path / "x.jq").read_bytes()
+    assert rb"\"blocks\":" in raw and rb"\"Blocks\":" in raw
+    assert b"groups" not in raw and b"Groups" not in raw
