@@ -175,7 +175,7 @@ def main() -> None:
             if scheme.rounding == SIGNS:
                 models[name], report = jq.quantize(
                     fn, params, plan, list(calibration[:, None]),
-                    objective=Stagewise(inputs="full"), granularity="block",
+                    objective=Stagewise(inputs="full"), sequential="block",
                 )  # fmt: skip
             else:
                 data = evidence if scheme.needs else None

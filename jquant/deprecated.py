@@ -22,6 +22,8 @@ RENAMED: Mapping[str, Mapping[str, Any]] = {
     "QTensor": {"blocks": "groups"},
     "Stored": {"blocks": "groups"},
     "a rounding": {"blocks": "groups"},
+    "quantize": {"granularity": "sequential"},
+    "quantize.sequential": {"all": None},
 }
 
 _Target = TypeVar("_Target", bound=Callable[..., Any])

@@ -339,7 +339,7 @@ def test_static_ranges_follow_their_layer() -> None:
         jq.find_weights(each, params, X),
         {"w": jq.Scheme(BYTES, activations=ask), ".*": jq.keep},
     )
-    q, _ = jq.quantize(each, params, plan, [X], granularity="all")
+    q, _ = jq.quantize(each, params, plan, [X], sequential=None)
     scales, x = q["w"].activations.params["scale"], X
     for layer in range(3):
         assert scales[layer] == pytest.approx(float(jnp.abs(x).max()) / 127, rel=1e-4)

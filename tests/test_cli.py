@@ -341,7 +341,7 @@ WRONG = {
         ("quantize", "nope", "-o", "OUT", "-r", "nvfp4", "--group", "8"), 1, "groups of 16",
     ),
     "correction in one pass": (
-        ("quantize", "MODEL", "-o", "OUT", "--granularity", "all"), 1, "correction needs the drift",
+        ("quantize", "MODEL", "-o", "OUT", "--sequential", "none"), 1, "correction needs the drift",
     ),
     "no rank": (("quantize", "MODEL", "-o", "OUT", "--lorc", "0"), 1, "LoRC.rank must be"),
     "too high a rank": (("quantize", "MODEL", "-o", "OUT", "--lorc", "17"), 1, "at most 16"),

@@ -37,12 +37,25 @@ def rounded(**choices: Any) -> Any:
     return np.asarray(jq.rounding.Nearest()(W, Uniform(4), **choices).codes).tolist()
 
 
+def stages(**choices: Any) -> Any:
+    params, x = {"w": W, "v": W.T}, jnp.ones((16, 4))
+    fn = lambda p, x: x @ p["w"] @ p["v"]  # noqa: E731
+    plan = jq.plan(jq.find_weights(fn, params, x), {".*": jq.presets.int4_gptq()})
+    return jq.quantize(fn, params, plan, [x], **choices)[1].stages
+
+
 # How each keyword is used, and with what.
 USES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Scheme": (scheme, {"blocks": jq.Groups("out", 2)}),
     "QTensor": (qtensor, {"blocks": jq.Groups("in", 4)}),
     "Stored": (stored, {"blocks": jq.Groups("in", 4)}),
     "a rounding": (rounded, {"blocks": jq.Groups("in", 2)}),
+    "quantize": (stages, {"granularity": "block"}),
+}
+
+# What takes an old value by a keyword.
+VALUES: dict[str, Callable[..., Any]] = {
+    "quantize.sequential": stages,
 }
 ROWS = [(place, old, new) for place, names in RENAMED.items() for old, new in names.items()]
 
@@ -80,8 +93,28 @@ def test_old_keywords_and_fields(place: str, old: str, new: str) -> None:
         assert getattr(dataclasses.replace(value, **{old: values[old]}), new) == values[old]
 
 
+@rows(lambda place: place in VALUES)
+def test_old_values(place: str, old: str, new: Any) -> None:
+    make, name = VALUES[place], place.rpartition(".")[2]
+    expected = make(**{name: new})
+    with pytest.warns(DeprecationWarning, match=f"{place}: '{old}' .* {new!r}") as caught:
+        assert make(**{name: old}) == expected
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_the_old_option_of_the_command_line() -> None:
+    pytest.importorskip("cyclopts")
+    from jquant.app.quantizing import sequential_of
+
+    assert sequential_of("block", None) == "block"
+    for old, new in (("weight", "weight"), ("block", "block"), ("all", None)):
+        with pytest.warns(DeprecationWarning, match="--granularity is deprecated, write --seq"):
+            assert sequential_of("weight", old) == new
+
+
 def test_every_row_is_tried() -> None:
-    tried = {place for place, _, _ in ROWS if place.startswith("jquant")} | set(USES)
+    modules = {place for place, _, _ in ROWS if place.startswith("jquant")}
+    tried = modules | USES.keys() | VALUES.keys()
     assert tried == set(RENAMED)
 
 

@@ -291,18 +291,18 @@ def test_meshes_change_no_code(kind: AxisType, layout: str, name: str) -> None:
 
 @slow
 @many
-@pytest.mark.parametrize("granularity", ["weight", "all"])
-def test_meshes_and_loops(granularity: str) -> None:
+@pytest.mark.parametrize("sequential", ["weight", None])
+def test_meshes_and_loops(sequential: Any) -> None:
     """Stacks of layers, walked one by one, and read in a scan that recomputes."""
     stack = {"s": normal(5, 3, 32, 32)}
     wanted = journey(
         VALUES["gptq"],
         *jax.tree.map(jnp.asarray, (stack, BATCHES)),
         fn=layered,
-        granularity=granularity,
+        sequential=sequential,
     )
     params, batches = lain(stack, BATCHES, "data", mesh_of())
-    found = journey(VALUES["gptq"], params, batches, fn=layered, granularity=granularity)
+    found = journey(VALUES["gptq"], params, batches, fn=layered, sequential=sequential)
     assert_same(found, wanted)
 
 

@@ -8,7 +8,7 @@ no more rows than features every ρ is 1, so with fewer than four rows per featu
 cut to their N/4 principal components.
 
 Where the states come from needs no model knowledge: the function is cut into blocks as for
-calibration (granularity "block", see `calibration/stages.py`), and what is alive between two of
+calibration (`sequential="block"`, see `calibration/stages.py`), and what is alive between two of
 them, all that later blocks will ever see, is the state. In a transformer that is the residual
 stream. What comes out of the prologue (embeddings) is a state too, but has no score.
 """

@@ -29,16 +29,18 @@ from jquant.app.demo import run_demo
 from jquant.app.listing import listing
 from jquant.app.quantizing import (
     Chosen,
+    Granularity,
     need_foreseeable,
     need_free,
     needs_text,
+    sequential_of,
     show_weights,
     write_report,
 )
 from jquant.app.recipes import Aim, in_batches, objective_of, plan_of, read_rules
 from jquant.app.texts import asked, need_known, need_tokenizer, need_unquantized, some, windows_of
 from jquant.calibration import find_weights
-from jquant.calibration.stages import Granularity
+from jquant.calibration.stages import Sequential
 from jquant.evaluate import compare, perplexity
 from jquant.io import read_header
 from jquant.jobs.estimate import estimate
@@ -127,7 +129,8 @@ def quantize_model(
     tokenizer: Tokenizer = None,
     force: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
-    granularity: Granularity = "weight",
+    sequential: Sequential = "weight",
+    granularity: Granularity = None,
     work_dir: Path | None = None,
     report: Annotated[bool, Parameter(negative="")] = False,
     quiet: Quiet = False,
@@ -166,15 +169,15 @@ def quantize_model(
         Replace what is in the folder.
     dry_run
         Quantize nothing; show the stages, and what memory, disk and time they will take.
-    granularity
-        Which weights are calibrated together, after all before them are quantized: those of a
-        level (q, k, v; gate, up), of a block, or all.
+    sequential
+        Which weights are calibrated at a time, after all before them are quantized: those of a
+        level (q, k, v; gate, up), of a block, or with "none" all, in one pass.
     work_dir
         A folder for finished stages: the same command with the same folder resumes a stopped one.
     report
         Show a line for every weight.
     """
-    narrator = Narrator(quiet)
+    narrator, sequential = Narrator(quiet), sequential_of(sequential, granularity)
     default = named(recipe, group)  # a wrong word is cheap to find now, dear after loading
     rules = read_rules(rule)
     need_free(output, force)
@@ -198,11 +201,11 @@ def quantize_model(
     need_foreseeable(objective, dry_run)
     if dry_run:
         narrator.say("compiling and timing every program of the job")
-        narrator.show(estimate(fn, params, plan, batches, granularity=granularity).table())
+        narrator.show(estimate(fn, params, plan, batches, sequential=sequential).table())
         return
     with narrator.job("quantizing") as move:
         qparams, outcome = quantize(
-            fn, params, plan, batches, granularity=granularity, work_dir=work_dir, progress=move,
+            fn, params, plan, batches, sequential=sequential, work_dir=work_dir, progress=move,
             objective=objective_of(objective), key=jax.random.key(0),
         )  # fmt: skip
     checkpoint = models.save_quantized(output, fn, qparams, words)

@@ -226,7 +226,7 @@ class Walk:
             if told is not None:
                 tally.wait()
                 told(number + 1)
-        staged = self.recording.granularity != "all"
+        staged = self.recording.sequential is not None
         where = f", at stage {stage + 1} of {len(self.stages)}, the first that saw it"
         evidence = tally.evidence(where if staged else "")
         lost = self.unpaired.keys() & evidence

@@ -36,7 +36,7 @@ def fingerprint(request: Request, walk: Walk) -> dict[str, str]:
     given = [leaf for path in evidence for leaf in jax.tree.leaves((path, evidence[path]))]
     device = jax.local_devices()[0]
     return {
-        "granularity": request.granularity,
+        "sequential": str(request.sequential),
         "JAX": jax.__version__,
         "jaxlib": version_of("jaxlib"),
         "jquant": version_of("jquant-jax"),

@@ -19,7 +19,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from jquant.calibration.cutting import Recording
 from jquant.calibration.data import Data
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.stages import Granularity
+from jquant.calibration.stages import Sequential
 from jquant.calibration.tokens import Given
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, PlanError
@@ -89,7 +89,7 @@ class Request:
     evidence: Mapping[str, Evidence] = dataclasses.field(default_factory=dict)
     key: PRNGKeyArray | None = None
     aim: Aim = Alone()  # noqa: RUF009
-    granularity: Granularity = "weight"
+    sequential: Sequential = "weight"
     data: Data = Data()  # noqa: RUF009
 
     def checked(self, batches: Iterable[Any] | None, token_weights: Given = None) -> Request:
@@ -126,20 +126,20 @@ class Request:
                 )
             if weighed:
                 check_weighable(objective)
-        if isinstance(self.aim, Stagewise) and self.granularity == "all":
+        if isinstance(self.aim, Stagewise) and self.sequential is None:
             raise PlanError(
-                "objectives.Stagewise() needs stages: pass granularity='weight' or 'block', or "
+                "objectives.Stagewise() needs stages: pass sequential='weight' or 'block', or "
                 "descend its objective on the whole network"
             )
-        if self.granularity not in ("weight", "block", "all"):
+        if self.sequential not in ("weight", "block", None):
             raise PlanError(
-                f"granularity must be 'weight', 'block' or 'all', got {self.granularity!r}"
+                f"sequential must be 'weight', 'block' or None, got {self.sequential!r}"
             )
 
     def _check_plan(self, batches: bool) -> None:
         """Refuse weights, roundings and evidence that do not go together."""
         check_weights(self.plan, by_path(self.params))
-        staged = batches and self.granularity != "all"
+        staged = batches and self.sequential is not None
         check_needs(self.rounded, self.evidence, self.key, batches=batches, staged=staged)
         check_evidence(self.plan, self.evidence)
 
@@ -181,9 +181,9 @@ class Request:
         needs = frozenset[str]().union(*(scheme.needs for scheme in self.rounded.values()))
         return Recording(
             {path: self.plan.weights[path].stack_axes for path in self.rounded},
-            self.granularity,
+            self.sequential,
             given=self.rounded.keys() - set(self.unknown),
-            drift="drift" in needs and self.granularity != "all",
+            drift="drift" in needs and self.sequential is not None,
             spread="spread" in needs,
             reconstruct=self.aim.inputs if isinstance(self.aim, Stagewise) else None,
         )

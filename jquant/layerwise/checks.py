@@ -116,7 +116,7 @@ def check_needs(
             raise EvidenceError(
                 f"weight {path!r}: {_asking(scheme)[0]}'s correction needs the drift of its "
                 "inputs, which is known where weights are quantized stage by stage: pass "
-                "granularity='weight' or 'block' and no evidence for it, or Evidence(..., drift=)"
+                "sequential='weight' or 'block' and no evidence for it, or Evidence(..., drift=)"
             )
 
 

@@ -116,7 +116,7 @@ class MSE:
 class Stagewise:
     """An objective that is descended stage by stage: reconstruction.
 
-    The weights of a stage (a block, with `granularity="block"`) are learned together, on inputs
+    The weights of a stage (a block, with `sequential="block"`) are learned together, on inputs
     which the quantized stages before it have produced; the reference is what the original network
     has at the same place: where the stage joins the residual stream, or returns.
 
