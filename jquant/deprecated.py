@@ -21,6 +21,8 @@ RENAMED: Mapping[str, Mapping[str, Any]] = {
     "Scheme": {"blocks": "groups"},
     "QTensor": {"blocks": "groups"},
     "Stored": {"blocks": "groups"},
+    "Activations": {"path": "compute"},
+    "Activations.compute": {"simulated": "fake_quant"},
     "a rounding": {"blocks": "groups"},
     "quantize": {"granularity": "sequential"},
     "quantize.sequential": {"all": None},

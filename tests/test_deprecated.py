@@ -29,6 +29,10 @@ def qtensor(**choices: Any) -> Any:
     return jq.QTensor(q.codes, q.params, q.grid, layout=q.layout, dtype=q.dtype, **choices)
 
 
+def inputs(**choices: Any) -> Any:
+    return jq.Activations(Uniform(8), **choices)
+
+
 def stored(**choices: Any) -> Any:
     return jq.io.Stored((4, 8), "float32", 16, **choices)
 
@@ -49,6 +53,7 @@ USES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Scheme": (scheme, {"blocks": jq.Groups("out", 2)}),
     "QTensor": (qtensor, {"blocks": jq.Groups("in", 4)}),
     "Stored": (stored, {"blocks": jq.Groups("in", 4)}),
+    "Activations": (inputs, {"path": "integer"}),
     "a rounding": (rounded, {"blocks": jq.Groups("in", 2)}),
     "quantize": (stages, {"granularity": "block"}),
 }
@@ -56,6 +61,7 @@ USES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 # What takes an old value by a keyword.
 VALUES: dict[str, Callable[..., Any]] = {
     "quantize.sequential": stages,
+    "Activations.compute": inputs,
 }
 ROWS = [(place, old, new) for place, names in RENAMED.items() for old, new in names.items()]
 
@@ -126,9 +132,20 @@ def test_names_that_never_were_are_no_attributes() -> None:
 
 def test_files_keep_their_words() -> None:
     """Those of version 1: old files are read, and new ones by older versions."""
-    words = {"Blocks": {"axis": "out", "size": 4}}
-    assert to_json(jq.Groups("out", 4)) == words
-    assert from_json(words) == jq.Groups("out", 4)
+    words = {
+        "Activations": {
+            "grid": to_json(Uniform(8)),
+            "granularity": "token",
+            "range": {"MinMax": {}},
+            "path": "simulated",
+        }
+    }
+    for choice, written in (
+        (jq.Groups("out", 4), {"Blocks": {"axis": "out", "size": 4}}),
+        (inputs(compute="fake_quant"), words),
+    ):
+        assert to_json(choice) == written
+        assert from_json(written) == choice
 
 
 def test_files_keep_their_words_for_fields(tmp_path) -> None:

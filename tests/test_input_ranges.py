@@ -146,7 +146,7 @@ def test_windows_of_a_weight_make_one_range() -> None:
 LAYOUT = jq.Layout.of((3, 20, 12), in_axes=(1,), batch_axes=(0,))
 CHOICES = [
     Activations(BYTES),
-    Activations(E4M3, "tensor", path="simulated"),
+    Activations(E4M3, "tensor", compute="fake_quant"),
     Activations(AFFINE, "static", MSE(steps=9)),
     Activations(BYTES, "static", Percentile(99)),
 ]

@@ -66,7 +66,7 @@ def _way(q: QTensor) -> Way | None:
         case (Inputs() as inputs,):
             return inputs.choice.way(q.grid, q.groups)
         case _:
-            return "simulated"
+            return "fake_quant"
 
 
 TABLE: tuple[Row, ...] = (

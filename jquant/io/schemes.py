@@ -27,7 +27,9 @@ from jquant.weights.activations import Activations, Percentile
 
 # What files call by another name than the code does: they keep the words in which version 1 was
 # first written, so that old files are read, and new ones by older versions of jquant.
-_WORDS = {"Groups": "Blocks", "groups": "blocks"}
+_WORDS = {
+    "Groups": "Blocks", "groups": "blocks", "compute": "path", "fake_quant": "simulated",
+}  # fmt: skip
 _NAMES = {word: name for name, word in _WORDS.items()}
 
 FLOATS = tuple(name for name, dtype in JAX_DTYPES.items() if jnp.issubdtype(dtype, jnp.floating))

@@ -78,11 +78,11 @@ def _check_uses(path: str, scheme: Scheme, weight: Weight) -> None:
     for use in weight.uses:
         if use.kind == "lookup":
             continue
-        if choice.path == "integer" and (use.kind != "dot" or not use.counted):
+        if choice.compute == "integer" and (use.kind != "dot" or not use.counted):
             product = use.kind if use.counted else f"{use.kind} over its axes {use.in_axes}"
             raise PlanError(
                 f"weight {path!r} enters a {product}, which has no product of integers; pass "
-                "Activations(path='auto')"
+                "Activations(compute='auto')"
             )
         if choice.granularity == "static" and not use.counted:
             raise PlanError(

@@ -30,15 +30,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
-from jquant import grids
+from jquant import deprecated, grids
 from jquant.axes.groups import Groups
 from jquant.errors import PlanError
 from jquant.grids import MSE, Grid, MinMax, Params, Uniform, nearest
 from jquant.numerics.extremes import all_finite
 
 Granularity = Literal["token", "tensor", "static"]
-Path = Literal["auto", "integer", "simulated"]
-Way = Literal["integer", "float", "simulated"]
+Compute = Literal["auto", "integer", "fake_quant"]
+Way = Literal["integer", "float", "fake_quant"]
 
 
 @jax.tree_util.register_static
@@ -61,19 +61,26 @@ class Percentile:
             raise ValueError(f"Percentile.percent must be in (50, 100], got {self.percent!r}")
 
 
+@deprecated.keywords("Activations")
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Activations:
-    """How the inputs of a weight's matrix products are quantized: see the module.
+    """How the inputs of a weight's matrix products are quantized.
+
+    Inputs are rounded to nearest on a grid whose parameters fit a range, from the smallest to the
+    largest input. A token that holds NaN or infinity gives NaN, and leaves the others as they are.
 
     Args:
         grid: of the inputs: `grids.Uniform`, or `grids.Float` without groups of its own.
-        granularity: "token", "tensor" or "static". ZeroQuant's is "token".
+        granularity: what has a range of its own. "token": each token, taken while the function
+            runs, so that a token's result does not depend on the others (ZeroQuant's, the default);
+            "tensor": all tokens of a call together, likewise; "static": each weight, from
+            calibration.
         range: of "static" alone: `MinMax()`, `MSE()`, or `Percentile(99.99)`. Default: MinMax.
-        path: "integer": `int8 × int8 → int32` products of codes, refused where grids or groups have
-            none; "simulated": inputs rounded, then multiplied with the decoded weight as ever;
-            "auto": integer where possible, else products of narrow floats where both grids have
-            exact ones (FP8), else simulated. All give the same up to the rounding of sums.
+        compute: "integer": `int8 × int8 → int32` products of codes, refused where grids or groups
+            have none; "fake_quant": float products of the rounded inputs and the decoded weight;
+            "auto": integers where possible, else products of narrow floats where both grids have
+            exact ones (FP8), else "fake_quant". Results differ by the rounding of sums alone.
 
     Raises:
         ValueError: an argument is out of its set, or they contradict each other.
@@ -86,10 +93,12 @@ class Activations:
     grid: Grid
     granularity: Granularity = "token"
     range: MinMax | MSE | Percentile = MinMax()
-    path: Path = "auto"
+    compute: Compute = "auto"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("granularity", Granularity), ("path", Path)):
+        compute = deprecated.current("Activations.compute", self.compute)
+        object.__setattr__(self, "compute", compute)
+        for name, allowed in (("granularity", Granularity), ("compute", Compute)):
             got = getattr(self, name)
             if got not in get_args(allowed):
                 raise ValueError(
@@ -118,10 +127,10 @@ class Activations:
                 "Activations.granularity='static' is of grids with a scale; pass "
                 f"scale='float32', or granularity='token', got {grid!r}"
             )
-        if self.path == "integer" and not isinstance(grid, Uniform):
+        if self.compute == "integer" and not isinstance(grid, Uniform):
             raise ValueError(
-                f"Activations.path='integer' needs a grid of integers, grids.Uniform, got {grid!r};"
-                " pass path='auto'"
+                f"Activations.compute='integer' needs a grid of integers, grids.Uniform, got "
+                f"{grid!r}; pass compute='auto'"
             )
 
     @property
@@ -149,23 +158,23 @@ class Activations:
         """How products with a weight on `grid` in `groups` are computed.
 
         Raises:
-            PlanError: `path="integer"`, and there is no such product.
+            PlanError: `compute="integer"`, and there is no such product.
         """
-        if self.path == "simulated":
-            return "simulated"
-        way: Way = "simulated"
+        if self.compute == "fake_quant":
+            return "fake_quant"
+        way: Way = "fake_quant"
         if groups.axis == "in":
             both = {_kind(self.grid), _kind(grid)}
-            way = "integer" if both == {"integer"} else "simulated" if None in both else "float"
-        if self.path == "integer" and way != "integer":
+            way = "integer" if both == {"integer"} else "fake_quant" if None in both else "float"
+        if self.compute == "integer" and way != "integer":
             why = (
                 f"{type(grid).__name__} has no integers"
                 if groups.axis == "in"
                 else "scales of groups along the output axis stand inside the sum"
             )
             raise PlanError(
-                f"Activations.path='integer' with a weight on {grid!r} in {groups!r}: {why}; pass "
-                "grids.Uniform in groups along the input axis, or path='auto'"
+                f"Activations.compute='integer' with a weight on {grid!r} in {groups!r}: {why}; "
+                "pass grids.Uniform in groups along the input axis, or compute='auto'"
             )
         return way
 
