@@ -23,6 +23,7 @@ RENAMED: Mapping[str, Mapping[str, Any]] = {
     "Stored": {"blocks": "groups"},
     "Activations": {"path": "compute"},
     "Activations.compute": {"simulated": "fake_quant"},
+    "LoRC.metric": {"plain": "frobenius", "evidence": "hessian"},
     "a rounding": {"blocks": "groups"},
     "quantize": {"granularity": "sequential"},
     "quantize.sequential": {"all": None},

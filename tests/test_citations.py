@@ -16,7 +16,7 @@ from jquant.schemes.cite import entries
 SCORES = ("nanda2024cptquant", "raghu2017svcca", "dong2020hawq", "hannun2023mlx")
 CHOICES = [*GRIDS.values(), *ROUNDINGS.values(), jq.Groups("out", 4)]
 CHOICES += [jq.rounding.GPTQ(correction=c) for c in ("qep", "gptaq")]
-CHOICES += [jq.LoRC(8), jq.LoRC(8, metric="evidence"), jq.LoRC(8, rounds=5)]
+CHOICES += [jq.LoRC(8), jq.LoRC(8, metric="hessian"), jq.LoRC(8, rounds=5)]
 CHOICES += [  # what a score cites is data of its own, see test_sensitivity
     jq.allocation.Sensitivity("", "", "", {}, papers=SCORES)
 ]
@@ -51,7 +51,7 @@ def test_a_plan_cites_what_is_in_it():
         "jquant", "lin2024awq", "heo2024adadim", "frantar2022gptq", "arai2025qep",
     ]  # fmt: skip
     assert keys(jq.cite(jq.Scheme(jq.grids.Uniform(4)))) == ["jquant", "frantar2022gptq"]
-    beside = jq.Scheme(jq.grids.NF4, compensation=jq.LoRC(8, better.grid, "evidence", rounds=2))
+    beside = jq.Scheme(jq.grids.NF4, compensation=jq.LoRC(8, better.grid, "hessian", rounds=2))
     assert keys(jq.cite(beside)) == [
         "jquant", "dettmers2023qlora", "yao2023zeroquantv2", "zhang2024qera", "liu2024eora",
         "li2023loftq", "lin2024awq",

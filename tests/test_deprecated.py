@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jquant as jq
+from jquant.allocation.candidates import key_of_file, key_of_scheme
 from jquant.deprecated import RENAMED, attribute
 from jquant.grids import Uniform
 from jquant.io.schemes import from_json, to_json
@@ -62,6 +63,7 @@ USES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 VALUES: dict[str, Callable[..., Any]] = {
     "quantize.sequential": stages,
     "Activations.compute": inputs,
+    "LoRC.metric": lambda metric: jq.LoRC(2, metric=metric),
 }
 ROWS = [(place, old, new) for place, names in RENAMED.items() for old, new in names.items()]
 
@@ -146,6 +148,13 @@ def test_files_keep_their_words() -> None:
     ):
         assert to_json(choice) == written
         assert from_json(written) == choice
+
+
+def test_scores_in_older_files_are_of_todays_schemes() -> None:
+    scheme = jq.Scheme(Uniform(4), jq.Groups("in", 8), compensation=jq.LoRC(2, metric="hessian"))
+    key = key_of_scheme(scheme)
+    old = key.replace("Groups(", "Blocks(").replace("'hessian'", "'evidence'")
+    assert old != key and key_of_file(old) == key == key_of_file(key)
 
 
 def test_files_keep_their_words_for_fields(tmp_path) -> None:

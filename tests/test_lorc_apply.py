@@ -242,7 +242,7 @@ def test_no_compensation_is_no_leaf() -> None:
 def test_stages_run_on_with_the_compensated_weights(case: Case, tmp_path: Path) -> None:
     """And their layers' factors are joined; a job with a work directory gives the same bits."""
     weights = jq.find_weights(case.fn, case.params, case.batches[0])
-    choice = LoRC(min(2, smallest(weights)), BYTES, metric="evidence")
+    choice = LoRC(min(2, smallest(weights)), BYTES, metric="hessian")
     plan = jq.plan(weights, {".*": jq.Scheme(Uniform(3), 4, GPTQ(), choice, fallback=True)})
     q, report = jq.quantize(case.fn, case.params, plan, case.batches)
     for path, row in report.items():

@@ -281,7 +281,7 @@ def test_only_the_expert_that_saw_nothing_is_rounded_to_nearest(rounding: Any) -
 def test_a_compensation_of_what_no_token_reaches() -> None:
     params = {"a": normal(3, WIDTH, WIDTH), "b": normal(4, WIDTH, WIDTH)}
     weights = jq.find_weights(whole_branch, params, X)
-    choice = jq.LoRC(2, metric="evidence")
+    choice = jq.LoRC(2, metric="hessian")
     scheme = Scheme(Uniform(3), None, GPTQ(), choice, fallback=True)
     found, report = jq.quantize(whole_branch, params, jq.plan(weights, {".*": scheme}), [X])
     plain = Scheme(Uniform(3), None, jq.rounding.Nearest(), jq.LoRC(2), fallback=True)

@@ -126,6 +126,21 @@ def depth(path: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(w), "") if w.isdigit() else (1, 0, w) for w in words)
 
 
+# What keys of older files call by another name.
+_FORMERLY = {
+    "Blocks(axis=": "Groups(axis=",
+    "metric='plain'": "metric='frobenius'",
+    "metric='evidence'": "metric='hessian'",
+}
+
+
+def key_of_file(key: str) -> str:
+    """The key of a scheme, as `key_of_scheme` has it, by one that a file holds."""
+    for old, new in _FORMERLY.items():
+        key = key.replace(old, new)
+    return key
+
+
 def key_of_scheme(scheme: Scheme) -> str:
     """What a score depends on: grid, groups and term of a scheme. The rounding is not in it.
 
@@ -141,7 +156,7 @@ def key_of_scheme(scheme: Scheme) -> str:
 def draft(scheme: Scheme) -> Scheme:
     """The weight's part of a scheme, rounded to nearest without evidence: what scores measure."""
     term = scheme.compensation
-    plain = None if term is None else replace(term, metric="plain", rounds=1)
+    plain = None if term is None else replace(term, metric="frobenius", rounds=1)
     return replace(scheme, rounding=Nearest(), compensation=plain, activations=None)
 
 

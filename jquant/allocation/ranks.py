@@ -170,7 +170,7 @@ def _offer(
     own = None if key is None else key_of(key, path)
     left = remainder(w, scheme, layout, evidence=evidence, key=own)
     whole = layout.canonical(w).astype(jnp.float32)
-    if choice.metric == "plain" or evidence is None:
+    if choice.metric == "frobenius" or evidence is None:
         power = jnp.sum(whole**2)
     else:
         power = jnp.sum(output_error(whole, evidence.second_moment))
@@ -185,7 +185,7 @@ def _prices(choice: LoRC, shape: tuple[int, ...]) -> tuple[tuple[float, float], 
     error = jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def stored(rank: int) -> list[float]:
-        low = jax.eval_shape(replace(choice, rank=rank, metric="plain"), error)
+        low = jax.eval_shape(replace(choice, rank=rank, metric="frobenius"), error)
         return [bits for factor in (low.left, low.right) for bits in array_bits(factor)]
 
     one = stored(1)

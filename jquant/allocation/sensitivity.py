@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jquant.allocation.candidates import Candidates, key_of_scheme
+from jquant.allocation.candidates import Candidates, key_of_file, key_of_scheme
 from jquant.errors import EvidenceError, PlanError, extra, near
 from jquant.schemes.scheme import Scheme
 
@@ -152,7 +152,8 @@ class Sensitivity:
         try:
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']!r}, this version reads {FORMAT}")
-            lists, which = data["lists"], data["schemes"]
+            lists = [[*map(key_of_file, some)] for some in data["lists"]]
+            which = data["schemes"]
             values = {path: tuple(map(float, some)) for path, some in data["values"].items()}
             schemes = None if which is None else {p: tuple(lists[at]) for p, at in which.items()}
             lengths = {path: 1 if schemes is None else len(schemes[path]) for path in values}

@@ -44,7 +44,7 @@ class Trials:
         candidates: what `candidates` returned.
         batches: each one array, or a tuple of the function's inputs.
         evidence: path → `Evidence`. With it weights are rounded as their schemes say, without it to
-            nearest (and terms are in the plain metric).
+            nearest (and terms are in the Frobenius metric).
         key: for roundings that are random, used with evidence only.
         token_weights: what each token counts; see `quantize`.
 

@@ -68,7 +68,7 @@ def plan_of(
     """`default` for every weight that no rule matches, except those of `KEPT`.
 
     With `lorc`, every scheme gets a compensation of that rank: in the metric of the inputs, or for
-    weights that are only looked up in the plain one; with factors of 8 bits.
+    weights that are only looked up in the Frobenius one; with factors of 8 bits.
 
     Raises:
         PlanError: a rule decides nothing.
@@ -82,8 +82,8 @@ def plan_of(
     chosen = plan(weights, {**rules, **{rule: last[rule] for rule, paths in ours.items() if paths}})
     if lorc is None:
         return chosen
-    informed = LoRC(lorc, Uniform(8, symmetric=True), metric="evidence")
-    plain = replace(informed, metric="plain")
+    informed = LoRC(lorc, Uniform(8, symmetric=True), metric="hessian")
+    plain = replace(informed, metric="frobenius")
     schemes = {
         path: replace(scheme, compensation=informed if weights[path].has_inputs else plain)
         for path, scheme in chosen.items()

@@ -139,7 +139,7 @@ def _asking(scheme: Scheme) -> tuple[str, str]:
     """Which part of a scheme asks for evidence, and what to pass where there is none."""
     if "moment" in scheme.rounding.needs:
         return type(scheme.rounding).__name__, "use rounding.Nearest() or keep it"
-    return "LoRC(metric='evidence')", "pass LoRC(metric='plain') or keep it"
+    return "LoRC(metric='hessian')", "pass LoRC(metric='frobenius') or keep it"
 
 
 def check_reached(walk: Walk, paths: Iterable[str]) -> None:

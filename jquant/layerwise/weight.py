@@ -282,7 +282,7 @@ def _abstract(shape: tuple[int, ...], scheme: Scheme, layout: Layout | None) -> 
     layout = layout or Layout.of(shape, in_axes=(rank - 1,), batch_axes=tuple(range(rank - 2)))
     choice = scheme.compensation
     if choice is not None:
-        choice = dataclasses.replace(choice, metric="plain", rounds=1)
+        choice = dataclasses.replace(choice, metric="frobenius", rounds=1)
     nearest_only = dataclasses.replace(scheme, rounding=Nearest(), compensation=choice)
     told = bool({"inputs", "spread"} & scheme.needs)
 
