@@ -28,7 +28,7 @@ import jquant as jq
 from benchmarks.harness import RESULTS, machine
 from benchmarks.train_bytes import WINDOW, split
 from jquant.grids import Power, Uniform
-from jquant.learning.objectives import KL, Stagewise
+from jquant.learning.objectives import KL, Reconstruction
 from jquant.models import smollm2
 from jquant.rounding import GPTQ, NUPES, AdaRound, Descent, DiscQuant, Nearest, SignRound
 
@@ -56,8 +56,8 @@ METHODS: dict[str, tuple[Any, Any, Any, bool]] = {
     "GPTQ": (GPTQ(), None, "weight", False),
     "GPTQ + QEP": (GPTQ(correction="qep"), None, "weight", False),
     "AdaRound, alone": (AdaRound(), None, "weight", False),
-    "AdaRound, block": (AdaRound(descent=STEADY), Stagewise(), "block", False),
-    "SignRound, block": (SignRound(descent=SIGNS), Stagewise(), "block", False),
+    "AdaRound, block": (AdaRound(descent=STEADY), Reconstruction(), "block", False),
+    "SignRound, block": (SignRound(descent=SIGNS), Reconstruction(), "block", False),
     "SignRound, KL": (SignRound(descent=SIGNS), KL(), "weight", False),
     "NUPES, KL": (NUPES(descent=STEADY), KL(), "weight", False),
     "DiscQuant": (DISC, KL(), "weight", False),

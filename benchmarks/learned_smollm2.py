@@ -34,7 +34,7 @@ import jquant as jq
 from benchmarks.harness import RESULTS, machine
 from benchmarks.quality import LINEARS
 from jquant.grids import Uniform
-from jquant.learning.objectives import KL, Stagewise
+from jquant.learning.objectives import KL, Reconstruction
 from jquant.models import smollm2
 from jquant.rounding import GPTQ, NUPES, Descent, DiscQuant, Nearest, SignRound
 
@@ -58,8 +58,10 @@ METHODS: dict[str, tuple[Any, Any, Any]] = {
     "GPTQ, one pass": (GPTQ(), None, None),
     "GPTQ": (GPTQ(), None, "weight"),
     "DiscQuant, KL": (DISC, KL(), "weight"),
-    "SignRound, block": (SignRound(descent=SIGNS), Stagewise(), "block"),
-    "SignRound, block, ranges kept": (SignRound(descent=SIGNS, ranges=False), Stagewise(), "block"),
+    "SignRound, block": (SignRound(descent=SIGNS), Reconstruction(), "block"),
+    "SignRound, block, ranges kept": (
+        SignRound(descent=SIGNS, ranges=False), Reconstruction(), "block",
+    ),  # fmt: skip
     "NUPES, KL": (NUPES(descent=CODES), KL(), "weight"),
     "SignRound, KL": (SignRound(descent=ALL_SIGNS), KL(), "weight"),
 }  # fmt: skip

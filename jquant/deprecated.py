@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 RENAMED: Mapping[str, Mapping[str, Any]] = {
     "jquant": {"Blocks": "Groups"},
     "jquant.axes": {"Blocks": "Groups"},
+    "jquant.grids": {"Params": "GridParams"},
+    "jquant.learning.objectives": {"Stagewise": "Reconstruction"},
     "Scheme": {"blocks": "groups"},
     "QTensor": {"blocks": "groups"},
     "Stored": {"blocks": "groups"},

@@ -16,7 +16,7 @@ import jquant as jq
 from jquant.axes.groups import to_groups
 from jquant.errors import EvidenceError, ObjectiveError, PlanError
 from jquant.grids import Uniform
-from jquant.learning.objectives import KL, MSE, Stagewise
+from jquant.learning.objectives import KL, MSE, Reconstruction
 from jquant.rounding import NUPES, AdaRound, Descent, DiscQuant, Nearest, SignRound
 from jquant.weights.qtensor import QTensor
 
@@ -120,7 +120,7 @@ def test_stages_are_reconstructed_one_after_the_other(sequential):
     params, batches = network()
     plan = planned(params, batches[0], SIGN)
     qparams, report = jq.quantize(
-        fn, params, plan, batches, objective=Stagewise(), sequential=sequential
+        fn, params, plan, batches, objective=Reconstruction(), sequential=sequential
     )
     nearest, _ = jq.quantize(fn, params, planned(params, batches[0], Nearest()))
     assert [trace.names for trace in report.traces] == list(report.stages)
@@ -135,7 +135,7 @@ def test_a_stage_starts_from_quantized_inputs_and_aims_at_the_original():
     params, batches = network()
     plan = planned(params, batches[0], SIGN)
     qparams, report = jq.quantize(
-        fn, params, plan, batches[:4], objective=Stagewise(), sequential="block"
+        fn, params, plan, batches[:4], objective=Reconstruction(), sequential="block"
     )
     last = report.traces[-1]
     assert last.names == ("head",)
@@ -157,14 +157,14 @@ def test_distilled_stages_do_not_depend_on_each_other():
             )
             qparams, report = jq.quantize(
                 fn, params, plan, batches[:2],
-                objective=Stagewise(inputs=inputs), sequential="block",
+                objective=Reconstruction(inputs=inputs), sequential="block",
             )  # fmt: skip
             found[bits, inputs] = report.traces[1].loss, qparams["blocks"][1]["up"].codes
     np.testing.assert_array_equal(found[2, "full"][0], found[6, "full"][0])
     np.testing.assert_array_equal(found[2, "full"][1], found[6, "full"][1])
     assert found[2, "quantized"][0][0] != found[6, "quantized"][0][0]
-    with pytest.raises(ValueError, match=r"Stagewise\.inputs"):
-        Stagewise(inputs="student")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Reconstruction\.inputs"):
+        Reconstruction(inputs="student")  # type: ignore[arg-type]
 
 
 def test_equal_stages_are_learned_by_one_set_of_programs(compiles):
@@ -173,7 +173,7 @@ def test_equal_stages_are_learned_by_one_set_of_programs(compiles):
         plan = planned(params, batches[0], SIGN)
         jax.clear_caches()
         with compiles() as programs:
-            jq.quantize(fn, params, plan, batches, objective=Stagewise(), sequential="block")
+            jq.quantize(fn, params, plan, batches, objective=Reconstruction(), sequential="block")
         return len([entry for entry in programs if "gradient" in entry])
 
     assert count(2) == count(4) == 2  # a block's and the head's
@@ -304,7 +304,7 @@ def test_objectives_that_cannot_be_descended_are_refused():
     with pytest.raises(EvidenceError, match="got no batches"):
         jq.quantize(fn, params, plan, [], objective=KL())
     with pytest.raises(PlanError, match="needs stages"):
-        jq.quantize(fn, params, plan, batches, objective=Stagewise(), sequential=None)
+        jq.quantize(fn, params, plan, batches, objective=Reconstruction(), sequential=None)
 
 
 def without_head(params, x):

@@ -340,7 +340,7 @@ def test_learned_roundings_see_real_tokens_only() -> None:
     found = learned(padded, of_mask)
     np.testing.assert_allclose(found.looks[0], wanted.looks[0], rtol=1e-4)
     np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-2)
-    for other in (jq.objectives.MSE(), jq.objectives.Stagewise()):
+    for other in (jq.objectives.MSE(), jq.objectives.Reconstruction()):
         with pytest.raises(PlanError, match="cannot be told what tokens count"):
             jq.quantize(_blocks, P, plan, [padded], objective=other, key=key, token_weights=of_mask)
 

@@ -18,7 +18,7 @@ import numpy as np
 from jquant.allocation import plan
 from jquant.calibration import Weight
 from jquant.grids import Uniform
-from jquant.learning.objectives import KL, Objective, Stagewise
+from jquant.learning.objectives import KL, Objective, Reconstruction
 from jquant.schemes.lorc import LoRC
 from jquant.schemes.presets import named
 from jquant.schemes.scheme import Keep, Plan, Scheme, keep
@@ -31,7 +31,7 @@ Aim = Literal["own", "stage", "kl"]
 
 def objective_of(aim: Aim) -> Objective | None:
     """What learned roundings descend, by its word."""
-    return {"own": None, "stage": Stagewise(), "kl": KL()}[aim]
+    return {"own": None, "stage": Reconstruction(), "kl": KL()}[aim]
 
 
 def read_rules(given: Sequence[str]) -> Rules:

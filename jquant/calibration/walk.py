@@ -28,7 +28,7 @@ from jquant.calibration.cutting import Cuts, Recording
 from jquant.calibration.data import Data
 from jquant.calibration.difference import count, squares
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.segments import Reconstruction, Task
+from jquant.calibration.segments import StageFunction, Task
 from jquant.calibration.stages import Comparison, Cut, Segment, Stage
 from jquant.calibration.store import Store
 from jquant.calibration.tally import Tally
@@ -269,7 +269,7 @@ class Walk:
 
     def reconstruction(
         self, stage: int, learned: Sequence[Piece], current: Current, original: Current
-    ) -> tuple[Reconstruction, list[Any], list[list[Array]]]:
+    ) -> tuple[StageFunction, list[Any], list[list[Array]]]:
         """A stage as a function of some of its weights, up to where it joins the rest.
 
         Returns:
@@ -291,7 +291,7 @@ class Walk:
             shapes = tuple(x.shape for x in operands if x is not None)
             programs[shapes] = program, tuple(places[piece] for piece in learned)
             inputs.append(operands)
-        return Reconstruction(tuple(programs.items())), inputs, targets
+        return StageFunction(tuple(programs.items())), inputs, targets
 
     def advance(
         self, stage: int | None, current: Current, original: Current, told: Told | None = None

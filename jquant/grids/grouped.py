@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Shaped
 
 from jquant.axes.groups import Groups, from_groups, to_groups
-from jquant.grids.base import Grid, Params, nearest
+from jquant.grids.base import Grid, GridParams, nearest
 
 
 @jax.tree_util.register_static
@@ -60,27 +60,27 @@ class Grouped:
         self,
         w: Float[Array, "*batch out in"],
         importance: Float[Array, "*#batch #out #in"] | None = None,
-    ) -> Params:
+    ) -> GridParams:
         """The parameters of all groups; `importance` weighs errors where the grid can."""
         if importance is None:
             return self.grid.fit(self.cut(w))
         return self.grid.fit(self.cut(w), self.cut(importance))
 
     def nearest(
-        self, w: Float[Array, "*batch out in"], params: Params
+        self, w: Float[Array, "*batch out in"], params: GridParams
     ) -> Integer[Array, "*batch out in"]:
         """The nearest codes, int32; ties fall as the grid has it."""
         return self._joined(nearest(self.grid, self.cut(w), params), w.shape)
 
     def bracket(
-        self, w: Float[Array, "*batch out in"], params: Params
+        self, w: Float[Array, "*batch out in"], params: GridParams
     ) -> tuple[Integer[Array, "*batch out in"], Integer[Array, "*batch out in"]]:
         """The neighbouring int32 codes around each weight, `lo <= hi <= lo + 1`, both in range."""
         lo, hi = self.grid.bracket(self.cut(w), params)
         return self._joined(lo, w.shape), self._joined(hi, w.shape)
 
     def decode(
-        self, codes: Integer[Array, "*batch out in"], params: Params
+        self, codes: Integer[Array, "*batch out in"], params: GridParams
     ) -> Float[Array, "*batch out in"]:
         """The float32 values of codes of any integer type."""
         values = self.grid.decode(self.cut(codes.astype(jnp.int32)), params)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jquant.grids import Grid, Params
+from jquant.grids import Grid, GridParams
 from jquant.inference.late import held_codes
 from jquant.numerics.formats import FORMATS
 from jquant.weights.activations import encode, numbers
@@ -97,7 +97,7 @@ def _filled(a: Array, tokens: int, axis: int) -> Array:
     return jnp.pad(a, pad)
 
 
-def _exact(group: int, *params: Params) -> bool:
+def _exact(group: int, *params: GridParams) -> bool:
     """Whether zero points are whole numbers, which are taken off sums of integers as such."""
     zeros = [one["zero"].dtype for one in params if "zero" in one]
     return group <= LONGEST_WITH_ZEROS and all(jnp.issubdtype(z, jnp.integer) for z in zeros)
@@ -118,7 +118,7 @@ class _Group(NamedTuple):
     lessened: int
     exact: bool
 
-    def __call__(self, c: Array, d: Array, theirs: Params, length: Array | int) -> Array:
+    def __call__(self, c: Array, d: Array, theirs: GridParams, length: Array | int) -> Array:
         """A group's share, `[*batch, tokens, out]`, but for the inputs' scale."""
         total = self.dot(c, d)
         zero = _zero_point(theirs, self.lessened, self.exact)
@@ -134,7 +134,7 @@ class _Group(NamedTuple):
         return wide * theirs["scale"].astype(jnp.float32)[..., None, :] if theirs else wide
 
 
-def _added(group: _Group, c: Array, d: Array, theirs: Params, width: int, size: int) -> Array:
+def _added(group: _Group, c: Array, d: Array, theirs: GridParams, width: int, size: int) -> Array:
     """The sum of the shares of all groups of `size`, one by one in float32."""
     count = -(-width // size)
     if count == 1:

@@ -60,8 +60,8 @@ def quantize(
             own, the squared error of its outputs, from its evidence. `objectives.KL()` or any
             `objective(outputs, reference, *inputs)`: all of them together, on the outputs of the
             whole function, after the other weights of the plan have been quantized; batches are
-            gone over again until the steps are done. `objectives.Stagewise()`: those of each stage
-            together.
+            gone over again until the steps are done. `objectives.Reconstruction()`: those of each
+            stage together.
         key: randomness, required when a rounding needs it; each weight's key is derived from its
             path, so that adding a weight changes no other.
         sequential: which weights are calibrated at a time, on inputs that already quantized weights

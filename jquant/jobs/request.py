@@ -33,7 +33,7 @@ from jquant.layerwise.checks import (
 )
 from jquant.learning.checks import check_logits, check_objective, check_weighable
 from jquant.learning.descend import descent_of, is_learned
-from jquant.learning.objectives import Objective, Stagewise
+from jquant.learning.objectives import Objective, Reconstruction
 from jquant.schemes.scheme import Plan
 from jquant.trees.lazy import realize
 from jquant.weights.arguments import by_path
@@ -52,14 +52,14 @@ class Whole:
     objective: Objective
 
 
-Aim = Alone | Stagewise | Whole
+Aim = Alone | Reconstruction | Whole
 
 
 def aim_of(objective: Objective | None) -> Aim:
     """What a job with this `objective=` aims at."""
     if objective is None:
         return Alone()
-    return objective if isinstance(objective, Stagewise) else Whole(objective)
+    return objective if isinstance(objective, Reconstruction) else Whole(objective)
 
 
 class Resources(NamedTuple):
@@ -126,9 +126,9 @@ class Request:
                 )
             if weighed:
                 check_weighable(objective)
-        if isinstance(self.aim, Stagewise) and self.sequential is None:
+        if isinstance(self.aim, Reconstruction) and self.sequential is None:
             raise PlanError(
-                "objectives.Stagewise() needs stages: pass sequential='weight' or 'block', or "
+                "objectives.Reconstruction() needs stages: pass sequential='weight' or 'block', or "
                 "descend its objective on the whole network"
             )
         if self.sequential not in ("weight", "block", None):
@@ -185,7 +185,7 @@ class Request:
             given=self.rounded.keys() - set(self.unknown),
             drift="drift" in needs and self.sequential is not None,
             spread="spread" in needs,
-            reconstruct=self.aim.inputs if isinstance(self.aim, Stagewise) else None,
+            reconstruct=self.aim.inputs if isinstance(self.aim, Reconstruction) else None,
         )
 
     def walk(self, budget: int | None) -> Walk:
@@ -194,7 +194,7 @@ class Request:
         Raises:
             EvidenceError: the batches do not reach a weight, or not all tokens are known.
         """
-        if not self.data.batches or not (self.unknown or isinstance(self.aim, Stagewise)):
+        if not self.data.batches or not (self.unknown or isinstance(self.aim, Reconstruction)):
             return Walk.without_data(self.fn, self.leaves, self.rounded)
         walk = Walk.start(self.fn, self.leaves, self.data, self.recording, budget)
         check_reached(walk, self.rounded)

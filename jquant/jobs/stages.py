@@ -33,7 +33,7 @@ from jquant.layerwise.standin import check_tokens, stand_in
 from jquant.layerwise.weight import quantize_weight
 from jquant.learning.descend import Learned, Problem, descent_of, is_learned, learn
 from jquant.learning.network import Setting, learn_whole
-from jquant.learning.objectives import Objective, Stagewise
+from jquant.learning.objectives import Objective, Reconstruction
 from jquant.learning.trace import Trace
 from jquant.programs.straight import Piece
 from jquant.rounding.base import Rounding
@@ -106,7 +106,7 @@ class Job:
     def solve(self, stage: int) -> Record:
         """Read the inputs of a stage's weights, and round them."""
         evidence = self.read(stage)
-        together = isinstance(self.request.aim, Stagewise)
+        together = isinstance(self.request.aim, Reconstruction)
         pieces: tuple[list[Piece], list[Piece]] = [], []
         for piece in self.walk.stages[stage].pieces:
             pieces[together and is_learned(self.plan[piece.path])].append(piece)
@@ -192,7 +192,7 @@ class Job:
         self, stage: int, pieces: Sequence[Piece], evidence: Mapping[Piece, Evidence]
     ) -> Record:
         """Round weights of a stage together, by what the stage makes of them."""
-        assert isinstance(self.request.aim, Stagewise)
+        assert isinstance(self.request.aim, Reconstruction)
         start = time.perf_counter()
         weights = [
             Learned(

@@ -11,7 +11,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jquant.calibration.data import Data
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError, PlanError
-from jquant.learning.objectives import KL, Fisher, Stagewise
+from jquant.learning.objectives import KL, Fisher, Reconstruction
 from jquant.rounding.relaxed import Relaxation
 from jquant.schemes.scheme import Plan, Scheme
 
@@ -39,7 +39,7 @@ def check_objective(
                 f"weights {first!r} and {path!r} are to be learned together, but by {rounding} and "
                 f"{scheme.rounding}; pass one rounding for both"
             )
-        if not isinstance(objective, Stagewise) and path not in evidence:
+        if not isinstance(objective, Reconstruction) and path not in evidence:
             _check_inputs(path, scheme)
         _check_compensation(path, scheme)
     if "key" in rounding.needs and key is None:

@@ -8,21 +8,26 @@ the batch. With p and q the two distributions and z the logits,
     Fisher   mean over tokens of  ½ (Σ_v p Δz² - (Σ_v p Δz)²),  KL to second order in Δz
     MSE      mean squared difference, relative to the mean square of the reference
 
-`Stagewise(objective)` says that it is to be descended stage by stage, on the outputs of the stage,
-not on the whole network's. Sums are float32.
+`Reconstruction(objective)` says that it is to be descended stage by stage, on the outputs of the
+stage, not on the whole network's. Sums are float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jquant import deprecated
+
 Objective = Callable[..., Array]
+
+__getattr__ = partial(deprecated.attribute, __name__)
 
 TokenWeights = Bool[Array, "*tokens"] | Float[Array, "*tokens"]  # not negative
 
@@ -113,7 +118,7 @@ class MSE:
 
 
 @dataclass(frozen=True)
-class Stagewise:
+class Reconstruction:
     """An objective that is descended stage by stage: reconstruction.
 
     The weights of a stage (a block, with `sequential="block"`) are learned together, on inputs
@@ -139,7 +144,9 @@ class Stagewise:
 
     def __post_init__(self) -> None:
         if self.inputs not in ("quantized", "full"):
-            raise ValueError(f"Stagewise.inputs must be 'quantized' or 'full', got {self.inputs!r}")
+            raise ValueError(
+                f"Reconstruction.inputs must be 'quantized' or 'full', got {self.inputs!r}"
+            )
 
     def __call__(self, outputs: Any, reference: Any, *inputs: Any) -> Array:
         return self.objective(outputs, reference, *inputs)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 from jquant.axes.groups import Groups
 from jquant.calibration.data import Data
 from jquant.errors import PlanError
-from jquant.grids.base import Grid, Params
+from jquant.grids.base import Grid, GridParams
 from jquant.grids.grouped import Grouped
 from jquant.learning.descend import Subjects, Watch, descend
 from jquant.learning.network import Feed, Network
@@ -43,7 +43,7 @@ class _Coded:
     """What `relaxed.Target` is, of a weight that is rounded already."""
 
     codes: Integer[Array, "*batch out in"]
-    params: Params
+    params: GridParams
     parts: tuple[Part, ...]  # they stay as they are
     grid: Grid = field(metadata={"static": True})
     groups: Groups = field(metadata={"static": True})
@@ -55,7 +55,9 @@ class _Coded:
     def nearest(self) -> Integer[Array, "*batch out in"]:
         return self.codes
 
-    def decode(self, codes: Array, params: Params | None = None) -> Float[Array, "*batch out in"]:
+    def decode(
+        self, codes: Array, params: GridParams | None = None
+    ) -> Float[Array, "*batch out in"]:
         params = self.params if params is None else params
         values = Grouped(self.grid, self.groups).decode(codes, params)
         for part in self.parts:
@@ -93,7 +95,7 @@ class _Scales:
         del target
         return jax.tree.map(lambda d: jnp.clip(d, -0.5, 1.0), variables)  # signs and order stay
 
-    def harden(self, variables: Variables, target: _Coded) -> tuple[Array, Params]:
+    def harden(self, variables: Variables, target: _Coded) -> tuple[Array, GridParams]:
         moved = _moved(variables, target.params)
         return target.codes, {
             name: as_dtype(moved[name], leaf.dtype) for name, leaf in target.params.items()
@@ -104,7 +106,7 @@ def _learnable(leaf: Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize > 1
 
 
-def _moved(variables: Variables, params: Params) -> Params:
+def _moved(variables: Variables, params: GridParams) -> GridParams:
     moved = {name: params[name].astype(jnp.float32) * (1 + d) for name, d in variables.items()}
     return {**params, **moved}
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, PRNGKeyArray
 
-from jquant.grids.base import Params
+from jquant.grids.base import GridParams
 from jquant.rounding.descent import Descent
 from jquant.rounding.learned import learn_alone
 from jquant.rounding.relaxed import (
@@ -114,7 +114,7 @@ class AdaRound:
 
     def harden(
         self, variables: Variables, target: Target
-    ) -> tuple[Integer[Array, "*batch out in"], Params]:
+    ) -> tuple[Integer[Array, "*batch out in"], GridParams]:
         cell = target.cell()
         return jnp.where(_position(variables["v"]) >= 0.5, cell.hi, cell.lo), target.params
 

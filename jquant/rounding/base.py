@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
-from jquant.grids.base import Grid, Params
+from jquant.grids.base import Grid, GridParams
 
 
 class Rounded(NamedTuple):
@@ -26,7 +26,7 @@ class Rounded(NamedTuple):
     """
 
     codes: Integer[Array, "*batch out in"]
-    params: Params  # leaves [*batch, rows, n] or [*batch, rows, n, k]
+    params: GridParams  # leaves [*batch, rows, n] or [*batch, rows, n, k]
     info: Mapping[str, Array]
     target: Float[Array, "*batch out in"] | None = None
 

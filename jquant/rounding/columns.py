@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from jquant.axes.groups import from_groups
-from jquant.grids.base import Params
+from jquant.grids.base import GridParams
 from jquant.grids.grouped import Grouped
 from jquant.numerics.packed import unpacked
 from jquant.rounding.arrangement import Arrangement
@@ -52,11 +52,11 @@ class Across(NamedTuple):
         """The inverse of `of`."""
         return columns[:, :, 0].T
 
-    def table(self, params: Params) -> Params:
+    def table(self, params: GridParams) -> GridParams:
         """Parameters by group of columns, in types that can be looked up."""
         return jax.tree.map(lambda leaf: unpacked(leaf).swapaxes(0, 1), params)
 
-    def params(self, table: Params, place: Arrangement) -> Params:
+    def params(self, table: GridParams, place: Arrangement) -> GridParams:
         """Parameters from a table that was fitted on the way."""
         del place
         return self.table(table)
@@ -97,11 +97,11 @@ class Within(NamedTuple):
         """The inverse of `of`."""
         return from_groups(columns, self.grid.groups, self.shape[0])
 
-    def table(self, params: Params) -> Params:
+    def table(self, params: GridParams) -> GridParams:
         """Parameters by column, in types that can be looked up."""
         return jax.tree.map(unpacked, params)
 
-    def params(self, table: Params, place: Arrangement) -> Params:
+    def params(self, table: GridParams, place: Arrangement) -> GridParams:
         """Parameters from a table, by place, that was fitted on the way."""
         return jax.tree.map(lambda leaf: jnp.take(leaf, place.home, axis=0), table)
 

@@ -38,7 +38,7 @@ from jquant import deprecated
 from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError
-from jquant.grids.base import Grid, Params, code_dtype, shares
+from jquant.grids.base import Grid, GridParams, code_dtype, shares
 from jquant.grids.grouped import Grouped
 from jquant.rounding.arrangement import Arrangement, arrange, by_power
 from jquant.rounding.base import Rounded
@@ -299,7 +299,7 @@ def _round_one(
         fitted = columns.params(solved.fitted, place)
         params = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), fitted, params)
 
-    def lost(codes: Array, params: Params) -> Float[Array, "m b"]:
+    def lost(codes: Array, params: GridParams) -> Float[Array, "m b"]:
         error = columns.of(w - grid.decode(codes, params))
         return loss_of(jnp.take(error, place.source, axis=0), factor)
 
@@ -317,7 +317,7 @@ def _round_one(
 
 def _sweep(
     target: Float[Array, "out in"],
-    params: Params,
+    params: GridParams,
     factor: Factor,
     place: Arrangement,
     columns: Across | Within,

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 from jquant import deprecated
 from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
-from jquant.grids.base import Grid, Params, code_dtype
+from jquant.grids.base import Grid, GridParams, code_dtype
 from jquant.grids.grouped import Grouped
 from jquant.rounding.base import Rounded
 from jquant.rounding.elementwise import importance_of, moment_for, second_moment
@@ -70,7 +70,7 @@ def learn_alone(
 
 class _Best(NamedTuple):
     codes: Array
-    params: Params
+    params: GridParams
     loss: Array
     step: Array
 
@@ -113,7 +113,7 @@ def _one(
         carried = jnp.matmul(moved, moment, precision=precision)
         return jnp.sum(carried * moved) / (jnp.maximum(tokens, 1.0) * w.shape[0])
 
-    def candidate(codes: Integer[Array, "out in"], params: Params, at: Array) -> _Best:
+    def candidate(codes: Integer[Array, "out in"], params: GridParams, at: Array) -> _Best:
         value = loss([target.decode(codes, params)], lax.Precision.HIGHEST)
         return _Best(codes, params, value, at)
 

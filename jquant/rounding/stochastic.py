@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from jquant import deprecated
 from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
-from jquant.grids.base import Grid, Params, code_dtype
+from jquant.grids.base import Grid, GridParams, code_dtype
 from jquant.grids.grouped import Grouped
 from jquant.numerics import noise, require
 from jquant.numerics.narrow import ends
@@ -103,7 +103,7 @@ def _round(
 
 
 def _either(
-    w: Float[Array, "*s"], luck: Float[Array, "*s"], grid: Grid, params: Params
+    w: Float[Array, "*s"], luck: Float[Array, "*s"], grid: Grid, params: GridParams
 ) -> Shaped[Array, "*s"]:
     """The upper code where luck, uniform in `[0, 1)`, is below the number's share of the step."""
     lo, hi = grid.bracket(w, params)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
-from jquant.grids.base import Grid, Params, code_dtype, nearest
+from jquant.grids.base import Grid, GridParams, code_dtype, nearest
 from jquant.numerics.packed import unpacked, whole_bytes
 from jquant.rounding.factor import Factor
 
@@ -33,10 +33,10 @@ CHUNK = 256  # earlier columns per matrix product; see docs/notes/gptq-solver.md
 class ColumnParams(NamedTuple):
     """Parameters of all columns: a table, and every column's entry in it."""
 
-    table: Params  # leaves [units, m, …]; [1, m, …] where one serves all units
+    table: GridParams  # leaves [units, m, …]; [1, m, …] where one serves all units
     entry: Integer[Array, " in"]
 
-    def at(self, source: Integer[Array, " n"]) -> Params:
+    def at(self, source: Integer[Array, " n"]) -> GridParams:
         entry = jnp.take(self.entry, source)
 
         def pick(leaf: Array) -> Array:
@@ -59,7 +59,7 @@ class Solved(NamedTuple):
 
     codes: Integer[Array, "n m b"]  # whole bytes: XLA slices no smaller ones
     plain: Float[Array, "n m b"]  # errors of nearest rounding with the static parameters
-    fitted: Params | None  # leaves [units, m, …], if parameters were fitted on the way
+    fitted: GridParams | None  # leaves [units, m, …], if parameters were fitted on the way
 
 
 def substitute(
@@ -91,7 +91,7 @@ def substitute(
     everyone = jnp.zeros(len(columns), jnp.int32)
     byte = whole_bytes(code_dtype(grid))
 
-    def fit(w: Array, pull: Array, inner: Array, edges: Array) -> Params:
+    def fit(w: Array, pull: Array, inner: Array, edges: Array) -> GridParams:
         """Parameters of one unit, from its weights as moved by earlier columns: `w + G⁻¹ pull`."""
         n = w.shape[0]
         moved = lax.linalg.triangular_solve(

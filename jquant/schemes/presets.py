@@ -217,7 +217,7 @@ def int4_adaround(group: int | None = 64) -> Scheme:
 def int4_signround(group: int | None = 64) -> Scheme:
     """SignRound, AutoRound's algorithm: shifts and ranges learned by signs of gradients.
 
-    Meant for blocks: `quantize(..., objective=objectives.Stagewise(), sequential="block")`.
+    Meant for blocks: `quantize(..., objective=objectives.Reconstruction(), sequential="block")`.
     """
     return Scheme(_affine(4), group, SignRound())
 

@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Integer
 from jquant import deprecated, grids
 from jquant.axes.groups import Groups
 from jquant.errors import PlanError
-from jquant.grids import MSE, Grid, MinMax, Params, Uniform, nearest
+from jquant.grids import MSE, Grid, GridParams, MinMax, Uniform, nearest
 from jquant.numerics.extremes import all_finite
 
 Granularity = Literal["token", "tensor", "static"]
@@ -178,7 +178,7 @@ class Activations:
             )
         return way
 
-    def fit(self, low: Float[Array, "*r"], high: Float[Array, "*r"]) -> Params:
+    def fit(self, low: Float[Array, "*r"], high: Float[Array, "*r"]) -> GridParams:
         """The grid's parameters for ranges `[low, high]`, one for each."""
         return self.grid.fit(jnp.stack([low, high], axis=-1).astype(jnp.float32))
 
@@ -200,8 +200,8 @@ def _kind(grid: Grid) -> str | None:
 
 
 def encode(
-    x: Float[Array, "*batch tokens in"], choice: Activations, static: Params | None
-) -> tuple[Integer[Array, "*batch tokens in"], Params, Float[Array, "*batch tokens"]]:
+    x: Float[Array, "*batch tokens in"], choice: Activations, static: GridParams | None
+) -> tuple[Integer[Array, "*batch tokens in"], GridParams, Float[Array, "*batch tokens"]]:
     """The codes of an input, int32, on the grid of its range.
 
     Args:
@@ -235,7 +235,7 @@ def encode(
 
 
 def rounded(
-    x: Float[Array, "*batch tokens in"], choice: Activations, static: Params | None
+    x: Float[Array, "*batch tokens in"], choice: Activations, static: GridParams | None
 ) -> Float[Array, "*batch tokens in"]:
     """The input as its codes say, float32; gradients pass as if nothing had been rounded.
 
@@ -246,7 +246,7 @@ def rounded(
     """
 
     @jax.custom_jvp
-    def run(x: Array, static: Params | None) -> Array:
+    def run(x: Array, static: GridParams | None) -> Array:
         codes, params, sound = encode(x, choice, static)
         return choice.grid.decode(codes, params) * sound[..., None]
 

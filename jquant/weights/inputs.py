@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jquant.grids.base import Params
+from jquant.grids.base import GridParams
 from jquant.weights.activations import Activations, rounded
 from jquant.weights.parts import Part
 
@@ -26,7 +26,7 @@ class Inputs:
     """
 
     choice: Activations = field(metadata={"static": True})
-    params: Params | None = None
+    params: GridParams | None = None
 
     @property
     def alters(self) -> bool:

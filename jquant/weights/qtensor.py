@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Integer
 from jquant import deprecated
 from jquant.axes.groups import Groups
 from jquant.axes.layout import Layout
-from jquant.grids.base import Grid, Params
+from jquant.grids.base import Grid, GridParams
 from jquant.grids.grouped import Grouped
 from jquant.numerics.distortion import bits_per_weight
 from jquant.numerics.narrow import as_dtype
@@ -51,7 +51,7 @@ class QTensor:
     """
 
     codes: Integer[Array, "*batch out in"]
-    params: Params
+    params: GridParams
     grid: Grid = field(metadata={"static": True})
     groups: Groups = field(metadata={"static": True})
     layout: Layout = field(metadata={"static": True})
