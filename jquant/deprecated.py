@@ -71,7 +71,7 @@ def keywords(place: str) -> Callable[[_Target], _Target]:
         if not isinstance(target, type):
             return _renaming(place, target)
         for old in RENAMED[place]:
-            setattr(target, old, property(functools.partial(_read, place, old)))
+            setattr(target, old, _field(place, old))
         setattr(target, "__init__", _renaming(place, target.__init__))  # noqa: B010
         return target
 
@@ -88,8 +88,11 @@ def _renaming(place: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _read(place: str, old: str, value: Any) -> Any:
-    return getattr(value, current(place, old))
+def _field(place: str, old: str) -> property:
+    def read(value: Any) -> Any:
+        return getattr(value, current(place, old))
+
+    return property(read, doc=f"The field `{RENAMED[place][old]}`, by its old name.")
 
 
 def _levels_inside() -> int:

@@ -36,7 +36,14 @@ Batch = Tokens | tuple[Any, ...]  # tokens, or these and other inputs
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found over `tokens` positions."""
+    """How far a quantized model is from the full one.
+
+    Attributes:
+        kl: mean KL(full || quantized), nats per token.
+        perplexity_full, perplexity_quantized: of each model alone.
+        agreement: how often both find the same token likeliest, 0 to 1.
+        tokens: how many positions were compared.
+    """
 
     kl: float
     perplexity_full: float
@@ -220,7 +227,7 @@ def agreement(
     token_weights: Given = None,
     progress: Progress | None = None,
 ) -> float:
-    """How often both models find the same token likeliest, 0 to 1; arguments as for `compare`."""
+    """The share of positions where both models find the same token likeliest; as `compare`."""
     return compare(
         fn, params, qparams, batches, token_weights=token_weights, progress=progress
     ).agreement

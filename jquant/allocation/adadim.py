@@ -35,7 +35,7 @@ from jquant.calibration.tokens import Given
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, PlanError
 from jquant.grids.base import Grid
-from jquant.jobs.progress import Progress, Told
+from jquant.jobs.progress import OnProgress, Progress
 from jquant.layerwise.checks import check_compared, check_reached, check_weights
 from jquant.programs.straight import Piece
 from jquant.rounding import GPTQ, Nearest
@@ -54,9 +54,9 @@ def adadim(
     level: Level = "residual",
     token_weights: Given = None,
     budget: int | None = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> tuple[Plan, Choices]:
-    """Choose for every weight of a plan whether its groups run along the input or the output axis.
+    """The plan with every weight's groups along the better of its two axes, and why.
 
     Each weight is rounded to nearest on its scheme's grid (fitted without evidence), in groups of
     its scheme's size along either axis. The better axis is that with the smaller mean squared
@@ -170,7 +170,7 @@ class _Chooser:
         leaves: Leaves,
         walk: Walk,
         left: Mapping[str, str],
-        progress: Told | None,
+        progress: OnProgress | None,
     ):
         self.plan, self.leaves, self.walk, self.left = plan, leaves, walk, left
         self.progress = progress

@@ -26,7 +26,7 @@ WIDTHS = range(2, 9)
 
 @dataclass(frozen=True)
 class Candidates(Mapping[str, tuple[Scheme, ...]]):
-    """Path → the schemes a weight may get, smallest first; in the order of depth (see `depth`).
+    """Path → the schemes a weight may get, smallest first; paths in the order of the network.
 
     Attributes:
         schemes: the mapping.
@@ -67,7 +67,7 @@ class Candidates(Mapping[str, tuple[Scheme, ...]]):
 def candidates(
     plan: Plan, options: Options = WIDTHS, *, paths: Collection[str] | None = None
 ) -> Candidates:
-    """What `allocate` may choose for each weight of a plan.
+    """The schemes that `allocate` may choose from, for each weight of a plan.
 
     Args:
         plan: what `jq.plan` returned. Kept weights stay kept.

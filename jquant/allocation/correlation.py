@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.sensitivity import Sensitivity
-from jquant.allocation.trials import Told, outputs
+from jquant.allocation.trials import OnProgress, outputs
 from jquant.calibration.cutting import Recording
 from jquant.calibration.data import Data
 from jquant.calibration.stages import Cut, block_of
@@ -100,7 +100,7 @@ def cmpq(
     *,
     ridge: float = RIDGE,
     token_weights: Given = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> Sensitivity:
     """CMPQ: 1 minus the mean canonical correlation of a block's state with all the others.
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.gradients import Loss, check_loss, next_token_loss, size, told
 from jquant.allocation.sensitivity import Sensitivity
-from jquant.allocation.trials import Told, Trials, divergence, mean
+from jquant.allocation.trials import OnProgress, Trials, divergence, mean
 from jquant.axes.layout import Layout
 from jquant.calibration.tokens import Given
 from jquant.errors import PlanError
@@ -45,7 +45,7 @@ def pmpq(
     fraction: float = 0.3,
     unit: Unit = "block",
     token_weights: Given = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> Sensitivity:
     """PMPQ: the KL divergence that pruning a block causes, per million weights.
 
@@ -121,7 +121,7 @@ def tdmpq(
     noise: float = 1.0,
     loss: Loss = next_token_loss,
     token_weights: Given = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> Sensitivity:
     """TDMPQ as released: the loss with noise in the first matrix of a block.
 

@@ -19,7 +19,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.sensitivity import Sensitivity
-from jquant.allocation.trials import Told, Trials, divergence, mean
+from jquant.allocation.trials import OnProgress, Trials, divergence, mean
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.tokens import Given
 from jquant.errors import PlanError
@@ -35,7 +35,7 @@ def exact_kl(
     evidence: Mapping[str, Evidence] | None = None,
     key: PRNGKeyArray | None = None,
     token_weights: Given = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> Sensitivity:
     """The KL divergence that each weight causes alone, under each of its candidates.
 
@@ -45,7 +45,7 @@ def exact_kl(
         candidates: what `candidates` returned.
         batches: each one array or a tuple of `fn`'s inputs.
         only: positions of the candidates to run, for all weights; the losses of the others are
-            scaled (see the module). None: all are run.
+            scaled by the ratio of squared weight errors. None: all are run.
         evidence: path → `Evidence`, to round as the schemes say; without it to nearest.
         key: for roundings that are random.
         token_weights: what each token counts; as for `quantize`.
@@ -90,7 +90,9 @@ def exact_kl(
         for path in trials.free
     }
     losses = {
-        path: scaled(some, run[path], trials.power(path) if len(run[path]) < len(some) else some)
+        path: scaled(
+            some, run[path], trials.squared_errors(path) if len(run[path]) < len(some) else some
+        )
         for path, some in losses.items()
     }
     how = "every candidate run" if only is None else f"run at positions {tuple(only)}, else scaled"
@@ -102,7 +104,7 @@ def exact_kl(
 
 
 def scaled(
-    losses: Sequence[float], measured: Sequence[int], power: Sequence[float]
+    losses: Sequence[float], measured: Sequence[int], squares: Sequence[float]
 ) -> tuple[float, ...]:
     """Losses at `measured` positions, and the others by the ratio of squared weight errors.
 
@@ -117,8 +119,8 @@ def scaled(
     filled = []
     for at, loss in enumerate(losses):
         if at not in measured:
-            near = min(measured, key=lambda k: abs(log(power[k]) - log(power[at])))
-            loss = losses[near] * power[at] / power[near] if power[near] > 0 else 0.0
+            near = min(measured, key=lambda k: abs(log(squares[k]) - log(squares[at])))
+            loss = losses[near] * squares[at] / squares[near] if squares[near] > 0 else 0.0
         filled.append(max(loss, 0.0))  # a sum of float32 terms may fall below it
     return tuple(filled)
 

@@ -27,12 +27,12 @@ def power_exponent(
     *,
     domain: Literal["values", "codes"] = "values",
 ) -> Float[Array, ""]:
-    """The exponent of the least sum of the norms of the errors of many weights.
+    """One exponent of a power grid for many weights: the least sum of the norms of their errors.
 
     Pass it on as `Power(bits, float(exponent))`. Pure; may be part of a jitted function.
 
     Args:
-        groups: a pytree of weights in groups, `[*g, b]` each, as `axes.groups.to_groups` cuts them.
+        groups: a pytree of weights in groups, `[*g, b]` each, a group along the last axis.
         bits: 2 to 8.
         importance: a pytree like `groups` of what to weigh the squared errors by, or None.
         domain: as in `Power`.

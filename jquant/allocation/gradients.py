@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.exact import scaled
 from jquant.allocation.sensitivity import Sensitivity
-from jquant.allocation.trials import Told, Trials, mean
+from jquant.allocation.trials import OnProgress, Trials, mean
 from jquant.allocation.trials import tokens as tokens_of
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.tokens import Given
@@ -99,7 +99,7 @@ def taylor(
     evidence: Mapping[str, Evidence] | None = None,
     key: PRNGKeyArray | None = None,
     token_weights: Given = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> Sensitivity:
     """TDMPQ's first-order term with the actual error: `|<∇L, Q(W) - W>|`, averaged over batches.
 
@@ -157,7 +157,7 @@ def fisher(
     key: PRNGKeyArray,
     evidence: Mapping[str, Evidence] | None = None,
     token_weights: Given = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> Sensitivity:
     """The second-order term of KL with the actual error and the diagonal Fisher information.
 
@@ -224,7 +224,7 @@ def kl_gradient(
     evidence: Mapping[str, Evidence] | None = None,
     key: PRNGKeyArray | None = None,
     token_weights: Given = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> Sensitivity:
     """mlx-lm's score: the gradient of KL where all weights are coarse, times what finer ones gain.
 
@@ -270,10 +270,10 @@ def kl_gradient(
         gradients = _summed(gradients, gradient, jnp.float32(counts[-1]))
         if progress is not None:
             progress(done, len(trials.batches))
-    terms, powers = {}, {}
+    terms, squares = {}, {}
     for path in trials.free:
         errors = trials.errors(path)
-        powers[path] = [float(jnp.sum(e**2)) for e in errors]
+        squares[path] = [float(jnp.sum(e**2)) for e in errors]
         gain = errors[at[path]] - errors[-1]
         terms[path] = float(jnp.vdot(gradients.pop(path), gain)) / math.fsum(counts)
     positive = [term / candidates.size(path) for path, term in terms.items() if term > 0]
@@ -281,8 +281,8 @@ def kl_gradient(
     for path, term in terms.items():
         if term <= 0:
             term = min(positive, default=0.0) * candidates.size(path)
-        some = [term if k == at[path] else math.nan for k in range(len(powers[path]))]
-        losses[path] = scaled(some, [at[path]], powers[path])
+        some = [term if k == at[path] else math.nan for k in range(len(squares[path]))]
+        losses[path] = scaled(some, [at[path]], squares[path])
     return Sensitivity(
         "KL gradient", "nats per token, first order",
         f"gradient with all weights at their low width, {sum(counts)} tokens; scaled to the others",

@@ -47,7 +47,7 @@ def lorc_ranks(
     key: PRNGKeyArray | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Divide bytes for low-rank compensation among the weights of a plan.
+    """The plan with a budget of bytes for low-rank terms divided among its weights.
 
     Each weight is rounded as its scheme says, once; the singular values of what is left, in the
     metric of its `LoRC`, decide. A stack of layers has one rank, and its layers' gains are summed.

@@ -30,7 +30,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What was measured of every weight.
+    """What quantizing each weight costs, by one measure.
 
     Attributes:
         name: of the score, as `"exact KL"`.
@@ -144,7 +144,7 @@ class Sensitivity:
 
     @staticmethod
     def from_json(data: Any) -> Sensitivity:
-        """What `to_json` was made of.
+        """The value that `to_json` was called on.
 
         Raises:
             ValueError: it is something else.

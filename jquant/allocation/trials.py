@@ -33,7 +33,7 @@ from jquant.trees.paths import key_of
 from jquant.weights.arguments import Inputs, by_path, replaced
 from jquant.weights.qtensor import dequantize_weight
 
-Told = Callable[[int, int], None]  # called with the trials done, and how many there are
+OnProgress = Callable[[int, int], None]  # called with the trials done, and how many there are
 
 
 class Trials:
@@ -126,8 +126,8 @@ class Trials:
         schemes = self.candidates[path]
         return [self.quantized(path, scheme).astype(jnp.float32) - w for scheme in schemes]
 
-    def power(self, path: str) -> list[float]:
-        """The squared errors of each candidate."""
+    def squared_errors(self, path: str) -> list[float]:
+        """The squared error of each candidate."""
         return [float(jnp.sum(e**2)) for e in self.errors(path)]
 
     def swapped(self, weights: Mapping[str, Array]) -> PyTree:

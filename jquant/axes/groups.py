@@ -17,10 +17,19 @@ from jaxtyping import Array, Shaped
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Groups:
-    """Groups of `size` weights along the input or the output axis (`None`: the whole axis).
+    """Runs of weights along one axis that share grid parameters; the last may be shorter.
 
-    `Groups("in", 128)` is the usual per-output-channel group; `Groups("out", 128)` the per-IC
-    grouping of AdaDim (Heo et al. 2023). The last group may be shorter.
+    Args:
+        axis: "in" (default), the usual groups within an output channel, or "out", groups within an
+            input channel (the per-IC grouping of AdaDim, Heo et al. 2023).
+        size: how many weights a group has; None (default): the whole axis.
+
+    Raises:
+        ValueError: an argument is out of its set.
+
+    Example:
+        >>> Groups("in", 128).count(300)
+        3
     """
 
     axis: Literal["in", "out"] = "in"

@@ -13,7 +13,7 @@ from jquant.calibration.comparison import Level
 from jquant.calibration.data import in_words, kind_of, not_taken
 from jquant.calibration.follow import Follower
 from jquant.calibration.place import Place
-from jquant.calibration.running import Found, find_uses
+from jquant.calibration.running import Usage, find_uses
 from jquant.calibration.segments import segment_key
 from jquant.calibration.stages import Cut, Segment, Sequential, Stage, cut_at_weights
 from jquant.calibration.tokens import Weights, follow_steps, input_places
@@ -139,7 +139,7 @@ def _one_stage(flat: Flat, recording: Recording) -> Cut:
     return Cut(flat, (stage,), empty, (_gather(flat, usage),), (empty,), (nothing, nothing))
 
 
-def _gather(flat: Flat, usage: Found) -> Segment:
+def _gather(flat: Flat, usage: Usage) -> Segment:
     """The steps that lead to any use of a weight, from the parameters and the inputs."""
     needed, to_weights = set[int](), set[int]()
     for at in range(len(flat.steps))[::-1]:

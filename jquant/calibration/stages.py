@@ -28,7 +28,7 @@ from typing import Any, Literal
 from jquant.calibration.comparison import Compared, Level, compared
 from jquant.calibration.place import Place
 from jquant.calibration.routing import Routing, routing
-from jquant.calibration.running import Found, find_uses
+from jquant.calibration.running import Usage, find_uses
 from jquant.calibration.schedule import Schedule, Span, levels_of, ranges_of, spans_of
 from jquant.programs.straight import Flat, Piece, Step
 
@@ -151,7 +151,7 @@ def _stages(flat: Flat, spans: Mapping[int, Span], sequential: Sequential) -> tu
     )
 
 
-def _unpaired(flat: Flat, usage: Found, lost: Mapping[int, str]) -> dict[Piece, str]:
+def _unpaired(flat: Flat, usage: Usage, lost: Mapping[int, str]) -> dict[Piece, str]:
     """The weights whose rows are chosen in a loop or branch, and in which."""
     return {
         flat.pieces[n]: lost[read]

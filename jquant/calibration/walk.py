@@ -38,7 +38,7 @@ from jquant.weights.arguments import value_of
 from jquant.weights.leaves import Leaves
 
 Current = Callable[[Piece], Array]  # the array that a piece of the parameters is at the moment
-Told = Callable[[int], None]  # called with the number of batches done
+OnProgress = Callable[[int], None]  # called with the number of batches done
 _NOTHING: Mapping[int, Any] = {}
 
 
@@ -207,7 +207,7 @@ class Walk:
         return held * len(self.stores)
 
     def gather(
-        self, stage: int, current: Current, original: Current, told: Told | None = None
+        self, stage: int, current: Current, original: Current, told: OnProgress | None = None
     ) -> dict[Piece, Evidence]:
         """The evidence of a stage's weights, by piece, over all batches.
 
@@ -294,7 +294,7 @@ class Walk:
         return StageFunction(tuple(programs.items())), inputs, targets
 
     def advance(
-        self, stage: int | None, current: Current, original: Current, told: Told | None = None
+        self, stage: int | None, current: Current, original: Current, told: OnProgress | None = None
     ) -> None:
         """Run a stage (None: what comes before all stages) with the weights as they are now."""
         readers = [functools.cache(read) for read in (current, original)[: len(self.stores)]]

@@ -22,11 +22,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 GridParams = Mapping[str, Array]
+"""The parameters of groups `[*g]` by name (`"scale"`, `"zero"`, `"table"`, …): leaves `[*g]` or
+`[*g, k]`, of the dtype they are stored in."""
 
 
 @runtime_checkable
 class Grid(Protocol):
-    """The points a group of weights may take. See the module docstring for the three functions."""
+    """The values that weights may take: a frozen dataclass registered static, without arrays.
+
+    Weights are `[*g, b]`, those of a group along the last axis. `fit` makes the parameters of
+    groups, `decode` the values of codes, increasing in the code, and `bracket` the two codes around
+    a weight, between which every rounding chooses. A format that fixes the size of its groups says
+    so in an attribute `group`.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> isinstance(Uniform(4), Grid)
+        True
+    """
 
     @property
     def bits(self) -> int:

@@ -46,8 +46,8 @@ class Float:
         mantissa_bits: 0 to 23, the leading one not counted. Codes take `1 + e + m` bits, of which
             up to 16 can be stored.
         signed: whether there are negative numbers; without, they become zero.
-        bias: of the exponent; default as in the row of `formats.FORMATS` of as many bits (E2M1,
-            E2M3, E3M2, E4M3, E5M2, ...), else `2^(e-1) - 1`.
+        bias: of the exponent; default that of the known format of as many bits (E2M1, E2M3, E3M2,
+            E4M3, E5M2, ...), else `2^(e-1) - 1`.
         special: which patterns are no numbers: "ieee" the top exponent, "nan" the top pattern,
             "none"; default as `bias`, else "ieee". `Float(5, 10)` is IEEE's half precision.
         overflow: what `round` makes of numbers beyond the largest: "saturate", or "infinity" (NaN

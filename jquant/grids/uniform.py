@@ -75,8 +75,10 @@ class Uniform:
     Args:
         bits: 2 to 8.
         symmetric: codes signed around zero and no zero point; else unsigned codes with one.
-        convention: a row of the module's table; default `"S1"` (symmetric) or `"A1"`, GPTQ's own,
-            and `"A4"` with `HQQ()`.
+        convention: how range, steps and zero point are taken. `"A1"` (default) GPTQ's, zero inside
+            the range; `"A2"` AWQ's, `"A3"` DeepSpeed's and `"A4"` HQQ's (default with `HQQ()`), the
+            range as it is; of symmetric grids `"S1"` (default) GPTQ's, `2^b - 1` steps, `"S2"`
+            DeepSpeed's, `2^b`, `"S3"` of int8 kernels, `2^b - 2`, without the lowest code.
         range: `MinMax()`, or `MSE()` to search for a range that clips on purpose, or `HQQ()` for a
             zero point between codes.
         scale_dtype: `"float32"`, `"float16"` or `"bfloat16"`. The scale is rounded to it in `fit`,

@@ -50,9 +50,13 @@ VERSION = 1
 @deprecated.keywords("Stored")
 @dataclass(frozen=True)
 class Stored:
-    """One weight or array of a file: its original shape and dtype, its bytes, its grid if any.
+    """One weight or array of a file.
 
-    `rank` is that of its compensation, 0 where it has none.
+    Attributes:
+        shape, dtype: of the array, or of the one that a quantized weight stands for.
+        bytes: in the file.
+        grid, groups: of a quantized weight, else None.
+        rank: of its low-rank term, 0 where there is none.
     """
 
     shape: tuple[int, ...]
@@ -65,7 +69,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about itself: format version, leaves by path, the user's metadata."""
+    """What a file holds.
+
+    Attributes:
+        version: of the format.
+        leaves: path → `Stored`.
+        metadata: the strings that `save` was given.
+        file_bytes: the size of the file.
+    """
 
     version: int
     leaves: Mapping[str, Stored]

@@ -18,7 +18,7 @@ from jquant.calibration.evidence import Evidence
 from jquant.calibration.stages import Sequential
 from jquant.calibration.tokens import Given
 from jquant.jobs.fingerprint import fingerprint
-from jquant.jobs.progress import Told
+from jquant.jobs.progress import OnProgress
 from jquant.jobs.records import open_work_dir
 from jquant.jobs.report import Report
 from jquant.jobs.request import Request, Resources, aim_of
@@ -44,9 +44,11 @@ def quantize(
     token_weights: Given = None,
     work_dir: str | os.PathLike[str] | None = None,
     budget: int | None = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> tuple[PyTree, Report]:
-    """Quantize the weights of a plan, calibrated on batches or on given evidence.
+    """The parameters with the weights of a plan quantized, and a report of each.
+
+    Roundings that need to know the weights' inputs are calibrated on batches, or on given evidence.
 
     Args:
         fn: any JAX function `fn(params, *inputs)`; not called when no evidence is to be read.

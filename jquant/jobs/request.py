@@ -23,7 +23,7 @@ from jquant.calibration.stages import Sequential
 from jquant.calibration.tokens import Given
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, PlanError
-from jquant.jobs.progress import Told
+from jquant.jobs.progress import OnProgress
 from jquant.layerwise.checks import (
     check_evidence,
     check_matched,
@@ -73,7 +73,7 @@ class Resources(NamedTuple):
 
     work_dir: str | os.PathLike[str] | None = None
     budget: int | None = None
-    progress: Told | None = None
+    progress: OnProgress | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from jquant.calibration.evidence import Evidence
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, WeightError
 from jquant.jobs.layers import evidence_as_layer, evidence_of_layer, places_of, put_together
-from jquant.jobs.progress import Doing, Progress, Told
+from jquant.jobs.progress import Doing, OnProgress, Progress
 from jquant.jobs.records import Record, WorkDir
 from jquant.jobs.report import WORSE, Report, WeightReport
 from jquant.jobs.request import Request, Whole
@@ -59,7 +59,7 @@ class Job:
     """
 
     def __init__(
-        self, request: Request, walk: Walk, work: WorkDir | None, progress: Told | None
+        self, request: Request, walk: Walk, work: WorkDir | None, progress: OnProgress | None
     ) -> None:
         self.request, self.walk, self.work, self.progress = request, walk, work, progress
         self.plan, self.leaves = request.plan, request.leaves

@@ -81,7 +81,7 @@ def quantize_weight(
     key: PRNGKeyArray | None = None,
     prepared: Any = None,
 ) -> tuple[QTensor, dict[str, Array]]:
-    """Quantize one weight.
+    """One weight as its scheme says, and numbers about its error.
 
     Args:
         w: the weight, in its own shape.
@@ -91,7 +91,7 @@ def quantize_weight(
         key: randomness, for roundings that need it; later rounds of a compensation fold in their
             number.
         prepared: what the rounding has made of this evidence before, for another weight with the
-            same inputs; see `jquant.rounding.prepare.prepared_for`. Default: it is made here.
+            same inputs, by its method `prepare`. Default: it is made here.
 
     Returns:
         the quantized weight, and numbers per `[*batch]`: `error`, `nearest_error` and `power` (the

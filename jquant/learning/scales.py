@@ -121,11 +121,11 @@ def tune_scales(
     descent: Descent = Descent(200, 1e-3),
     progress: Callable[[int], None] | None = None,
 ) -> tuple[PyTree, Trace]:
-    """Train the group parameters of quantized weights; their codes stay.
+    """The quantized parameters with their group parameters trained; codes stay.
 
     Args:
         fn: any JAX function `fn(params, *inputs)`.
-        params: the original parameters: what the function gives with them is wanted.
+        params: the original parameters; the reference is what the function gives with them.
         qparams: the same with quantized weights.
         batches: each one array or a tuple of inputs; gone over again until the steps are done.
         objective: as for `quantize`, on the whole network.

@@ -42,7 +42,7 @@ class AdaRound:
     """Learn up or down for every weight through a stretched sigmoid.
 
     Args:
-        weight: λ, of the penalty (10: heuristic, see the module docstring).
+        weight: λ, of the penalty (10: heuristic).
         beta: from where to where β falls (20, 2: the paper).
         free: the share of the steps without penalty (0.2: the published code).
         descent: steps, learning rate and so on (10 000 steps and 1e-3: the paper; fewer and longer

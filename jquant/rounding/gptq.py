@@ -63,7 +63,8 @@ class GPTQ:
     """Second-order rounding with error feedback, on any grid.
 
     Args:
-        order: `"activation"` (columns by falling `H_jj`; default, see DESIGN) or `"natural"`.
+        order: of columns: `"activation"` (default; by falling `H_jj`, GPTQ's act-order) or
+            `"natural"`, as they lie.
         groups: `"static"` (parameters from the original weights) or `"dynamic"` (from the weights
             as updated so far; along the input axis only in natural order).
         damping: λ relative to the mean of `H_jj` over live inputs; 0.01 as in GPTQ §3.3.

@@ -43,7 +43,7 @@ class Stochastic:
     `Nearest`. Needs a key: `quantize(..., key=)` derives one per path.
 
     Args:
-        source: where random words come from, see `jquant.numerics.noise`; `"hash"` or `"threefry"`.
+        source: of random words: `"hash"` (default, the faster) or `"threefry"`, JAX's own.
 
     Raises:
         ValueError: there is no such source; when called, without a key.
@@ -115,7 +115,7 @@ def _either(
 def stochastic_round(
     key: PRNGKeyArray, x: Shaped[Array, ...], to: Any, *, source: noise.Source = "hash"
 ) -> Shaped[Array, ...]:
-    """Round an array to a dtype or onto a grid, up or down at random, without bias.
+    """The array in a dtype or on a grid, each number rounded up or down at random, without bias.
 
     Args:
         key: randomness; use a new one for every call (`jax.random.fold_in(key, step)`).

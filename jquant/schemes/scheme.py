@@ -143,9 +143,16 @@ keep = Keep()
 
 @dataclass(frozen=True)
 class Plan(Mapping[str, Scheme]):
-    """Path → `Scheme` for every weight that is to be quantized, with what is known of the weights.
+    """Path → `Scheme` for every weight that is to be quantized.
 
-    Weights that are kept are in `weights` but not in the mapping.
+    Attributes:
+        schemes: the mapping.
+        weights: path → `Weight`, of the weights that are kept too.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> list(Plan({"w": Scheme(Uniform(4))}, {}))
+        ['w']
     """
 
     schemes: Mapping[str, Scheme]

@@ -52,6 +52,10 @@ class Percentile:
 
     Raises:
         ValueError: `percent` is out of its set.
+
+    Example:
+        >>> Activations(Uniform(8), "static", range=Percentile(99.9)).range
+        Percentile(percent=99.9)
     """
 
     percent: float = 99.99
@@ -151,7 +155,7 @@ class Activations:
         return f"inputs {type(self.grid).__name__} {self.grid.bits}b {self.granularity}"
 
     def check(self, grid: Grid, groups: Groups) -> None:
-        """Refuse what `way` refuses."""
+        """Raise PlanError if no product is computed as `compute` says."""
         self.way(grid, groups)
 
     def way(self, grid: Grid, groups: Groups) -> Way:

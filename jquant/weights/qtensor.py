@@ -46,8 +46,18 @@ _CHILDREN = ("codes", "params", "compensation", "activations")
 class QTensor:
     """A weight on a grid. `shape`, `ndim` and `dtype` are those of the array it stands for.
 
-    Used as an array itself it raises `QuantizedWeightError`, a `TypeError`: `apply` runs a function
-    on it, `dequantize` gives the array.
+    A `QTensor` used as an array raises `QuantizedWeightError`, a `TypeError`: `apply` runs a
+    function on it, `dequantize` gives the array.
+
+    Attributes:
+        codes: `[*batch, out, in]`, in the narrowest integer dtype that holds the grid's codes.
+        params: the grid's parameters, leaves `[*batch, rows, n]` or `[*batch, rows, n, k]`: n
+            groups in each of the rows, which are `out` for groups along "in", else `in`.
+        grid, groups, layout: how values, groups and the array's own axes are made of these.
+        dtype: of the array.
+        compensation: a low-rank term that is added to the values, or None.
+        activations: how the inputs of its products are quantized, or None.
+        transforms: other parts of the weight, in the order in which they were taken off.
     """
 
     codes: Integer[Array, "*batch out in"]
@@ -239,10 +249,10 @@ def placed(q: QTensor, like: Any) -> QTensor:
 
 
 def dequantize(qparams: Any) -> Any:
-    """Every `QTensor` of a pytree as the array it stands for; other leaves are left as they are.
+    """The pytree with an array in place of every `QTensor`; other leaves are left as they are.
 
-    Quantized inputs are nothing of a weight's: `fn(dequantize(qparams), x)` has them in full
-    precision, `apply(fn)(qparams, x)` has not.
+    The arrays say nothing of quantized inputs: `fn(dequantize(qparams), x)` takes x in full
+    precision, where `apply(fn)(qparams, x)` rounds what enters the weights that ask for it.
 
     Example:
         >>> import jquant as jq
