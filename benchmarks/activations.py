@@ -32,7 +32,7 @@ import jquant as jq
 from benchmarks.harness import RESULTS, machine
 from benchmarks.quality import LINEARS, digest
 from jquant.grids import MSE, Float, Uniform
-from jquant.learning.objectives import Stagewise
+from jquant.learning.objectives import Reconstruction
 from jquant.models import smollm2
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
@@ -175,7 +175,7 @@ def main() -> None:
             if scheme.rounding == SIGNS:
                 models[name], report = jq.quantize(
                     fn, params, plan, list(calibration[:, None]),
-                    objective=Stagewise(inputs="full"), granularity="block",
+                    objective=Reconstruction(inputs="full"), sequential="block",
                 )  # fmt: skip
             else:
                 data = evidence if scheme.needs else None

@@ -95,7 +95,7 @@ def plan_of(plan: jq.Plan, method: str, choices: Mapping[str, Any]) -> jq.Plan:
     for path, scheme in plan.items():
         axis = "out" if path in chosen else "in"
         schemes[path] = dataclasses.replace(
-            scheme, blocks=jq.Blocks(axis, 128), rounding=ROUNDINGS[rounding][axis == "out"]
+            scheme, groups=jq.Groups(axis, 128), rounding=ROUNDINGS[rounding][axis == "out"]
         )
     return jq.Plan(schemes, plan.weights)
 

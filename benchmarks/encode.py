@@ -35,7 +35,7 @@ import numpy as np
 import jquant as jq
 from benchmarks import harness
 from jquant import grids
-from jquant.axes.groups import Blocks, to_blocks
+from jquant.axes.groups import Groups, to_groups
 from jquant.grids import MX, NF4, NV, Codebook, Float, Grid, KMeans, Power, Uniform, nearest
 from jquant.numerics import noise
 from jquant.rounding.elementwise import _round
@@ -274,13 +274,13 @@ def cases() -> dict[str, Case]:
     return found
 
 
-def in_bytes(grid: Grid, blocks: Blocks) -> Callable[[Array], Encoder]:
+def in_bytes(grid: Grid, blocks: Groups) -> Callable[[Array], Encoder]:
     """Fit and nearest codes, in the type of a byte or two."""
     wide = np.int16 if grid.codes[1] - grid.codes[0] > 255 else np.int8
     dtype = wide if grid.codes[0] < 0 else np.uint8
 
     def encode(w: jax.Array) -> Any:
-        groups = to_blocks(w, blocks)
+        groups = to_groups(w, blocks)
         params = grid.fit(groups)
         return nearest(grid, groups, params).astype(dtype), params
 
@@ -289,7 +289,7 @@ def in_bytes(grid: Grid, blocks: Blocks) -> Callable[[Array], Encoder]:
 
 def race(name: str, case: Case, w: Array, repeats: int) -> dict[str, Any]:
     """Alternate all on one weight; ours first."""
-    blocks = Blocks("in", case.size)
+    blocks = Groups("in", case.size)
     makers = {"jquant": Rival(jitted(lambda x: _round(x, None, case.grid, blocks)), "packed")}
     if case.repeats > 3:  # else packing takes none of the time
         makers["jquant in bytes"] = Rival(in_bytes(case.grid, blocks), "bytes")

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness
-from jquant.axes.groups import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Groups, from_groups, to_groups
 from jquant.grids import Uniform
 from jquant.rounding import GPTQ
 
@@ -58,7 +58,7 @@ def problem(out: int, width: int) -> tuple[Array, Array]:
     return random.standard_normal((out, width), np.float32), x.T @ x
 
 
-def ours(w: Array, h: Array, grid: Uniform, blocks: Blocks) -> tuple[Solver, dict[str, Any]]:
+def ours(w: Array, h: Array, grid: Uniform, blocks: Groups) -> tuple[Solver, dict[str, Any]]:
     """The compiled solver, and what compiling took."""
     choice = GPTQ(order="natural", damping=DAMPING)
     arrays = jax.block_until_ready((jnp.asarray(w), jnp.asarray(h)))
@@ -156,20 +156,20 @@ def qwix_loop(w: Array, h: Array) -> Solver:
     return solve
 
 
-def loss(w: Array, h: Array, codes: Array, grid: Uniform, blocks: Blocks) -> float:
+def loss(w: Array, h: Array, codes: Array, grid: Uniform, blocks: Groups) -> float:
     """tr(E H Eᵀ), float64 sums over float32 products; floats are values already."""
     values = codes
     if not np.issubdtype(codes.dtype, np.floating):
-        groups = to_blocks(jnp.asarray(w), blocks)
-        cut = to_blocks(jnp.asarray(codes.astype(np.int32)), blocks)
-        values = np.asarray(from_blocks(grid.decode(cut, grid.fit(groups)), blocks, w.shape[1]))
+        groups = to_groups(jnp.asarray(w), blocks)
+        cut = to_groups(jnp.asarray(codes.astype(np.int32)), blocks)
+        values = np.asarray(from_groups(grid.decode(cut, grid.fit(groups)), blocks, w.shape[1]))
     e = w - values
     return float(np.sum((e @ h).astype(np.float64) * e))
 
 
 def race(
     w: Array, h: Array, rivals: dict[str, Callable[[Array, Array], Solver]], grid: Uniform,
-    blocks: Blocks, repeats: int,
+    blocks: Groups, repeats: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Alternate all solvers on one problem; ours first, and the one losses are compared with."""
     mine, compiled = ours(w, h, grid, blocks)
@@ -219,11 +219,11 @@ def main() -> None:
     rows = []
     for (out, width), repeats in (QUICK if quick else SHAPES).items():
         w, h = problem(out, width)
-        rows.append(race(w, h, rivals, Uniform(BITS), Blocks("in", GROUP), repeats))
+        rows.append(race(w, h, rivals, Uniform(BITS), Groups("in", GROUP), repeats))
         print(rows[-1], flush=True)
     w, h = problem(*(256, 256) if quick else (576, 576))
     grid = Uniform(BITS, symmetric=True)
-    unrolled = race(w, h, {"qwix": qwix_loop}, grid, Blocks(), 1 if quick else 3)
+    unrolled = race(w, h, {"qwix": qwix_loop}, grid, Groups(), 1 if quick else 3)
     print(unrolled, flush=True)
     if not quick:
         versions = {}

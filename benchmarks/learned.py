@@ -28,7 +28,7 @@ import jquant as jq
 from benchmarks.harness import RESULTS, machine
 from benchmarks.train_bytes import WINDOW, split
 from jquant.grids import Power, Uniform
-from jquant.learning.objectives import KL, Stagewise
+from jquant.learning.objectives import KL, Reconstruction
 from jquant.models import smollm2
 from jquant.rounding import GPTQ, NUPES, AdaRound, Descent, DiscQuant, Nearest, SignRound
 
@@ -49,15 +49,15 @@ SIGNS = Descent(STEPS, 1 / STEPS, "sign_sgd", "linear")
 COSINE = Descent(STEPS, 0.1, warmup=STEPS // 8)
 DISC = DiscQuant(rho=1.0, unit="nearest", descent=COSINE)
 
-# Name: rounding, objective, granularity, whether on a power grid.
+# Name: rounding, objective, what is one stage, whether on a power grid.
 METHODS: dict[str, tuple[Any, Any, Any, bool]] = {
     "nearest": (Nearest(), None, "weight", False),
-    "GPTQ, one pass": (GPTQ(), None, "all", False),
+    "GPTQ, one pass": (GPTQ(), None, None, False),
     "GPTQ": (GPTQ(), None, "weight", False),
     "GPTQ + QEP": (GPTQ(correction="qep"), None, "weight", False),
     "AdaRound, alone": (AdaRound(), None, "weight", False),
-    "AdaRound, block": (AdaRound(descent=STEADY), Stagewise(), "block", False),
-    "SignRound, block": (SignRound(descent=SIGNS), Stagewise(), "block", False),
+    "AdaRound, block": (AdaRound(descent=STEADY), Reconstruction(), "block", False),
+    "SignRound, block": (SignRound(descent=SIGNS), Reconstruction(), "block", False),
     "SignRound, KL": (SignRound(descent=SIGNS), KL(), "weight", False),
     "NUPES, KL": (NUPES(descent=STEADY), KL(), "weight", False),
     "DiscQuant": (DISC, KL(), "weight", False),
@@ -98,7 +98,7 @@ def windows_of(seed: int) -> np.ndarray:
 def run(setting: str, method: str, seed: int) -> dict[str, Any]:
     fn, params, _, evaluation = trained.load()
     bits, group = SETTINGS[setting]
-    rounding, objective, granularity, power = METHODS[method]
+    rounding, objective, sequential, power = METHODS[method]
     grid = (Power if power else Uniform)(bits, scale_dtype="float16")
     batches = list(windows_of(seed).reshape(-1, ROWS, WINDOW))
     weights = jq.find_weights(fn, params, batches[0])
@@ -106,7 +106,7 @@ def run(setting: str, method: str, seed: int) -> dict[str, Any]:
     plan = jq.plan(weights, {trained.LINEARS: scheme, ".*": jq.keep})
     qparams, report = jq.quantize(
         fn, params, plan, batches if rounding.needs or objective else None,
-        objective=objective, granularity=granularity, key=jax.random.key(seed),
+        objective=objective, sequential=sequential, key=jax.random.key(seed),
     )  # fmt: skip
 
     def kl(q: Any) -> dict[str, float]:

@@ -34,7 +34,7 @@ import jquant as jq
 from benchmarks.harness import RESULTS, machine
 from benchmarks.quality import LINEARS
 from jquant.grids import Uniform
-from jquant.learning.objectives import KL, Stagewise
+from jquant.learning.objectives import KL, Reconstruction
 from jquant.models import smollm2
 from jquant.rounding import GPTQ, NUPES, Descent, DiscQuant, Nearest, SignRound
 
@@ -52,14 +52,16 @@ DISC = DiscQuant(
 CODES = Descent(STEPS, 0.02, warmup=STEPS // 8, checks=4)
 ALL_SIGNS = Descent(STEPS, 1 / STEPS, "sign_sgd", "linear", checks=4)
 
-# Name: rounding, objective, granularity.
+# Name: rounding, objective, what is one stage.
 METHODS: dict[str, tuple[Any, Any, Any]] = {
     "nearest": (Nearest(), None, "weight"),
-    "GPTQ, one pass": (GPTQ(), None, "all"),
+    "GPTQ, one pass": (GPTQ(), None, None),
     "GPTQ": (GPTQ(), None, "weight"),
     "DiscQuant, KL": (DISC, KL(), "weight"),
-    "SignRound, block": (SignRound(descent=SIGNS), Stagewise(), "block"),
-    "SignRound, block, ranges kept": (SignRound(descent=SIGNS, ranges=False), Stagewise(), "block"),
+    "SignRound, block": (SignRound(descent=SIGNS), Reconstruction(), "block"),
+    "SignRound, block, ranges kept": (
+        SignRound(descent=SIGNS, ranges=False), Reconstruction(), "block",
+    ),  # fmt: skip
     "NUPES, KL": (NUPES(descent=CODES), KL(), "weight"),
     "SignRound, KL": (SignRound(descent=ALL_SIGNS), KL(), "weight"),
 }  # fmt: skip
@@ -72,13 +74,13 @@ def load() -> tuple[Any, Any, list[Any], Any]:
 
 
 def quantize(method: str, fn: Any, params: Any, batches: list[Any], **options: Any) -> Any:
-    rounding, objective, granularity = METHODS[method]
+    rounding, objective, sequential = METHODS[method]
     weights = jq.find_weights(fn, params, batches[0])
     scheme = jq.Scheme(Uniform(BITS), GROUP, rounding)
     return jq.quantize(
         fn, params, jq.plan(weights, {LINEARS: scheme, ".*": jq.keep}),
         batches if rounding.needs or objective else None,
-        objective=objective, granularity=granularity, key=jax.random.key(0), **options,
+        objective=objective, sequential=sequential, key=jax.random.key(0), **options,
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ SETTINGS: dict[str, tuple[int, int | None, int]] = {
     "W3 g64": (3, 64, 40),
 }
 BYTES = Uniform(8, symmetric=True)
-PLAIN, WEIGHED = jq.LoRC(RANK, BYTES), jq.LoRC(RANK, BYTES, "evidence")
+PLAIN, WEIGHED = jq.LoRC(RANK, BYTES), jq.LoRC(RANK, BYTES, "hessian")
 # Rounding, term, and whether groups are the smaller ones.
 METHODS: dict[str, tuple[Nearest | GPTQ, jq.LoRC | None, bool]] = {
     "nearest": (Nearest(), None, False),

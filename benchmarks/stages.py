@@ -1,4 +1,4 @@
-"""One pass against stages: SmolLM2-135M, KL on held-out text, time and memory, by granularity.
+"""One pass against stages: SmolLM2-135M, KL on held-out text, time and memory.
 
     python -m benchmarks.stages                                  # what is not there yet, ~1 hour
     python -m benchmarks.stages --only "W3 g64" --method weight  # some, whether there or not
@@ -33,15 +33,15 @@ METHODS: dict[str, tuple[Any, MinMax | MSE, GPTQ]] = {
     "weight + GPTAQ": ("weight", MinMax(), GPTQ(correction="gptaq")),
     "weight, searched range": ("weight", MSE(), GPTQ()),
     "weight + QEP, searched range": ("weight", MSE(), GPTQ(correction="qep")),
-    "all, searched range": ("all", MSE(), GPTQ()),
-    "all": ("all", MinMax(), GPTQ()),
+    "all, searched range": (None, MSE(), GPTQ()),
+    "all": (None, MinMax(), GPTQ()),
 }
 
 
 def run(setting: str, method: str) -> dict[str, Any]:
     """One run, in this process."""
     bits, group = SETTINGS[setting]
-    granularity, search, rounding = METHODS[method]
+    sequential, search, rounding = METHODS[method]
     fn, params, tokenizer = jq.models.load(smollm2.fetch())
     calibration, evaluation = smollm2.text_windows(tokenizer)
     batches = list(calibration[:64].reshape(-1, 4, 512))
@@ -49,7 +49,7 @@ def run(setting: str, method: str) -> dict[str, Any]:
     scheme = jq.Scheme(Uniform(bits, range=search), group, rounding)
     plan = jq.plan(weights, {LINEARS: scheme, ".*": jq.keep})
     wall, processor = time.perf_counter(), time.process_time()
-    q, report = jq.quantize(fn, params, plan, batches, granularity=granularity)
+    q, report = jq.quantize(fn, params, plan, batches, sequential=sequential)
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
     found = jq.evaluate.compare(fn, params, q, evaluation[:16].reshape(-1, 2, 512))
     return vars(found) | {

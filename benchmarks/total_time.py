@@ -8,7 +8,7 @@ static groups, damping 0.01; 64 calibration windows of 512 tokens (those of `qua
 4; float32; two threads. Every part runs in a process of its own, pinned to two cores, parts
 alternating (A B C A B C), medians. Timed is calibration and quantizing, not imports, not loading:
 
-* `jquant weight`, `jquant block`: `find_weights`, `plan` and `jq.quantize(..., granularity=...)`
+* `jquant weight`, `jquant block`: `find_weights`, `plan` and `jq.quantize(..., sequential=...)`
   from a fresh process, compiling and all (XLA's share is noted);
 * `llm-compressor`: `oneshot`, sequential; `gptqmodel`: `quantize`, on the CPU, packing included;
 * `reference`: a literal block-by-block loop around the published column loop (`run_reference`);

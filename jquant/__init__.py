@@ -8,10 +8,10 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from jquant import allocation, errors, evaluate, grids, io, rounding
+from jquant import allocation, deprecated, errors, evaluate, grids, io, rounding
 from jquant.allocation import plan
 from jquant.arithmetic import distances, emulate
-from jquant.axes import Blocks, Layout
+from jquant.axes import Groups, Layout
 from jquant.calibration import Evidence, TokenWeights, Weight, capture, find_weights
 from jquant.inference import apply
 from jquant.io import load, save
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Activations",
-    "Blocks",
     "Estimate",
     "Evidence",
+    "Groups",
     "Layout",
     "Lazy",
     "LoRC",
@@ -108,10 +108,10 @@ _WHEN_USED = ("models",)
 
 
 def __getattr__(name: str) -> Any:
-    """`jq.models`, imported when it is first used, and modules by where they lay before."""
+    """`jq.models`, imported when it is first used; modules and names by what they were before."""
     if name in _WHEN_USED or name in _MOVED:
         return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return deprecated.attribute(__name__, name)
 
 
 def __dir__() -> list[str]:

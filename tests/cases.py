@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.grids import AF4, HQQ, MSE, MX, NF4, NV, Codebook, Float, Grid, KMeans, Power, Uniform
 from jquant.rounding import (
     GPTQ,
@@ -81,11 +81,11 @@ ROUNDINGS: dict[str, Rounding] = {
 LEARNED = ("adaround", "discquant", "nupes")
 
 # (out, in) and groups: even, ragged, along either axis, and one group for all.
-BLOCKS: dict[str, tuple[tuple[int, int], Blocks]] = {
-    "in-8": ((12, 40), Blocks("in", 8)),
-    "in-ragged": ((8, 45), Blocks("in", 17)),
-    "out-ragged": ((11, 40), Blocks("out", 4)),
-    "whole": ((12, 40), Blocks()),
+BLOCKS: dict[str, tuple[tuple[int, int], Groups]] = {
+    "in-8": ((12, 40), Groups("in", 8)),
+    "in-ragged": ((8, 45), Groups("in", 17)),
+    "out-ragged": ((11, 40), Groups("out", 4)),
+    "whole": ((12, 40), Groups()),
 }
 
 

@@ -36,10 +36,10 @@ class Dithered:
         return frozenset({"key"})
 
     def __call__(
-        self, w: Any, grid: Any, blocks: Any = jq.Blocks(), *, evidence: Any = None, key: Any = None
+        self, w: Any, grid: Any, groups: Any = jq.Groups(), *, evidence: Any = None, key: Any = None
     ) -> Rounded:
         noise = self.amount * jax.random.normal(key, w.shape, w.dtype)
-        return Nearest()(w + noise, grid, blocks, evidence=evidence)
+        return Nearest()(w + noise, grid, groups, evidence=evidence)
 
 
 def _normal(seed: int, *shape: int) -> jax.Array:

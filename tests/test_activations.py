@@ -25,9 +25,9 @@ TOKEN = Activations(BYTES)
 LAYOUT = jq.Layout.of((20, 12), in_axes=(0,))
 
 
-def weight(grid, blocks=None, choice: Activations | None = TOKEN, evidence=None, low=None):
+def weight(grid, groups=None, choice: Activations | None = TOKEN, evidence=None, low=None):
     """A weight `[20, 12]` on a grid, that asks for quantized inputs."""
-    scheme = jq.Scheme(grid, blocks, compensation=low, activations=choice)
+    scheme = jq.Scheme(grid, groups, compensation=low, activations=choice)
     return jq.quantize_weight(W["w"][0], scheme, LAYOUT, evidence=evidence)[0]
 
 
@@ -41,7 +41,7 @@ def _times(w, x):
 
 def ways(q, x):
     """The product by codes, and that of the rounded input and the decoded weight."""
-    ask = dataclasses.replace(q.activations.choice, path="simulated")
+    ask = dataclasses.replace(q.activations.choice, compute="fake_quant")
     inputs = dataclasses.replace(q.activations, choice=ask)
     return times(q, x), times(dataclasses.replace(q, activations=inputs), x)
 
@@ -84,8 +84,8 @@ def test_codes_give_what_rounded_inputs_give(name, inputs) -> None:
     grid = INPUTS[inputs]
     q = weight(*WEIGHTS[name], Activations(grid))
     integers = isinstance(q.grid, Uniform) and isinstance(grid, Uniform)
-    assert TOKEN.way(q.grid, q.blocks) == ("integer" if isinstance(q.grid, Uniform) else "float")
-    assert q.activations.choice.way(q.grid, q.blocks) == ("integer" if integers else "float")
+    assert TOKEN.way(q.grid, q.groups) == ("integer" if isinstance(q.grid, Uniform) else "float")
+    assert q.activations.choice.way(q.grid, q.groups) == ("integer" if integers else "float")
     found, wanted = ways(q, X)
     near(found, wanted)
     assert float(jnp.abs(wanted - times(bare(q), X)).max()) > 1e-3  # inputs are rounded
@@ -112,7 +112,7 @@ def test_as_the_papers_have_it(granularity, affine) -> None:
     grid = AFFINE if affine else BYTES
     other = 1.7 * X  # what static ranges were read from
     evidence = jq.Evidence.of(other, spread=True)
-    q = weight(BYTES, None, Activations(grid, granularity, path="integer"), evidence)
+    q = weight(BYTES, None, Activations(grid, granularity, compute="integer"), evidence)
     seen = np.asarray(other if granularity == "static" else X)
     axes = 1 if granularity == "token" else (0, 1)
     low, high = seen.min(axes, keepdims=True), seen.max(axes, keepdims=True)
@@ -134,22 +134,22 @@ def equations(fn, *args):
 
 
 @pytest.mark.parametrize(
-    ("grid", "blocks", "ask", "kinds"),
+    ("grid", "groups", "ask", "kinds"),
     [
         (Uniform(4), None, TOKEN, {("int8", "int8", "int32")}),
         (Uniform(8), 7, TOKEN, {("int8", "int8", "int32")}),
         (E2M1, None, TOKEN, {("bfloat16", "bfloat16", "float32")}),
         (NF4, 8, TOKEN, {("float32", "float32", "float32")}),
-        (Uniform(4), jq.Blocks("out", 6), TOKEN, {("float32", "float32", "float32")}),
-        (Uniform(4), None, Activations(BYTES, path="simulated"), {("float32",) * 3}),
+        (Uniform(4), jq.Groups("out", 6), TOKEN, {("float32", "float32", "float32")}),
+        (Uniform(4), None, Activations(BYTES, compute="fake_quant"), {("float32",) * 3}),
     ],
 )
-def test_what_is_multiplied(grid, blocks, ask, kinds) -> None:
-    q = weight(grid, blocks, ask)
+def test_what_is_multiplied(grid, groups, ask, kinds) -> None:
+    q = weight(grid, groups, ask)
     dots = [e for e in equations(times, q, X) if e.primitive.name == "dot_general"]
     seen = {tuple(str(v.aval.dtype) for v in (*e.invars, *e.outvars)) for e in dots}
     assert seen == kinds
-    if ask.way(q.grid, q.blocks) == "integer":
+    if ask.way(q.grid, q.groups) == "integer":
         floats = [e.outvars[0].aval for e in equations(times, q, X)]
         assert not [a for a in floats if a.dtype == jnp.float32 and a.size == q.size]
 
@@ -177,8 +177,8 @@ def test_sums_of_the_largest_codes_do_not_wrap() -> None:
         q = jq.QTensor(
             jnp.full((1, width), codes, jnp.uint8),
             {"scale": jnp.ones((1, 1)), "zero": jnp.full((1, 1), 255 - codes, jnp.uint8)},
-            Uniform(8), jq.Blocks(), layout, jnp.dtype("float32"), None,
-            jq.qtensor.Inputs(Activations(AFFINE, path="integer")),
+            Uniform(8), jq.Groups(), layout, jnp.dtype("float32"), None,
+            jq.qtensor.Inputs(Activations(AFFINE, compute="integer")),
         )  # fmt: skip
         sign = 1 if codes else -1
         near(times(q, jnp.full((1, width), x)), jnp.full((1, 1), 255.0 * width * x * sign), 1e-6)
@@ -190,7 +190,7 @@ def test_too_long_for_integers(monkeypatch) -> None:
     dots = [e for e in equations(lambda q, x: jq.apply(lambda w, x: x @ w)(q, x), q, X)]
     assert not [e for e in dots if "int8" in str(e) and e.primitive.name == "dot_general"]
     with pytest.raises(UnsupportedPrimitiveError, match=r"\(20, 12\).*integers"):
-        fresh = weight(BYTES, None, Activations(BYTES, path="integer"))
+        fresh = weight(BYTES, None, Activations(BYTES, compute="integer"))
         jq.apply(lambda w, x: x @ w)(fresh, X)
 
 
@@ -198,16 +198,16 @@ def test_too_long_for_integers(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("grid", [BYTES, E4M3], ids=["int8", "fp8"])
-@pytest.mark.parametrize("path", ["auto", "simulated"])
-def test_a_token_is_its_own(grid, path) -> None:
-    q = weight(Uniform(4), 8, Activations(grid, path=path))
+@pytest.mark.parametrize("compute", ["auto", "fake_quant"])
+def test_a_token_is_its_own(grid, compute) -> None:
+    q = weight(Uniform(4), 8, Activations(grid, compute=compute))
     y = times(q, X)
     others = X.at[1:].multiply(100.0)
     np.testing.assert_array_equal(times(q, others)[0], y[0])
     np.testing.assert_allclose(times(q, X[:1])[0], y[0], rtol=1e-6, atol=1e-6)
     scales = 2.0 ** jnp.arange(-4.0, 5.0)[:, None]
     np.testing.assert_array_equal(times(q, X * scales), y * scales)
-    whole = weight(Uniform(4), 8, Activations(grid, "tensor", path=path))
+    whole = weight(Uniform(4), 8, Activations(grid, "tensor", compute=compute))
     assert not np.allclose(times(whole, others)[0], times(whole, X)[0], rtol=1e-3)
     assert not np.allclose(times(whole, X * scales), times(whole, X) * scales, rtol=1e-3)
 
@@ -259,9 +259,9 @@ def test_all_shapes_of_products(fn) -> None:
     grid = E4M3 if fn in (heads, scanned) else BYTES
     params = {k: v for k, v in W.items() if (k == "w") != (fn is heads)}
     x, results = _normal(9, 7, 20), []
-    for path in ("auto", "simulated"):
+    for compute in ("auto", "fake_quant"):
         scheme = jq.Scheme(
-            grid, None, compensation=LoRC(2), activations=Activations(grid, path=path)
+            grid, None, compensation=LoRC(2), activations=Activations(grid, compute=compute)
         )
         plan = jq.plan(jq.find_weights(fn, params, x), {".*": scheme})
         q, _ = jq.quantize(fn, params, plan)
@@ -339,7 +339,7 @@ def test_static_ranges_follow_their_layer() -> None:
         jq.find_weights(each, params, X),
         {"w": jq.Scheme(BYTES, activations=ask), ".*": jq.keep},
     )
-    q, _ = jq.quantize(each, params, plan, [X], granularity="all")
+    q, _ = jq.quantize(each, params, plan, [X], sequential=None)
     scales, x = q["w"].activations.params["scale"], X
     for layer in range(3):
         assert scales[layer] == pytest.approx(float(jnp.abs(x).max()) / 127, rel=1e-4)
@@ -389,7 +389,7 @@ def test_views_wait_for_their_product() -> None:
     q = weight(Uniform(4), 8)
     near(jq.apply(fn)(q, X), wanted(jq.dequantize(q)))
     with pytest.raises(UnsupportedPrimitiveError, match="through a view"):
-        jq.apply(fn)(weight(Uniform(4), 8, Activations(BYTES, path="integer")), X)
+        jq.apply(fn)(weight(Uniform(4), 8, Activations(BYTES, compute="integer")), X)
 
 
 def test_products_out_of_sight_are_refused() -> None:
@@ -455,9 +455,9 @@ def test_packed_codes_are_unpacked_when_they_are_used() -> None:
 
 def test_choices_that_contradict_themselves() -> None:
     for bad in (
-        dict(granularity="row"), dict(path="int8"), dict(range="minmax"), dict(range=MSE()),
+        dict(granularity="row"), dict(compute="int8"), dict(range="minmax"), dict(range=MSE()),
         dict(range=Percentile(99.0)), dict(grid=NF4), dict(grid=Power(4)), dict(grid=MX()),
-        dict(grid=Uniform(8, range=MSE())), dict(grid=E4M3, path="integer"),
+        dict(grid=Uniform(8, range=MSE())), dict(grid=E4M3, compute="integer"),
         dict(grid=Float(4, 3), granularity="static"), dict(grid=8),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"Activations\."):
@@ -468,10 +468,10 @@ def test_choices_that_contradict_themselves() -> None:
 
 
 def test_integers_asked_of_what_has_none() -> None:
-    ask = Activations(BYTES, path="integer")
-    for grid, blocks in ((NF4, 64), (E4M3, None), (Uniform(4), jq.Blocks("out", 64))):
-        with pytest.raises(PlanError, match=r"path='integer'.*pass"):
-            jq.Scheme(grid, blocks, activations=ask)
+    ask = Activations(BYTES, compute="integer")
+    for grid, groups in ((NF4, 64), (E4M3, None), (Uniform(4), jq.Groups("out", 64))):
+        with pytest.raises(PlanError, match=r"compute='integer'.*pass"):
+            jq.Scheme(grid, groups, activations=ask)
     with pytest.raises(ValueError, match=r"Scheme\.activations must be"):
         jq.Scheme(Uniform(8), activations=BYTES)  # type: ignore[arg-type]
     for name, word in (("conv-grouped-strided", "conv"), ("ragged-dot", "ragged_dot")):

@@ -97,7 +97,7 @@ def test_the_four_cases(name: str) -> None:
         np.testing.assert_allclose(choices["w"].losses, losses, rtol=1e-4)
         axis = "out" if losses[1] < losses[0] else "in"
         assert choices["w"].axis == axis
-        assert found["w"] == jq.Scheme(A2, jq.Blocks(axis, 128))
+        assert found["w"] == jq.Scheme(A2, jq.Groups(axis, 128))
         ratios.append(losses[1] / losses[0])
     assert abs(np.mean(ratios) - wanted) < tolerance
 
@@ -269,7 +269,7 @@ def test_each_choice_is_that_of_the_reference(make: Callable[[], Tapped]) -> Non
         np.testing.assert_allclose(choices[path].losses, losses, rtol=2e-4, err_msg=path)
         best = {"in": losses[0], "out": losses[1]}
         assert best[choices[path].axis] == min(losses), path
-        assert found[path] == jq.Scheme(A2, jq.Blocks(choices[path].axis, GROUP))
+        assert found[path] == jq.Scheme(A2, jq.Groups(choices[path].axis, GROUP))
     # It can fail: both axes occur, and so does what the order of deciding changes.
     assert {choice.axis for choice in choices.values()} == {"in", "out"} or make is not transformer
     if make is transformer:
@@ -503,7 +503,7 @@ def test_ties_go_to_in() -> None:
     # The values of a grid that is fitted to them exactly, along both axes.
     exact = {"w": jnp.asarray(np.add.outer(np.arange(8), np.arange(8)) % 8, jnp.float32)}
     for params, lossless in ((square, False), (exact, True)):
-        plan = plan_of(fn, params, x, jq.Scheme(A2, jq.Blocks("out", None)))
+        plan = plan_of(fn, params, x, jq.Scheme(A2, jq.Groups("out", None)))
         found, choices = adadim(fn, params, plan, [x])
         inward, outward = choices["w"].losses
         assert inward == outward and (inward == 0) == lossless
@@ -521,7 +521,7 @@ def test_the_plan_is_quantized_as_chosen(rounding: Any) -> None:
     )
     q, report = jq.quantize(fn, tapped.params, plan, tapped.batches)
     for path, choice in choices.items():
-        assert q[path].blocks == jq.Blocks(choice.axis, GROUP)
+        assert q[path].groups == jq.Groups(choice.axis, GROUP)
         assert report[path].scheme.rounding == rounding
     # The choice is by nearest rounding, whatever comes after.
     plain_plan = plan_of(fn, tapped.params, tapped.batches[0])
@@ -626,7 +626,7 @@ def test_what_cannot_be_chosen_is_left_as_planned_and_says_why() -> None:
 
     tokens = jnp.asarray(np.random.default_rng(0).integers(9, size=(3, 7)))
     weights = jq.find_weights(fn, params, tokens)
-    plan = jq.plan(weights, {"narrow": jq.Scheme(A2, jq.Blocks("out", 8)), ".*": jq.Scheme(A2, 8)})
+    plan = jq.plan(weights, {"narrow": jq.Scheme(A2, jq.Groups("out", 8)), ".*": jq.Scheme(A2, 8)})
     found, choices = adadim(fn, params, plan, [tokens])
     assert "only looked up" in choices["table"].why
     assert "no output axis" in choices["depthwise"].why
@@ -696,10 +696,10 @@ CONVENTIONS = {
 }
 
 
-def dequantized(w: jax.Array, grid: Uniform, blocks: jq.Blocks, rounding: Any = None) -> np.ndarray:
+def dequantized(w: jax.Array, grid: Uniform, groups: jq.Groups, rounding: Any = None) -> np.ndarray:
     """`w[out, in]` on the grid."""
     layout = jq.Layout.of(w.shape, in_axes=(1,))
-    scheme = jq.Scheme(grid, blocks, rounding or jq.rounding.Nearest())
+    scheme = jq.Scheme(grid, groups, rounding or jq.rounding.Nearest())
     return np.asarray(jq.dequantize(jq.quantize_weight(w, scheme, layout)[0]))
 
 
@@ -710,11 +710,11 @@ def dequantized(w: jax.Array, grid: Uniform, blocks: jq.Blocks, rounding: Any = 
 )
 def test_out_is_in_of_the_transpose(grid: Uniform, size: int | None) -> None:
     w = normal(0, 18, 24)
-    out = dequantized(w, grid, jq.Blocks("out", size))
-    np.testing.assert_array_equal(out, dequantized(w.T, grid, jq.Blocks("in", size)).T)
-    assert (out != dequantized(w, grid, jq.Blocks("in", size))).any()
+    out = dequantized(w, grid, jq.Groups("out", size))
+    np.testing.assert_array_equal(out, dequantized(w.T, grid, jq.Groups("in", size)).T)
+    assert (out != dequantized(w, grid, jq.Groups("in", size))).any()
     symmetric = w[:, :18] + w[:, :18].T
-    both = [dequantized(symmetric, grid, jq.Blocks(axis, size)) for axis in ("in", "out")]
+    both = [dequantized(symmetric, grid, jq.Groups(axis, size)) for axis in ("in", "out")]
     np.testing.assert_array_equal(both[0], both[1].T)
 
 
@@ -723,7 +723,7 @@ def test_a_scaled_input_channel_stays_by_itself_per_ic_only(factor: float) -> No
     w = normal(0, 18, 24)
     scaled = w.at[:, 5].multiply(factor)
     for axis in ("in", "out"):
-        plain, found = (dequantized(one, A2, jq.Blocks(axis, GROUP)) for one in (w, scaled))
+        plain, found = (dequantized(one, A2, jq.Groups(axis, GROUP)) for one in (w, scaled))
         same = (found == plain).all(0) | (np.arange(24) == 5)
         alone = same.all() and (found[:, 5] == factor * plain[:, 5]).all()
         assert alone == (axis == "out")
@@ -733,8 +733,8 @@ def test_gptq_along_out_is_nearest_for_uncorrelated_inputs() -> None:
     w, _ = layer(18, 24)
     moment = jnp.diag(jnp.exp(normal(1, 24)))
     for rounding in (GPTQ(), GPTQ(groups="dynamic"), GPTQ(order="natural", groups="dynamic")):
-        found = rounding(w, A2, jq.Blocks("out", 7), evidence=moment)
-        plain = jq.rounding.Nearest()(w, A2, jq.Blocks("out", 7))
+        found = rounding(w, A2, jq.Groups("out", 7), evidence=moment)
+        plain = jq.rounding.Nearest()(w, A2, jq.Groups("out", 7))
         np.testing.assert_array_equal(found.codes, plain.codes)
         np.testing.assert_array_equal(found.params["scale"], plain.params["scale"])
 
@@ -748,7 +748,7 @@ def test_gptq_along_out_follows_the_column_loop(
     """As AdaDim's code: A2, each column's groups fitted to the column as the loop finds it."""
     w, moment = layer(*shape)
     rounding = GPTQ(order=order, groups=groups)
-    found = rounding(w, A2, jq.Blocks("out", size), evidence=moment)
+    found = rounding(w, A2, jq.Groups("out", size), evidence=moment)
     codes, values, margins = gptq_oracle.gptq(
         np.asarray(w), np.asarray(moment), fit=partial(a2_fit, bits=BITS),
         round_to=partial(a2_round, bits=BITS), axis="out", group=size, order=order, groups=groups,
@@ -756,7 +756,7 @@ def test_gptq_along_out_follows_the_column_loop(
     clear = margins.min(axis=1) > 1e-5  # a row in which a tie may fall differently in float32
     assert clear.mean() > 0.6
     np.testing.assert_array_equal(np.asarray(found.codes).astype(int)[clear], codes[clear])
-    q = jq.QTensor(found.codes, dict(found.params), A2, jq.Blocks("out", size),
+    q = jq.QTensor(found.codes, dict(found.params), A2, jq.Groups("out", size),
                    jq.Layout.of(shape, in_axes=(1,)), jnp.dtype("float32"))  # fmt: skip
     np.testing.assert_allclose(jq.dequantize(q)[clear], values[clear], rtol=1e-4, atol=1e-5)
 
@@ -765,9 +765,9 @@ def test_dynamic_groups_per_ic_do_not_depend_on_where_columns_stand() -> None:
     """Each column owns its grids, so activation order is a permutation and costs nothing."""
     w, moment = layer(12, 40)
     order = jnp.argsort(-jnp.diagonal(moment))
-    found = GPTQ(groups="dynamic")(w, A2, jq.Blocks("out", 4), evidence=moment)
+    found = GPTQ(groups="dynamic")(w, A2, jq.Groups("out", 4), evidence=moment)
     moved = GPTQ(order="natural", groups="dynamic")(
-        w[:, order], A2, jq.Blocks("out", 4), evidence=moment[order][:, order]
+        w[:, order], A2, jq.Groups("out", 4), evidence=moment[order][:, order]
     )
     np.testing.assert_array_equal(found.codes[:, order], moved.codes)
     # Updated weights are sums over columns, in another order.

@@ -278,7 +278,7 @@ def test_the_budget_is_kept_to_the_byte_of_a_file(tmp_path) -> None:
     offers = [
         jq.Scheme(Uniform(2, scale_dtype="float16"), 7),
         jq.Scheme(Uniform(3), None),
-        jq.Scheme(Uniform(3, symmetric=True), jq.Blocks("out", 4)),
+        jq.Scheme(Uniform(3, symmetric=True), jq.Groups("out", 4)),
         jq.Scheme(NF4, 16),
         jq.Scheme(MX(), None),
         jq.Scheme(Power(5, per="group"), 10),

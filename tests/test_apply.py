@@ -23,9 +23,9 @@ def _close(found, wanted) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("blocks", [3, jq.Blocks("out", 2)], ids=["in", "out"])
-def test_equals_the_function_of_dequantized_parameters(case: Case, blocks) -> None:
-    q = _quantized(case, jq.Scheme(Uniform(4), blocks))
+@pytest.mark.parametrize("groups", [3, jq.Groups("out", 2)], ids=["in", "out"])
+def test_equals_the_function_of_dequantized_parameters(case: Case, groups) -> None:
+    q = _quantized(case, jq.Scheme(Uniform(4), groups))
     wanted = case.fn(jq.dequantize(q), case.batches[0])
     assert not np.allclose(jax.tree.leaves(wanted)[0], case.fn(case.params, case.batches[0]))
     _close(jq.apply(case.fn)(q, case.batches[0]), wanted)

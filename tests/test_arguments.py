@@ -42,7 +42,7 @@ ENTRIES: dict[str, Callable[[Any, Any], Any]] = {
     "find_weights": lambda p, b: jq.find_weights(first, p, b),
     "capture": lambda p, b: jq.capture(first, p, [b]),
     "quantize": lambda p, b: jq.quantize(first, p, PLAN, [b]),
-    "quantize in one pass": lambda p, b: jq.quantize(first, p, PLAN, [b], granularity="all"),
+    "quantize in one pass": lambda p, b: jq.quantize(first, p, PLAN, [b], sequential=None),
     "estimate": lambda p, b: jq.estimate(first, p, PLAN, [b]),
     "exact_kl": lambda p, b: jq.allocation.exact_kl(first, p, jq.allocation.candidates(PLAN), [b]),
     "cmpq": lambda p, b: jq.allocation.cmpq(first, p, jq.allocation.candidates(PLAN), [b]),
@@ -133,13 +133,13 @@ def test_a_namedtuple_is_one_input_everywhere() -> None:
     plan = planned(pair, params, batch)
     assert plan == plain
     wanted, _ = jq.quantize(lambda p, x, s: pair(p, Pair(x, s)), bare, plain, [(X, 2.0)])
-    for granularity in ("weight", "all"):
-        found, _ = jq.quantize(pair, params, plan, [batch], granularity=granularity)
-        if granularity == "weight":
+    for sequential in ("weight", None):
+        found, _ = jq.quantize(pair, params, plan, [batch], sequential=sequential)
+        if sequential == "weight":
             jax.tree.map(np.testing.assert_array_equal, found, wanted)
     assert float(jq.capture(pair, params, [batch])["a"].count) == 16
-    for granularity in ("weight", "all"):
-        assert jq.estimate(pair, params, plan, [batch], granularity=granularity).evidence_bytes
+    for sequential in ("weight", None):
+        assert jq.estimate(pair, params, plan, [batch], sequential=sequential).evidence_bytes
     choice = jq.allocation.candidates(plan)
     assert set(jq.allocation.cmpq(pair, params, choice, [batch]).values) == {"a", "b"}
     assert set(jq.allocation.exact_kl(pair, params, choice, [batch]).values) == {"a", "b"}
@@ -161,10 +161,10 @@ def test_numbers_are_jax_values(number: Any) -> None:
     params, array = {"a": W, "b": W.T, "n": number}, jnp.asarray(number)
     plan = planned(fn, params, X, number)
     assert plan == planned(fn, {**params, "n": array}, X, array)
-    for granularity in ("weight", "all"):
-        found, _ = jq.quantize(fn, params, plan, [(X, number)], granularity=granularity)
+    for sequential in ("weight", None):
+        found, _ = jq.quantize(fn, params, plan, [(X, number)], sequential=sequential)
         wanted, _ = jq.quantize(
-            fn, {**params, "n": array}, plan, [(X, array)], granularity=granularity
+            fn, {**params, "n": array}, plan, [(X, array)], sequential=sequential
         )
         assert found["n"] is number
         jax.tree.map(np.testing.assert_array_equal, found, {**wanted, "n": number})
@@ -183,8 +183,8 @@ def test_numbers_stay_weakly_typed(where: str) -> None:
     w, x = W.astype(jnp.bfloat16), X.astype(jnp.bfloat16)
     params = {"w": w, "v": w, "eps": 1e-5}
     plan = planned(fn, params, x, 0.5)
-    for granularity in ("weight", "block", "all"):
-        jq.quantize(fn, params, plan, [(x, 0.5)], granularity=granularity)
+    for sequential in ("weight", "block", None):
+        jq.quantize(fn, params, plan, [(x, 0.5)], sequential=sequential)
     assert set(seen) == {jnp.dtype(jnp.bfloat16)}
 
 

@@ -14,9 +14,9 @@ import jquant as jq
 from jquant.schemes.cite import entries
 
 SCORES = ("nanda2024cptquant", "raghu2017svcca", "dong2020hawq", "hannun2023mlx")
-CHOICES = [*GRIDS.values(), *ROUNDINGS.values(), jq.Blocks("out", 4)]
+CHOICES = [*GRIDS.values(), *ROUNDINGS.values(), jq.Groups("out", 4)]
 CHOICES += [jq.rounding.GPTQ(correction=c) for c in ("qep", "gptaq")]
-CHOICES += [jq.LoRC(8), jq.LoRC(8, metric="evidence"), jq.LoRC(8, rounds=5)]
+CHOICES += [jq.LoRC(8), jq.LoRC(8, metric="hessian"), jq.LoRC(8, rounds=5)]
 CHOICES += [  # what a score cites is data of its own, see test_sensitivity
     jq.allocation.Sensitivity("", "", "", {}, papers=SCORES)
 ]
@@ -44,14 +44,14 @@ def test_papers_that_are_named_exist_and_others_do_not():
 def test_a_plan_cites_what_is_in_it():
     fn = lambda p, x: x @ p["a"] @ p["b"]  # noqa: E731
     weights = jq.find_weights(fn, {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}, jnp.ones((1, 4)))
-    scheme = jq.Scheme(jq.grids.Uniform(4, convention="A2"), jq.Blocks("out", 2))
+    scheme = jq.Scheme(jq.grids.Uniform(4, convention="A2"), jq.Groups("out", 2))
     better = dataclasses.replace(scheme, rounding=jq.rounding.GPTQ(correction="qep"))
     plan = jq.plan(weights, {"a": scheme, "b": better})
     assert keys(jq.cite(plan)) == [
         "jquant", "lin2024awq", "heo2024adadim", "frantar2022gptq", "arai2025qep",
     ]  # fmt: skip
     assert keys(jq.cite(jq.Scheme(jq.grids.Uniform(4)))) == ["jquant", "frantar2022gptq"]
-    beside = jq.Scheme(jq.grids.NF4, compensation=jq.LoRC(8, better.grid, "evidence", rounds=2))
+    beside = jq.Scheme(jq.grids.NF4, compensation=jq.LoRC(8, better.grid, "hessian", rounds=2))
     assert keys(jq.cite(beside)) == [
         "jquant", "dettmers2023qlora", "yao2023zeroquantv2", "zhang2024qera", "liu2024eora",
         "li2023loftq", "lin2024awq",

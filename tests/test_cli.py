@@ -87,8 +87,8 @@ def test_quantize_says_what_it_did(model: Path, tmp_path: Path, capsys, monkeypa
     assert "13 weights" in out and "layers/1/attention/q/kernel" in out
     leaves = jq.io.read_header(tmp_path / "out" / "jquant.safetensors").leaves
     assert leaves["layers/0/mlp/down/kernel"].grid.bits == 8
-    assert leaves["layers/0/attention/v/kernel"].blocks.size == 8
-    assert leaves["layers/0/mlp/up/kernel"].blocks.size == 64
+    assert leaves["layers/0/attention/v/kernel"].groups.size == 8
+    assert leaves["layers/0/mlp/up/kernel"].groups.size == 64
     assert leaves["layers/1/attention/q/kernel"].grid is None
     assert leaves["embed/embedding"].grid is None
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -263,7 +263,7 @@ def test_axes_are_chosen_and_told(model: Path, tmp_path: Path, capsys) -> None:
     out, err = capsys.readouterr()
     assert "choosing axes: done" in err and "axes of groups" in out
     leaves = jq.io.read_header(tmp_path / "out" / "jquant.safetensors").leaves
-    outward = sum(leaf.grid is not None and leaf.blocks.axis == "out" for leaf in leaves.values())
+    outward = sum(leaf.grid is not None and leaf.groups.axis == "out" for leaf in leaves.values())
     assert 0 < outward < 14 and f"groups of {outward} weights along outputs" in out
 
 
@@ -305,7 +305,7 @@ def test_a_budget_gives_each_weight_its_width(model: Path, tmp_path: Path, capsy
     assert sum(stored.values()) <= shares["budget_bytes"] == int(4.5 * numbers / 8)
     assert len({leaves[path].grid.bits for path in stored}) > 2
     ruled = leaves["layers/1/mlp/up/kernel"]
-    assert ruled.grid.bits == 8 and ruled.blocks.size == 32
+    assert ruled.grid.bits == 8 and ruled.groups.size == 32
 
 
 def test_weights_are_learned_on_an_objective(model: Path, tmp_path: Path, capsys) -> None:
@@ -341,11 +341,11 @@ WRONG = {
         ("quantize", "nope", "-o", "OUT", "-r", "nvfp4", "--group", "8"), 1, "groups of 16",
     ),
     "correction in one pass": (
-        ("quantize", "MODEL", "-o", "OUT", "--granularity", "all"), 1, "correction needs the drift",
+        ("quantize", "MODEL", "-o", "OUT", "--sequential", "none"), 1, "correction needs the drift",
     ),
     "no rank": (("quantize", "MODEL", "-o", "OUT", "--lorc", "0"), 1, "LoRC.rank must be"),
     "too high a rank": (("quantize", "MODEL", "-o", "OUT", "--lorc", "17"), 1, "at most 16"),
-    "group of none": (("quantize", "nope", "-o", "OUT", "--group", "0"), 1, "Blocks.size"),
+    "group of none": (("quantize", "nope", "-o", "OUT", "--group", "0"), 1, "Groups.size"),
     "nothing to learn": (
         ("quantize", "MODEL", "-o", "OUT", "--objective", "kl", "--text", "MODEL/text.txt",
          "--length", "16"), 1, "a rounding that is learned",

@@ -15,7 +15,7 @@ from scipy import integrate, stats
 from test_grid_laws import all_codes, bracket, code, decode, extreme, fit, weights
 
 import jquant as jq
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.grids import AF4, MSE, NF4, Codebook, Uniform, code_dtype
 from jquant.grids.codebook import count
 from jquant.numerics.distortion import bits_per_weight
@@ -168,7 +168,7 @@ def test_counting_is_searching_sorted_tables(k):
 def test_bits_per_weight():
     w = jax.random.normal(jax.random.key(0), (8, 128))
     half = Codebook(NF4.values, scale_dtype="float16")
-    result = Nearest()(w, half, Blocks("in", 64))
+    result = Nearest()(w, half, Groups("in", 64))
     assert bits_per_weight(result.codes, result.params, half.bits) == 4.25
     assert [Codebook(tuple(range(n))).bits for n in (2, 3, 4, 5, 16, 17, 256)] == [
         1, 2, 2, 3, 4, 5, 8,

@@ -220,7 +220,7 @@ def test_every_weight_sees_what_meets_it(name: str) -> None:
     # Stage by stage sees the same, and what it makes of it is what `apply` runs.
     plan = jq.plan(jq.find_weights(fn, params, X), {".*": jq.Scheme(jq.grids.Uniform(8))})
     gptq = jq.plan(plan.weights, {".*": jq.presets.int8_gptq()})
-    qparams, report = jq.quantize(fn, params, gptq, [X], granularity="all")
+    qparams, report = jq.quantize(fn, params, gptq, [X], sequential=None)
     assert set(report) == set(hand)
     np.testing.assert_allclose(jq.apply(fn)(qparams, X), fn(params, X), atol=0.3)
     staged, told = jq.quantize(fn, params, gptq, [X])
@@ -276,16 +276,16 @@ NETS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*second moment is rank deficient")
-@pytest.mark.parametrize("granularity", ["weight", "all"])
+@pytest.mark.parametrize("sequential", ["weight", None])
 @pytest.mark.parametrize("name", NETS)
-def test_stages_see_the_rows_that_one_pass_sees(name: str, granularity: Any) -> None:
+def test_stages_see_the_rows_that_one_pass_sees(name: str, sequential: Any) -> None:
     fn, shapes = NETS[name]
     params = {path: _normal(k, *shape) for k, (path, shape) in enumerate(shapes.items())}
     x = X if name != "a norm by iteration" else _normal(3, 12, 5)
     found = jq.capture(fn, params, [x])
     assert set(found) == set(shapes)
     plan = jq.plan(jq.find_weights(fn, params, x), {".*": jq.presets.int8_gptq()})
-    qparams, report = jq.quantize(fn, params, plan, [x], granularity=granularity)
+    qparams, report = jq.quantize(fn, params, plan, [x], sequential=sequential)
     for path, evidence in found.items():
         assert report[path].tokens == int(evidence.count.min()), path
     np.testing.assert_allclose(jq.apply(fn)(qparams, x), fn(params, x), atol=0.3)

@@ -29,14 +29,14 @@ def fn(p, x):
     return y + rows.sum() + experts.sum()
 
 
-@pytest.mark.parametrize("granularity", ["weight", "all"])
-def test_leaves_without_elements_are_told_and_kept(granularity, tmp_path) -> None:
+@pytest.mark.parametrize("sequential", ["weight", None])
+def test_leaves_without_elements_are_told_and_kept(sequential, tmp_path) -> None:
     weights = jq.find_weights(fn, PARAMS, X)
     assert list(weights) == ["a"]
     assert set(weights.others) == set(PARAMS) - {"a"}
     assert set(weights.others.values()) == {"it has no elements"}
     plan = jq.plan(weights, {".*": jq.Scheme(jq.grids.Uniform(4), None, GPTQ())})
-    q, report = jq.quantize(fn, PARAMS, plan, [X], granularity=granularity)
+    q, report = jq.quantize(fn, PARAMS, plan, [X], sequential=sequential)
     assert list(report) == ["a"] and set(jq.capture(fn, PARAMS, [X])) == {"a"}
     jq.save(tmp_path / "q.safetensors", q)
     back = jq.load(tmp_path / "q.safetensors")

@@ -39,13 +39,13 @@ def planned(params: dict, rounding=None) -> jq.Plan:
 
 
 @pytest.mark.parametrize(
-    "granularity", [pytest.param("weight", marks=pytest.mark.slow), "block", "all"]
+    "sequential", [pytest.param("weight", marks=pytest.mark.slow), "block", None]
 )
-def test_stages_evidence_and_disk_are_those_of_the_job(granularity, tmp_path) -> None:
+def test_stages_evidence_and_disk_are_those_of_the_job(sequential, tmp_path) -> None:
     params = parameters(2)
     plan = planned(params)
-    said = jq.estimate(network, params, plan, BATCHES, granularity=granularity)
-    q, report = jq.quantize(network, params, plan, BATCHES, granularity=granularity)
+    said = jq.estimate(network, params, plan, BATCHES, sequential=sequential)
+    q, report = jq.quantize(network, params, plan, BATCHES, sequential=sequential)
     assert said.stages == report.stages
     assert said.evidence_bytes == report.evidence_bytes
     jq.save(tmp_path / "q", q)

@@ -12,7 +12,7 @@ from jquant.errors import WorkDirError
 from jquant.grids import Uniform
 from jquant.jobs.fingerprint import digest_objective
 from jquant.jobs.request import Request, aim_of
-from jquant.learning.objectives import KL, MSE, Fisher, Stagewise
+from jquant.learning.objectives import KL, MSE, Fisher, Reconstruction
 from jquant.rounding import Descent, DiscQuant
 from tests.functions import _normal
 
@@ -51,7 +51,7 @@ def another(found, wanted, *inputs):
 
 
 HALF, ONES = jnp.full(8, 0.5), jnp.ones(8)
-each_way = pytest.mark.parametrize("way", [lambda o: o, Stagewise], ids=["whole", "stages"])
+each_way = pytest.mark.parametrize("way", [lambda o: o, Reconstruction], ids=["whole", "stages"])
 
 
 @each_way
@@ -66,9 +66,9 @@ def test_what_it_computes_is_what_counts(way) -> None:
 
 
 def test_known_objectives_and_their_arguments() -> None:
-    all_ = [KL(), KL(2.0), Fisher(), MSE(), Stagewise(), Stagewise(inputs="full"), None]
+    all_ = [KL(), KL(2.0), Fisher(), MSE(), Reconstruction(), Reconstruction(inputs="full"), None]
     assert len({said(objective) for objective in all_}) == len(all_)
-    assert said(KL(2.0)) == said(KL(2.0)) and said(Stagewise()) == said(Stagewise(MSE()))
+    assert said(KL(2.0)) == said(KL(2.0)) and said(Reconstruction()) == said(Reconstruction(MSE()))
 
 
 def test_every_kind_of_batch_is_seen() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles.microscaling import mx, nv
 
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.grids import MSE, MX, NV, Float, MinMax, Uniform, code_dtype, nearest
 from jquant.numerics.distortion import bits_per_weight
 from jquant.numerics.formats import FORMATS
@@ -303,8 +303,8 @@ def test_bits_per_weight():
 
 
 def test_block_formats_know_their_groups():
-    assert Scheme(MX()).blocks == Blocks("in", 32) and Scheme(NV()).blocks == Blocks("in", 16)
-    assert Scheme(Float(4, 3)).blocks == Blocks() and Scheme(MX(), 8).blocks == Blocks("in", 8)
+    assert Scheme(MX()).groups == Groups("in", 32) and Scheme(NV()).groups == Groups("in", 16)
+    assert Scheme(Float(4, 3)).groups == Groups() and Scheme(MX(), 8).groups == Groups("in", 8)
 
 
 @pytest.mark.parametrize("grid", [MX(scale_rule="ceil"), NV(), Float(3, 2, scale="float16")])

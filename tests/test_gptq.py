@@ -11,7 +11,7 @@ from cases import layer
 from oracles import gptq as oracle
 
 import jquant as jq
-from jquant.axes.groups import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Groups, from_groups, to_groups
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError
 from jquant.grids import MSE, MX, NF4, NV, Float, KMeans, Power, Uniform, nearest
@@ -25,9 +25,9 @@ NATURAL = GPTQ(order="natural")
 
 def values(result, grid, blocks, shape):
     """What the codes of a result stand for."""
-    codes = to_blocks(jnp.asarray(result.codes).astype(jnp.int32), blocks)
+    codes = to_groups(jnp.asarray(result.codes).astype(jnp.int32), blocks)
     length = shape[-1 if blocks.axis == "in" else -2]
-    return np.asarray(from_blocks(grid.decode(codes, result.params), blocks, length), np.float64)
+    return np.asarray(from_groups(grid.decode(codes, result.params), blocks, length), np.float64)
 
 
 def loss(error, moment):
@@ -60,24 +60,24 @@ def a1_round(x, params):
 
 
 SETTINGS = [
-    ((12, 40), Blocks("in", 8), "natural", "static"),
-    ((12, 40), Blocks("in", 8), "activation", "static"),
-    ((12, 40), Blocks("in", 8), "natural", "dynamic"),  # group smaller than the block
-    ((12, 40), Blocks("in", 2), "natural", "dynamic"),
-    ((8, 300), Blocks("in", 150), "natural", "dynamic"),  # larger
-    ((8, 300), Blocks("in", 150), "activation", "static"),
+    ((12, 40), Groups("in", 8), "natural", "static"),
+    ((12, 40), Groups("in", 8), "activation", "static"),
+    ((12, 40), Groups("in", 8), "natural", "dynamic"),  # group smaller than the block
+    ((12, 40), Groups("in", 2), "natural", "dynamic"),
+    ((8, 300), Groups("in", 150), "natural", "dynamic"),  # larger
+    ((8, 300), Groups("in", 150), "activation", "static"),
     (
         (99, 45),
-        Blocks("in", 17),
+        Groups("in", 17),
         "natural",
         "dynamic",
     ),  # ragged; rows whose last weight is the largest
-    ((8, 45), Blocks("in", 17), "activation", "static"),
-    ((12, 40), Blocks(), "activation", "dynamic"),  # one group
-    ((12, 40), Blocks("out", 4), "activation", "static"),
-    ((11, 40), Blocks("out", 4), "activation", "dynamic"),  # ragged
-    ((11, 150), Blocks("out", 4), "natural", "dynamic"),
-    ((3, 600), Blocks("in", 64), "activation", "static"),  # more than one chunk
+    ((8, 45), Groups("in", 17), "activation", "static"),
+    ((12, 40), Groups(), "activation", "dynamic"),  # one group
+    ((12, 40), Groups("out", 4), "activation", "static"),
+    ((11, 40), Groups("out", 4), "activation", "dynamic"),  # ragged
+    ((11, 150), Groups("out", 4), "natural", "dynamic"),
+    ((3, 600), Groups("in", 64), "activation", "static"),  # more than one chunk
 ]
 
 
@@ -108,7 +108,7 @@ def test_beats_nearest_in_aggregate():
     ratios = []
     for seed in range(10):
         w, moment = layer(12, 40, seed)
-        info = GPTQ()(w, GRID, Blocks("in", 8), evidence=moment).info
+        info = GPTQ()(w, GRID, Groups("in", 8), evidence=moment).info
         ratios.append(float(info["error"] / info["nearest_error"]))
     assert np.mean(ratios) < 0.8
 
@@ -120,7 +120,7 @@ def test_an_unclipped_row_is_within_babai_s_bound():
     moment = jnp.zeros((26, 26), moment.dtype).at[:24, :24].set(moment)
     moment = moment + jnp.diag(jnp.zeros(26).at[24:].set(float(jnp.trace(moment)) / 24))
     result = NATURAL(wide, grid, evidence=moment)
-    error = np.asarray(wide, np.float64) - values(result, grid, Blocks(), wide.shape)
+    error = np.asarray(wide, np.float64) - values(result, grid, Groups(), wide.shape)
     damped = np.asarray(moment, np.float64)
     damped += 0.01 * np.diag(damped).mean() * np.eye(26)
     factor = np.linalg.cholesky(np.linalg.inv(damped)).T
@@ -132,12 +132,12 @@ def test_an_unclipped_row_is_within_babai_s_bound():
 @pytest.mark.parametrize(
     ("rounding", "blocks"),
     [
-        (GPTQ(), Blocks("in", 8)),
-        (GPTQ(), Blocks("out", 4)),
-        (GPTQ(groups="dynamic"), Blocks("out", 4)),
-        (NATURAL, Blocks("in", 8)),
-        (GPTQ(order="natural", groups="dynamic"), Blocks("in", 8)),
-        (GPTQ(groups="dynamic"), Blocks()),
+        (GPTQ(), Groups("in", 8)),
+        (GPTQ(), Groups("out", 4)),
+        (GPTQ(groups="dynamic"), Groups("out", 4)),
+        (NATURAL, Groups("in", 8)),
+        (GPTQ(order="natural", groups="dynamic"), Groups("in", 8)),
+        (GPTQ(groups="dynamic"), Groups()),
     ],
 )
 def test_is_nearest_bit_for_bit_when_inputs_are_uncorrelated(rounding, blocks):
@@ -147,7 +147,7 @@ def test_is_nearest_bit_for_bit_when_inputs_are_uncorrelated(rounding, blocks):
     same(result, Nearest()(w, GRID, blocks))
 
 
-@pytest.mark.parametrize("blocks", [Blocks("in", 8), Blocks("out", 8)])
+@pytest.mark.parametrize("blocks", [Groups("in", 8), Groups("out", 8)])
 @pytest.mark.parametrize(
     "grid", [NV(), MX(), Power(4), Float(2, 1, scale="float16"), NF4, KMeans(3)]
 )
@@ -163,13 +163,13 @@ def test_every_grid_with_a_diagonal_moment_is_nearest(grid, blocks):
 def test_dynamic_groups_of_a_grid_that_shares_parameters_are_refused(grid):
     w, moment = layer(16, 40)
     with pytest.raises(ValueError, match="stands for several: pass groups='static'"):
-        GPTQ(order="natural", groups="dynamic")(w, grid, Blocks("in", 8), evidence=moment)
+        GPTQ(order="natural", groups="dynamic")(w, grid, Groups("in", 8), evidence=moment)
 
 
 @pytest.mark.parametrize("block", [(16, 4, 8), (200, 7, 50)])
 def test_block_sizes_do_not_matter(block, monkeypatch):
     w, moment = layer(8, 150)
-    wanted = NATURAL(w, GRID, Blocks("in", 32), evidence=moment)
+    wanted = NATURAL(w, GRID, Groups("in", 32), evidence=moment)
     names = ((arrangement, "BLOCK"), (arrangement, "LEAF"), (sweep, "CHUNK"))
     for (module, name), value in zip(names, block, strict=True):
         monkeypatch.setattr(module, name, value)
@@ -178,7 +178,7 @@ def test_block_sizes_do_not_matter(block, monkeypatch):
     @jax.jit
     def sized(w, moment):
         prepared = gptq._prepare.__wrapped__(moment, None, NATURAL, 150)
-        return gptq._round_one(w, prepared, choice=NATURAL, grid=Grouped(GRID, Blocks("in", 32)))
+        return gptq._round_one(w, prepared, choice=NATURAL, grid=Grouped(GRID, Groups("in", 32)))
 
     same(sized(w, moment), wanted)
 
@@ -187,7 +187,7 @@ def test_activation_order_is_a_permutation_of_columns_with_their_parameters():
     # Groups along the output axis stay whole when columns move.
     w, moment = layer(12, 40)
     order = jnp.argsort(-jnp.diagonal(moment))
-    blocks = Blocks("out", 4)
+    blocks = Groups("out", 4)
     got = GPTQ()(w, GRID, blocks, evidence=moment)
     moved = NATURAL(w[:, order], GRID, blocks, evidence=moment[order][:, order])
     np.testing.assert_array_equal(got.codes[:, order], moved.codes)
@@ -197,21 +197,21 @@ def test_activation_order_is_a_permutation_of_columns_with_their_parameters():
 @pytest.mark.parametrize("factor", [2.0**-20, 2.0**20, 1 / 3000])
 def test_a_sum_and_a_mean_are_one(factor):
     w, moment = layer(12, 40)
-    one = GPTQ()(w, GRID, Blocks("in", 8), evidence=moment)
-    other = GPTQ()(w, GRID, Blocks("in", 8), evidence=moment * factor)
+    one = GPTQ()(w, GRID, Groups("in", 8), evidence=moment)
+    other = GPTQ()(w, GRID, Groups("in", 8), evidence=moment * factor)
     same(one, other)
     np.testing.assert_allclose(other.info["error"], one.info["error"] * factor, rtol=1e-4)
 
 
 def test_rows_are_independent():
     w, moment = layer(12, 40)
-    whole = GPTQ()(w, GRID, Blocks("in", 8), evidence=moment)
-    part = GPTQ()(w[3:7], GRID, Blocks("in", 8), evidence=moment)
+    whole = GPTQ()(w, GRID, Groups("in", 8), evidence=moment)
+    part = GPTQ()(w[3:7], GRID, Groups("in", 8), evidence=moment)
     np.testing.assert_array_equal(whole.codes[3:7], part.codes)
 
 
 def test_layers_together_are_layers_apart():
-    blocks = Blocks("in", 8)
+    blocks = Groups("in", 8)
     w, moment = layer(12, 40, batch=(2, 2))
     together = GPTQ()(w, GRID, blocks, evidence=moment)
     for place in np.ndindex(2, 2):
@@ -225,8 +225,8 @@ def test_evidence_and_its_second_moment_are_one():
     w, _ = layer(12, 40)
     evidence = Evidence.of(x)
     same(
-        GPTQ()(w, GRID, Blocks("in", 8), evidence=evidence),
-        GPTQ()(w, GRID, Blocks("in", 8), evidence=evidence.second_moment),
+        GPTQ()(w, GRID, Groups("in", 8), evidence=evidence),
+        GPTQ()(w, GRID, Groups("in", 8), evidence=evidence.second_moment),
     )
 
 
@@ -235,7 +235,7 @@ def test_dead_inputs_keep_nearest_codes_and_disturb_nobody():
     dead = np.array([0, 13, 39])
     live = np.setdiff1d(np.arange(40), dead)
     holed = moment.at[dead].set(0.0).at[:, dead].set(0.0)
-    blocks = Blocks("out", 4)  # parameters per column, so that leaving columns out keeps the rest
+    blocks = Groups("out", 4)  # parameters per column, so that leaving columns out keeps the rest
     result = GPTQ()(w, GRID, blocks, evidence=holed)
     plain = Nearest()(w, GRID, blocks)
     np.testing.assert_array_equal(result.codes[:, dead], plain.codes[:, dead])
@@ -247,15 +247,15 @@ def test_dead_inputs_keep_nearest_codes_and_disturb_nobody():
 
 def test_no_live_input_at_all_is_nearest():
     w, moment = layer(12, 40)
-    result = GPTQ()(w, GRID, Blocks("in", 8), evidence=jnp.zeros_like(moment))
-    same(result, Nearest()(w, GRID, Blocks("in", 8)))
+    result = GPTQ()(w, GRID, Groups("in", 8), evidence=jnp.zeros_like(moment))
+    same(result, Nearest()(w, GRID, Groups("in", 8)))
     assert [float(result.info[name]) for name in ("dead", "failed", "error")] == [40, 0, 0]
 
 
 def test_rank_deficient_evidence_is_damped_enough():
     w, _ = layer(12, 40)
     x = jax.random.normal(jax.random.key(0), (5, 40))
-    info = GPTQ()(w, GRID, Blocks("in", 8), evidence=x.T @ x).info
+    info = GPTQ()(w, GRID, Groups("in", 8), evidence=x.T @ x).info
     assert float(info["failed"]) == 0 and float(info["error"]) < float(info["nearest_error"])
 
 
@@ -265,7 +265,7 @@ def test_damping_rises_by_tens_until_the_factorisation_succeeds(shift, damping):
     w, _ = layer(12, 40)
     basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(40, 40)))
     moment = jnp.asarray(basis @ np.diag([-shift, *np.ones(39)]) @ basis.T, jnp.float32)
-    result = GPTQ()(w, GRID, Blocks("in", 8), evidence=moment)
+    result = GPTQ()(w, GRID, Groups("in", 8), evidence=moment)
     np.testing.assert_allclose(result.info["damping"], damping, rtol=1e-6)
     assert float(result.info["failed"]) == 0
 
@@ -275,14 +275,14 @@ def test_a_failed_factorisation_gives_nearest_codes_and_says_so():
     # The second has an eigenvalue of minus twice its diagonal: no damping up to the cap helps.
     broken = moment.at[1].set(3.0 - 2.0 * jnp.eye(40, dtype=moment.dtype))
     for rounding in (GPTQ(), GPTQ(order="natural", groups="dynamic")):
-        result = rounding(w, GRID, Blocks("in", 8), evidence=broken)
-        plain = Nearest()(w, GRID, Blocks("in", 8))
+        result = rounding(w, GRID, Groups("in", 8), evidence=broken)
+        plain = Nearest()(w, GRID, Groups("in", 8))
         np.testing.assert_array_equal(np.asarray(result.info["failed"]), [0, 1])
         np.testing.assert_array_equal(result.codes[1], plain.codes[1])
         np.testing.assert_array_equal(result.params["scale"][1], plain.params["scale"][1])
         assert (np.asarray(result.codes[0]) != np.asarray(plain.codes[0])).any()
         # Its neighbour in the batch is not disturbed by further attempts.
-        alone = rounding(w[0], GRID, Blocks("in", 8), evidence=broken[0])
+        alone = rounding(w[0], GRID, Groups("in", 8), evidence=broken[0])
         np.testing.assert_array_equal(result.codes[0], alone.codes)
         np.testing.assert_array_equal(result.info["damping"][0], alone.info["damping"])
 
@@ -290,15 +290,15 @@ def test_a_failed_factorisation_gives_nearest_codes_and_says_so():
 def test_a_range_search_weighs_inputs_by_their_power():
     w, moment = layer(12, 40)
     grid = Uniform(2, range=MSE())
-    result = GPTQ()(w, grid, Blocks("in", 8), evidence=moment)
-    same_params = Nearest()(w, grid, Blocks("in", 8), evidence=moment).params
+    result = GPTQ()(w, grid, Groups("in", 8), evidence=moment)
+    same_params = Nearest()(w, grid, Groups("in", 8), evidence=moment).params
     np.testing.assert_array_equal(result.params["scale"], same_params["scale"])
 
 
 def instructions(width):
     """HLO instructions of the compiled program, but for constants: equal ones are shared."""
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    program = jax.jit(lambda w, h: GPTQ()(w, Uniform(4), Blocks("in", 64), evidence=h))
+    program = jax.jit(lambda w, h: GPTQ()(w, Uniform(4), Groups("in", 64), evidence=h))
     program = program.lower(shape((64, width)), shape((width, width))).compile()
     lines = re.findall(r"^ *(?:ROOT )?%\S+ = .*$", program.as_text(), re.MULTILINE)
     return sum(" constant(" not in line for line in lines)
@@ -329,7 +329,7 @@ def test_bad_calls_are_refused_in_words():
     with pytest.raises(EvidenceError, match=r"\(24, 24\), got \(20, 20\)"):
         GPTQ()(w, GRID, evidence=moment[:20, :20])
     with pytest.raises(ValueError, match="order='natural'"):
-        GPTQ(groups="dynamic")(w, GRID, Blocks("in", 8), evidence=moment)
+        GPTQ(groups="dynamic")(w, GRID, Groups("in", 8), evidence=moment)
 
 
 def test_padding_of_the_sweep_never_shows():
@@ -340,7 +340,7 @@ def test_padding_of_the_sweep_never_shows():
     assert (np.asarray(nearest(GRID, w, GRID.fit(w))) != np.asarray(result.codes)).any()
 
 
-@pytest.mark.parametrize("blocks", [Blocks("in", 8), Blocks("out", 4)])
+@pytest.mark.parametrize("blocks", [Groups("in", 8), Groups("out", 4)])
 @pytest.mark.parametrize("rounding", [GPTQ(), NATURAL, GPTQ(order="natural", groups="dynamic")])
 def test_what_is_prepared_once_serves_every_weight(rounding, blocks):
     first, moment = layer(12, 40)

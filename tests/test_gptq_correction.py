@@ -9,7 +9,7 @@ from oracles import gptq as oracle
 from test_gptq import a1_fit, a1_round, loss, same, values
 
 from jquant.axes.digits import Part
-from jquant.axes.groups import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Groups, from_groups, to_groups
 from jquant.axes.roles import Reading
 from jquant.calibration.assemble import assemble
 from jquant.calibration.evidence import Evidence
@@ -77,9 +77,9 @@ def published_gptaq(w, h, drift, strength, scale, zero, order, *, current):
 def per_weight(params, blocks, w):
     """Scale and zero of every weight."""
     length = w.shape[-1 if blocks.axis == "in" else -2]
-    like = to_blocks(w, blocks)
+    like = to_groups(w, blocks)
     return [
-        np.asarray(from_blocks(jnp.broadcast_to(params[n][..., None], like.shape), blocks, length))
+        np.asarray(from_groups(jnp.broadcast_to(params[n][..., None], like.shape), blocks, length))
         .astype(float)
         for n in ("scale", "zero")
     ]  # fmt: skip
@@ -95,9 +95,9 @@ def equal_but_for_ties(got, wanted, margins):
 @pytest.mark.parametrize(
     ("blocks", "order", "groups", "strength"),
     [
-        (Blocks("in", 8), "activation", "static", None),
-        (Blocks("in", 17), "natural", "dynamic", 1.0),  # padded by the group, a ragged last one
-        (Blocks("out", 5), "activation", "dynamic", 0.7),
+        (Groups("in", 8), "activation", "static", None),
+        (Groups("in", 17), "natural", "dynamic", 1.0),  # padded by the group, a ragged last one
+        (Groups("out", 5), "activation", "dynamic", 0.7),
     ],
 )
 def test_qep_is_the_column_loop_on_the_corrected_weight(blocks, order, groups, strength):
@@ -118,9 +118,9 @@ def test_qep_is_the_column_loop_on_the_corrected_weight(blocks, order, groups, s
 @pytest.mark.parametrize(
     ("blocks", "order", "strength"),
     [
-        (Blocks("in", 8), "activation", None),
-        (Blocks("in", 17), "natural", 1.0),
-        (Blocks("out", 5), "activation", 0.7),
+        (Groups("in", 8), "activation", None),
+        (Groups("in", 17), "natural", 1.0),
+        (Groups("out", 5), "activation", 0.7),
     ],
 )
 def test_gptaq_is_its_column_loop(blocks, order, strength):
@@ -144,7 +144,7 @@ def test_gptaq_fits_dynamic_groups_to_weights_as_moved():
     w, evidence = case()
     h, drift = exact(evidence)
     rounding = GPTQ(order="natural", groups="dynamic", correction="gptaq", strength=1.0)
-    result = rounding(w, GRID, Blocks("in", 8), evidence=evidence)
+    result = rounding(w, GRID, Groups("in", 8), evidence=evidence)
     target = np.asarray(w, float) @ (np.eye(40) + gptaq_matrix(h, drift, 1.0))
     codes, _, margins = oracle.gptq(
         target, h, fit=a1_fit, round_to=a1_round, group=8, groups="dynamic"
@@ -155,7 +155,7 @@ def test_gptaq_fits_dynamic_groups_to_weights_as_moved():
 def test_gptaq_with_moved_weights_in_the_residual_is_the_same_to_first_order():
     w, evidence = case(200, 40, share=0.2)
     h, drift = exact(evidence)
-    blocks = Blocks("out", 200)
+    blocks = Groups("out", 200)
     scale, zero = per_weight(Nearest()(w, GRID, blocks).params, blocks, w)
     # Plain GPTQ differs from it in 12 % and 5 % of the codes.
     for strength, apart in ((1.0, 0.03), (0.25, 0.01)):
@@ -171,7 +171,7 @@ def test_gptaq_with_moved_weights_in_the_residual_is_the_same_to_first_order():
 @pytest.mark.parametrize("groups", ["static", "dynamic"])
 def test_without_drift_or_without_strength_it_is_plain_gptq(method, groups):
     w, evidence = case()
-    blocks = Blocks("out", 5)
+    blocks = Groups("out", 5)
     plain = GPTQ(groups=groups)(w, GRID, blocks, evidence=evidence)
     still = Evidence(evidence.second_moment, evidence.count, drift=jnp.zeros((40, 40)))
     one = GPTQ(groups=groups, correction=method)(w, GRID, blocks, evidence=still)
@@ -231,7 +231,7 @@ def test_activation_order_is_a_permutation_of_columns(method):
     w, evidence = case()
     order = jnp.argsort(-jnp.diagonal(evidence.second_moment))
     turned = jax.tree.map(lambda a: a[order][:, order] if a.ndim else a, evidence)
-    blocks = Blocks("out", 4)
+    blocks = Groups("out", 4)
     got = GPTQ(correction=method)(w, GRID, blocks, evidence=evidence)
     moved = GPTQ(order="natural", correction=method)(w[:, order], GRID, blocks, evidence=turned)
     same(got._replace(codes=got.codes[:, order], params=moved.params), moved)
@@ -245,7 +245,7 @@ def test_layers_together_are_layers_apart_and_a_failure_stays_with_its_own(metho
     # No damping up to the cap makes the last one positive definite.
     moment = evidence.second_moment.at[2].set(3.0 - 2.0 * jnp.eye(40, dtype=jnp.float32))
     evidence = Evidence(moment, evidence.count, drift=evidence.drift)
-    rounding, blocks = GPTQ(correction=method), Blocks("in", 8)
+    rounding, blocks = GPTQ(correction=method), Groups("in", 8)
     together = rounding(w, GRID, blocks, evidence=evidence)
     np.testing.assert_array_equal(np.asarray(together.info["failed"]), [0, 0, 1])
     for place in range(2):
@@ -282,14 +282,14 @@ def test_what_a_dead_input_no_longer_carries_others_make_up_for():
     gone = Evidence(holed, evidence.count, drift=drift.at[dead].set(0.0))
     assert np.abs(target_of(w, gone, "qep", 1.0, np.arange(40)) - target).max() > 0.05
     for method in METHODS:
-        result = GPTQ(correction=method)(w, GRID, Blocks("out", 4), evidence=evidence)
-        plain = Nearest()(w, GRID, Blocks("out", 4))
+        result = GPTQ(correction=method)(w, GRID, Groups("out", 4), evidence=evidence)
+        plain = Nearest()(w, GRID, Groups("out", 4))
         np.testing.assert_array_equal(result.codes[:, dead], plain.codes[:, dead])
         assert float(result.info["dead"]) == 3
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("blocks", [Blocks("in", 17), Blocks("out", 5)])
+@pytest.mark.parametrize("blocks", [Groups("in", 17), Groups("out", 5)])
 def test_errors_are_reported_of_the_given_weight(method, blocks):
     w, evidence = case()
     h, _ = exact(evidence)
@@ -308,12 +308,12 @@ def second_layer(seed, tokens, bits=3):
     up = jnp.asarray(random.standard_t(5, size=(64, 32)) / 6, jnp.float32)
     down = jnp.asarray(random.standard_t(5, size=(32, 64)) / 8, jnp.float32)
     x, held = (jnp.asarray(random.normal(size=(n, 32)) @ mix, jnp.float32) for n in (tokens, 4096))
-    grid, blocks = Uniform(bits), Blocks("in", 16)
+    grid, blocks = Uniform(bits), Groups("in", 16)
 
     def solve(rounding, w, evidence):
         result = rounding(w, grid, blocks, evidence=evidence)
-        codes = to_blocks(result.codes.astype(jnp.int32), blocks)
-        return from_blocks(grid.decode(codes, result.params), blocks, w.shape[1])
+        codes = to_groups(result.codes.astype(jnp.int32), blocks)
+        return from_groups(grid.decode(codes, result.params), blocks, w.shape[1])
 
     low = solve(GPTQ(), up, Evidence.of(x))
 

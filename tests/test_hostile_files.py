@@ -27,7 +27,7 @@ from jquant.io.container import MAX_HEADER
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A file with a weight of 3-bit codes -3..3, its scales, and a plain array."""
-    grid, blocks = Uniform(3, symmetric=True, convention="S3"), jq.Blocks("in", 8)
+    grid, blocks = Uniform(3, symmetric=True, convention="S3"), jq.Groups("in", 8)
     layout = jq.Layout.of((16, 4), in_axes=(0,))
     codes = jnp.asarray((np.arange(64).reshape(4, 16) % 7 - 3).astype(jnp.int4))
     scale = jnp.asarray(np.arange(1, 9, dtype=np.float32).reshape(4, 2))

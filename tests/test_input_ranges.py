@@ -117,8 +117,8 @@ def test_capture_tells_what_flows_in(name) -> None:
     choice = Activations(AFFINE, "static", Percentile(99.9))
     plan = jq.plan(weights, {".*": jq.Scheme(BYTES, activations=choice, fallback=True)})
     one, _ = jq.quantize(case.fn, case.params, plan, evidence=found)
-    by = "weight" if name == "linen-scan-remat-tied" else "all"
-    staged, _ = jq.quantize(case.fn, case.params, plan, case.batches, granularity=by)
+    by = "weight" if name == "linen-scan-remat-tied" else None
+    staged, _ = jq.quantize(case.fn, case.params, plan, case.batches, sequential=by)
     assert jax.tree.structure(staged) == jax.tree.structure(one)
     for q, same in zip(*(jax.tree.leaves(t, is_leaf=is_q) for t in (staged, one)), strict=True):
         if is_q(q):  # calibrated on what bytes before it have changed a little
@@ -146,7 +146,7 @@ def test_windows_of_a_weight_make_one_range() -> None:
 LAYOUT = jq.Layout.of((3, 20, 12), in_axes=(1,), batch_axes=(0,))
 CHOICES = [
     Activations(BYTES),
-    Activations(E4M3, "tensor", path="simulated"),
+    Activations(E4M3, "tensor", compute="fake_quant"),
     Activations(AFFINE, "static", MSE(steps=9)),
     Activations(BYTES, "static", Percentile(99)),
 ]

@@ -21,7 +21,7 @@ from cases import GRIDS
 
 import jquant as jq
 from jquant import io
-from jquant.axes.groups import to_blocks
+from jquant.axes.groups import to_groups
 from jquant.errors import CheckpointError, TreeError
 from jquant.grids import MSE, Uniform
 from jquant.grids.base import code_dtype
@@ -29,38 +29,38 @@ from jquant.io.bitstream import pack_bits, stream_bytes, unpack_bits
 from jquant.io.container import Entry
 from jquant.io.leaves import JAX_DTYPES, claim
 
-# name: (grid, blocks, shape, in axes, batch axes)
+# name: (grid, groups, shape, in axes, batch axes)
 SCHEMES = {
     **{
         f"{bits} bits{' symmetric' if symmetric else ''}": (
-            Uniform(bits, symmetric), jq.Blocks("in", 8), (24, 6), (0,), (),
+            Uniform(bits, symmetric), jq.Groups("in", 8), (24, 6), (0,), (),
         )
         for bits in range(2, 9)
         for symmetric in (False, True)
     },
-    "ragged groups": (Uniform(4), jq.Blocks("in", 7), (24, 5), (0,), ()),
-    "groups along out": (Uniform(3), jq.Blocks("out", 4), (9, 10), (1,), ()),
-    "whole axis": (Uniform(5, True), jq.Blocks("in"), (3, 16, 4), (1,), (0,)),
-    "attention": (Uniform(4), jq.Blocks("in", 4), (2, 12, 3, 4), (1,), (0,)),
-    "batch axis in the middle": (Uniform(4), jq.Blocks("in", 4), (12, 3, 5), (0,), (1,)),
-    "searched range": (Uniform(3, range=MSE()), jq.Blocks("in", 8), (16, 4), (0,), ()),
-    "float zero": (Uniform(4, convention="A3"), jq.Blocks("in", 8), (16, 4), (0,), ()),
-    "restricted": (Uniform(4, True, "S3"), jq.Blocks("in", 8), (16, 4), (0,), ()),
+    "ragged groups": (Uniform(4), jq.Groups("in", 7), (24, 5), (0,), ()),
+    "groups along out": (Uniform(3), jq.Groups("out", 4), (9, 10), (1,), ()),
+    "whole axis": (Uniform(5, True), jq.Groups("in"), (3, 16, 4), (1,), (0,)),
+    "attention": (Uniform(4), jq.Groups("in", 4), (2, 12, 3, 4), (1,), (0,)),
+    "batch axis in the middle": (Uniform(4), jq.Groups("in", 4), (12, 3, 5), (0,), (1,)),
+    "searched range": (Uniform(3, range=MSE()), jq.Groups("in", 8), (16, 4), (0,), ()),
+    "float zero": (Uniform(4, convention="A3"), jq.Groups("in", 8), (16, 4), (0,), ()),
+    "restricted": (Uniform(4, True, "S3"), jq.Groups("in", 8), (16, 4), (0,), ()),
     "mx": (jq.grids.MX(), None, (2, 70, 5), (1,), (0,)),
     "nv": (jq.grids.NV(), None, (2, 40, 5), (1,), (0,)),
-    "12 bits": (jq.grids.Float(4, 7, scale="float32"), jq.Blocks("in", 8), (2, 24, 5), (1,), (0,)),
-    "16 bits": (jq.grids.Float(8, 7), jq.Blocks("out", 4), (16, 9), (0,), ()),
-    "16 bits unsigned": (jq.grids.Float(6, 10, signed=False), jq.Blocks(), (16, 9), (0,), ()),
-    "bfloat16 scales": (Uniform(4, scale_dtype="bfloat16"), jq.Blocks(), (16, 4), (0,), ()),
-    **{name: (grid, jq.Blocks("in", 8), (2, 20, 5), (1,), (0,)) for name, grid in GRIDS.items()},
+    "12 bits": (jq.grids.Float(4, 7, scale="float32"), jq.Groups("in", 8), (2, 24, 5), (1,), (0,)),
+    "16 bits": (jq.grids.Float(8, 7), jq.Groups("out", 4), (16, 9), (0,), ()),
+    "16 bits unsigned": (jq.grids.Float(6, 10, signed=False), jq.Groups(), (16, 9), (0,), ()),
+    "bfloat16 scales": (Uniform(4, scale_dtype="bfloat16"), jq.Groups(), (16, 4), (0,), ()),
+    **{name: (grid, jq.Groups("in", 8), (2, 20, 5), (1,), (0,)) for name, grid in GRIDS.items()},
 }  # fmt: skip
 
 
-def quantized(grid, blocks, shape, in_axes, batch_axes=(), dtype="float32", seed=0) -> jq.QTensor:
+def quantized(grid, groups, shape, in_axes, batch_axes=(), dtype="float32", seed=0) -> jq.QTensor:
     """A weight rounded to nearest."""
     w = jax.random.normal(jax.random.key(seed), shape, dtype)
     layout = jq.Layout.of(shape, in_axes=in_axes, batch_axes=batch_axes)
-    return jq.quantize_weight(w, jq.Scheme(grid, blocks), layout)[0]
+    return jq.quantize_weight(w, jq.Scheme(grid, groups), layout)[0]
 
 
 def assert_same(a, b) -> None:
@@ -139,8 +139,8 @@ def test_a_stream_wider_than_its_integers_is_refused() -> None:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
-    grid, blocks, shape, in_axes, batch_axes = SCHEMES[name]
-    q = quantized(grid, blocks, shape, in_axes, batch_axes)
+    grid, groups, shape, in_axes, batch_axes = SCHEMES[name]
+    q = quantized(grid, groups, shape, in_axes, batch_axes)
     jq.save(tmp_path / "w", {"w": q})
     back = jq.load(tmp_path / "w")
     assert_same(back, {"w": q})
@@ -166,7 +166,7 @@ def test_floats_keep_their_payloads(tmp_path: Path) -> None:
 
 
 def test_trees_come_back_as_they_were(tmp_path: Path) -> None:
-    q = quantized(Uniform(4), jq.Blocks("in", 8), (16, 4), (0,))
+    q = quantized(Uniform(4), jq.Groups("in", 8), (16, 4), (0,))
     tree = {
         "layers": [{"w": q, "b": jnp.zeros(3)}, {"w": q, "b": None}],
         "pair": (jnp.ones((), jnp.bfloat16), np.arange(3)),
@@ -201,15 +201,15 @@ def test_any_shape_comes_back(tmp_path_factory, bits, symmetric, shape, size, ax
     path = tmp_path_factory.getbasetemp() / "any"
     # Random codes and parameters of the right shapes: nothing here needs compiling.
     layout = jq.Layout.of(shape, in_axes=(1,), batch_axes=(0,))
-    blocks, grid, rng = jq.Blocks(axis, size), Uniform(bits, symmetric), np.random.default_rng(bits)
+    groups, grid, rng = jq.Groups(axis, size), Uniform(bits, symmetric), np.random.default_rng(bits)
     codes = rng.integers(grid.codes[0], grid.codes[1] + 1, (shape[0], shape[2], shape[1]))
     abstract = jax.ShapeDtypeStruct(codes.shape, "float32")
-    params = jax.eval_shape(lambda w: grid.fit(to_blocks(w, blocks)), abstract)
+    params = jax.eval_shape(lambda w: grid.fit(to_groups(w, groups)), abstract)
     params = {
         k: jnp.asarray(rng.integers(0, 3, p.shape).astype(p.dtype)) for k, p in params.items()
     }
     codes = jnp.asarray(codes.astype(code_dtype(grid)))
-    q = jq.QTensor(codes, params, grid, blocks, layout, jnp.dtype("bfloat16"))
+    q = jq.QTensor(codes, params, grid, groups, layout, jnp.dtype("bfloat16"))
     jq.save(path, [q])
     assert_same(jq.load(path), [q])
 
@@ -219,7 +219,7 @@ def test_any_shape_comes_back(tmp_path_factory, bits, symmetric, shape, size, ax
 
 def test_a_file_is_as_small_as_arithmetic_says(tmp_path: Path) -> None:
     rows = columns = 1024
-    q = quantized(Uniform(4), jq.Blocks("in", 64), (columns, rows), (0,))
+    q = quantized(Uniform(4), jq.Groups("in", 64), (columns, rows), (0,))
     jq.save(tmp_path / "w", {"w": q})
     groups = rows * columns // 64
     expected = rows * columns * 4 // 8 + groups * 4 + groups * 4 // 8  # codes, scales, zeros
@@ -229,7 +229,7 @@ def test_a_file_is_as_small_as_arithmetic_says(tmp_path: Path) -> None:
 
 
 def test_other_readers_of_safetensors_can_open_it(tmp_path: Path) -> None:
-    q = quantized(Uniform(3), jq.Blocks("in", 8), (16, 4), (0,))
+    q = quantized(Uniform(3), jq.Groups("in", 8), (16, 4), (0,))
     jq.save(tmp_path / "w", {"w": q, "b": jnp.arange(3.0)}, metadata={"who": "test"})
     read = safetensors.numpy.load_file(tmp_path / "w")
     assert read["b"].tolist() == [0.0, 1.0, 2.0]
@@ -238,7 +238,7 @@ def test_other_readers_of_safetensors_can_open_it(tmp_path: Path) -> None:
 
 
 def test_header_and_single_weights_read_alone(tmp_path: Path) -> None:
-    q = quantized(Uniform(4), jq.Blocks("in", 8), (16, 4), (0,), dtype="bfloat16")
+    q = quantized(Uniform(4), jq.Groups("in", 8), (16, 4), (0,), dtype="bfloat16")
     tree = {"a": {"w": q, "b": jnp.ones(4)}, "c": jnp.zeros(2)}
     jq.save(tmp_path / "w", tree, metadata={"model": "tiny"})
     header = io.read_header(tmp_path / "w")
@@ -271,8 +271,8 @@ def test_other_trees_are_refused_by_path(leaf, message: str, tmp_path: Path) -> 
 
 
 def test_codes_outside_their_grid_are_refused(tmp_path: Path) -> None:
-    q = quantized(Uniform(3), jq.Blocks("in", 8), (16, 4), (0,))
-    bad = jq.QTensor(jnp.full_like(q.codes, 9), q.params, q.grid, q.blocks, q.layout, q.dtype)
+    q = quantized(Uniform(3), jq.Groups("in", 8), (16, 4), (0,))
+    bad = jq.QTensor(jnp.full_like(q.codes, 9), q.params, q.grid, q.groups, q.layout, q.dtype)
     with pytest.raises(ValueError, match="at 'w': codes outside 0..7"):
         jq.save(tmp_path / "x", {"w": bad})
 
@@ -281,7 +281,7 @@ def test_a_grid_of_the_users_own_is_refused(tmp_path: Path) -> None:
     class Mine(Uniform):
         pass
 
-    q = quantized(Mine(4), jq.Blocks("in", 8), (16, 4), (0,))
+    q = quantized(Mine(4), jq.Groups("in", 8), (16, 4), (0,))
     with pytest.raises(ValueError, match="at 'w': .*cannot be stored"):
         jq.save(tmp_path / "x", {"w": q})
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from oracles.kmeans import least_error
 from test_grid_laws import GROUPS, SIZE, code, decode, extreme, fit, weights
 
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.grids import NF4, KMeans, Uniform, code_dtype
 from jquant.numerics.distortion import bits_per_weight
 from jquant.rounding import GPTQ, Nearest
@@ -193,7 +193,7 @@ def test_many_groups_at_once_are_each_fitted_alone():
 def test_bits_per_weight_counts_tables():
     w, _ = layer(4, 512)
     grid = KMeans(4, table_dtype="float16")
-    result = Nearest()(w, grid, Blocks())
+    result = Nearest()(w, grid, Groups())
     assert bits_per_weight(result.codes, result.params, grid.bits) == 4 + 16 * 16 / 512
 
 
@@ -205,9 +205,9 @@ def test_fitted_tables_beat_fixed_ones():
 
 @pytest.mark.parametrize("grid", [KMeans(2), KMeans(6)], ids=str)
 def test_a_second_call_with_equal_shapes_does_not_compile(grid, compiles):
-    Nearest()(layer(12, 40)[0], grid, Blocks("in", 8))
+    Nearest()(layer(12, 40)[0], grid, Groups("in", 8))
     with compiles() as programs:
-        Nearest()(layer(12, 40, seed=1)[0], grid, Blocks("in", 8))
+        Nearest()(layer(12, 40, seed=1)[0], grid, Groups("in", 8))
     assert programs == []
 
 

@@ -39,7 +39,7 @@ def weight(bits: int = 4, shape: tuple[int, ...] = (3, 16, 6), seed: int = 0) ->
     """A stack of weights rounded to nearest."""
     w = jax.random.normal(jax.random.key(seed), shape)
     layout = jq.Layout.of(shape, in_axes=(len(shape) - 2,), batch_axes=range(len(shape) - 2))
-    return jq.quantize_weight(w, jq.Scheme(Uniform(bits), blocks=8), layout)[0]
+    return jq.quantize_weight(w, jq.Scheme(Uniform(bits), groups=8), layout)[0]
 
 
 def same(a: Any, b: Any) -> None:
@@ -343,8 +343,8 @@ def test_a_bad_leaf_leaves_the_old_file_alone(tmp_path: Path) -> None:
 
     q = weight(3, (8, 4))
     bad = lazy_of(np.full(q.codes.shape, 9, np.uint8))
-    codes = jq.QTensor(bad, q.params, q.grid, q.blocks, q.layout, q.dtype)
-    floats = jq.QTensor(q.params["scale"], q.params, q.grid, q.blocks, q.layout, q.dtype)
+    codes = jq.QTensor(bad, q.params, q.grid, q.groups, q.layout, q.dtype)
+    floats = jq.QTensor(q.params["scale"], q.params, q.grid, q.groups, q.layout, q.dtype)
     for leaf, message in (
         (counted(4, [0, 0], fail), "elsewhere: torn"),
         (codes, r"at 'b': codes outside 0..7"),

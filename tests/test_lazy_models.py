@@ -205,7 +205,7 @@ def test_quantized_folders(scan: bool, tmp_path: Path) -> None:
     params = fn.init(jax.random.key(3))
     tokens = jnp.asarray(RANDOM.integers(0, TINY.vocab, (2, 5)), jnp.int32)
     found = jq.find_weights(fn, params, tokens)
-    plan = jq.plan(found, {".*": jq.Scheme(Uniform(4), blocks=8)})
+    plan = jq.plan(found, {".*": jq.Scheme(Uniform(4), groups=8)})
     qparams, _ = jq.quantize(fn, params, plan)
     models.save_quantized(tmp_path, fn, qparams)
     for load in (models.load, models.load_quantized):

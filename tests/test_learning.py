@@ -13,10 +13,10 @@ import pytest
 from cases import floats
 
 import jquant as jq
-from jquant.axes.groups import to_blocks
+from jquant.axes.groups import to_groups
 from jquant.errors import EvidenceError, ObjectiveError, PlanError
 from jquant.grids import Uniform
-from jquant.learning.objectives import KL, MSE, Stagewise
+from jquant.learning.objectives import KL, MSE, Reconstruction
 from jquant.rounding import NUPES, AdaRound, Descent, DiscQuant, Nearest, SignRound
 from jquant.weights.qtensor import QTensor
 
@@ -87,11 +87,11 @@ def test_codes_learned_on_the_network_are_neighbours_on_the_grid_as_fitted():
     plan = planned(params, batches[0], DISC)
     qparams, _ = jq.quantize(fn, params, plan, batches, objective=KL(), key=KEY)
     q, w = qparams["blocks"][1]["up"], params["blocks"][1]["up"].T
-    fitted = Uniform(3).fit(to_blocks(w, q.blocks))
+    fitted = Uniform(3).fit(to_groups(w, q.groups))
     for name, leaf in floats(q.params).items():
         np.testing.assert_array_equal(leaf, floats(fitted)[name])
-    lo, hi = Uniform(3).bracket(to_blocks(w, q.blocks), fitted)
-    codes = to_blocks(q.codes.astype(jnp.int32), q.blocks)
+    lo, hi = Uniform(3).bracket(to_groups(w, q.groups), fitted)
+    codes = to_groups(q.codes.astype(jnp.int32), q.groups)
     assert bool(jnp.all((codes == lo) | (codes == hi)))
 
 
@@ -115,16 +115,16 @@ def test_other_weights_are_quantized_first_and_kept_ones_stay():
     )
 
 
-@pytest.mark.parametrize("granularity", ["weight", "block"])
-def test_stages_are_reconstructed_one_after_the_other(granularity):
+@pytest.mark.parametrize("sequential", ["weight", "block"])
+def test_stages_are_reconstructed_one_after_the_other(sequential):
     params, batches = network()
     plan = planned(params, batches[0], SIGN)
     qparams, report = jq.quantize(
-        fn, params, plan, batches, objective=Stagewise(), granularity=granularity
+        fn, params, plan, batches, objective=Reconstruction(), sequential=sequential
     )
     nearest, _ = jq.quantize(fn, params, planned(params, batches[0], Nearest()))
     assert [trace.names for trace in report.traces] == list(report.stages)
-    assert len(report.stages) == (3 if granularity == "block" else 5)
+    assert len(report.stages) == (3 if sequential == "block" else 5)
     for trace in report.traces:
         assert trace.looks[trace.kept_at] == min(trace.looks.values())
     assert loss_of(qparams, params, batches) < 0.9 * loss_of(nearest, params, batches)
@@ -135,7 +135,7 @@ def test_a_stage_starts_from_quantized_inputs_and_aims_at_the_original():
     params, batches = network()
     plan = planned(params, batches[0], SIGN)
     qparams, report = jq.quantize(
-        fn, params, plan, batches[:4], objective=Stagewise(), granularity="block"
+        fn, params, plan, batches[:4], objective=Reconstruction(), sequential="block"
     )
     last = report.traces[-1]
     assert last.names == ("head",)
@@ -157,14 +157,14 @@ def test_distilled_stages_do_not_depend_on_each_other():
             )
             qparams, report = jq.quantize(
                 fn, params, plan, batches[:2],
-                objective=Stagewise(inputs=inputs), granularity="block",
+                objective=Reconstruction(inputs=inputs), sequential="block",
             )  # fmt: skip
             found[bits, inputs] = report.traces[1].loss, qparams["blocks"][1]["up"].codes
     np.testing.assert_array_equal(found[2, "full"][0], found[6, "full"][0])
     np.testing.assert_array_equal(found[2, "full"][1], found[6, "full"][1])
     assert found[2, "quantized"][0][0] != found[6, "quantized"][0][0]
-    with pytest.raises(ValueError, match=r"Stagewise\.inputs"):
-        Stagewise(inputs="student")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Reconstruction\.inputs"):
+        Reconstruction(inputs="student")  # type: ignore[arg-type]
 
 
 def test_equal_stages_are_learned_by_one_set_of_programs(compiles):
@@ -173,7 +173,7 @@ def test_equal_stages_are_learned_by_one_set_of_programs(compiles):
         plan = planned(params, batches[0], SIGN)
         jax.clear_caches()
         with compiles() as programs:
-            jq.quantize(fn, params, plan, batches, objective=Stagewise(), granularity="block")
+            jq.quantize(fn, params, plan, batches, objective=Reconstruction(), sequential="block")
         return len([entry for entry in programs if "gradient" in entry])
 
     assert count(2) == count(4) == 2  # a block's and the head's
@@ -304,7 +304,7 @@ def test_objectives_that_cannot_be_descended_are_refused():
     with pytest.raises(EvidenceError, match="got no batches"):
         jq.quantize(fn, params, plan, [], objective=KL())
     with pytest.raises(PlanError, match="needs stages"):
-        jq.quantize(fn, params, plan, batches, objective=Stagewise(), granularity="all")
+        jq.quantize(fn, params, plan, batches, objective=Reconstruction(), sequential=None)
 
 
 def without_head(params, x):

@@ -11,7 +11,7 @@ from cases import layer
 from oracles import lorc as oracle
 
 import jquant as jq
-from jquant import Blocks, Evidence, LoRC
+from jquant import Evidence, Groups, LoRC
 from jquant.errors import EvidenceError, PlanError, WeightError
 from jquant.grids import MX, NV, KMeans, Uniform
 from jquant.layerwise.weight import quantize_weight, stored_bits
@@ -36,7 +36,7 @@ def error_of(low: jq.LowRank, error, moment=None) -> float:
 # The theorem
 
 
-@pytest.mark.parametrize("metric", ["plain", "evidence"])
+@pytest.mark.parametrize("metric", ["frobenius", "hessian"])
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
 def test_the_whole_rank_gives_the_error_back(shape, metric) -> None:
     error, moment = layer(*shape)
@@ -55,7 +55,7 @@ def test_what_is_left_are_the_other_singular_values(rank, method) -> None:
     np.testing.assert_allclose(choice.spectrum(error), singular[:rank] ** 2, rtol=1e-4)
     weighed = np.asarray(error, np.float64) @ np.linalg.cholesky(np.asarray(moment, np.float64))
     singular = np.linalg.svd(weighed, compute_uv=False)
-    choice = dataclasses.replace(choice, metric="evidence")
+    choice = dataclasses.replace(choice, metric="hessian")
     found = error_of(choice(error, moment), error, moment)
     assert found == pytest.approx(np.sum(singular[rank:] ** 2), rel=1e-4)
     np.testing.assert_allclose(choice.spectrum(error, moment), singular[:rank] ** 2, rtol=1e-4)
@@ -72,21 +72,21 @@ def test_factors_are_those_of_the_paper_but_for_signs() -> None:
 
 def test_the_metric_of_the_inputs_is_qera() -> None:
     error, moment = layer(12, 40)
-    low = LoRC(4, metric="evidence", **FULL)(error, moment)
+    low = LoRC(4, metric="hessian", **FULL)(error, moment)
     np.testing.assert_allclose(low.product(), oracle.qera(error, moment, 4), atol=1e-4)
-    again = LoRC(4, metric="evidence", **FULL)(error, Evidence(moment / 7, jnp.asarray(1.0)))
+    again = LoRC(4, metric="hessian", **FULL)(error, Evidence(moment / 7, jnp.asarray(1.0)))
     np.testing.assert_allclose(again.product(), low.product(), atol=1e-4)
 
 
 def test_inputs_without_a_direction_make_it_plain() -> None:
     error, _ = layer(12, 40)
-    low = LoRC(4, metric="evidence", **FULL)(error, 3.0 * jnp.eye(40))
+    low = LoRC(4, metric="hessian", **FULL)(error, 3.0 * jnp.eye(40))
     np.testing.assert_allclose(low.product(), LoRC(4, **FULL)(error).product(), atol=2e-5)
 
 
 def test_more_rank_is_never_worse() -> None:
     error, moment = layer(12, 40)
-    for metric, weigh in (("plain", None), ("evidence", moment)):
+    for metric, weigh in (("frobenius", None), ("hessian", moment)):
         sizes = [
             error_of(LoRC(r, metric=metric)(error, moment), error, weigh) for r in range(1, 13)
         ]
@@ -95,7 +95,7 @@ def test_more_rank_is_never_worse() -> None:
 
 def test_each_metric_wins_in_its_own() -> None:
     error, moment = layer(24, 40)
-    plain, weighed = LoRC(3)(error), LoRC(3, metric="evidence")(error, moment)
+    plain, weighed = LoRC(3)(error), LoRC(3, metric="hessian")(error, moment)
     assert error_of(weighed, error, moment) < 0.9 * error_of(plain, error, moment)
     assert error_of(plain, error) < error_of(weighed, error)
 
@@ -119,7 +119,7 @@ def test_singular_moments(kind, out) -> None:
     else:
         x[:, 3] *= 1e5
     moment = jnp.asarray(x.T @ x, jnp.float32)
-    choice = LoRC(4, metric="evidence", **FULL)
+    choice = LoRC(4, metric="hessian", **FULL)
     low = choice(error, moment)
     assert np.isfinite(low.left).all() and np.isfinite(low.right).all()
     weighed = np.asarray(error, np.float64) @ x.T
@@ -166,7 +166,7 @@ def test_small_weights_are_decomposed_exactly() -> None:
 @pytest.mark.parametrize("grid", [None, BYTES], ids=["floats", "codes"])
 def test_layers_are_taken_one_by_one(method, grid) -> None:
     error, moment = layer(24, 40, batch=(2, 3))
-    choice = LoRC(3, grid, metric="evidence", method=method)
+    choice = LoRC(3, grid, metric="hessian", method=method)
     together = choice(error, moment)
     alone = choice(error[1, 2], moment[1, 2])
     # Sums in another order may move a factor over the middle between two codes: one step of it.
@@ -179,13 +179,13 @@ def test_layers_are_taken_one_by_one(method, grid) -> None:
 
 def test_equal_shapes_compile_once_and_jit_changes_nothing(compiles) -> None:
     (error, moment), (other, more) = layer(12, 40), layer(12, 40, seed=1)
-    choice = LoRC(3, metric="evidence")
+    choice = LoRC(3, metric="hessian")
     wanted = choice(error, moment).product()
     np.testing.assert_allclose(
         jax.jit(lambda e, h: choice(e, h).product())(error, moment), wanted, atol=1e-4
     )
     with compiles() as programs:
-        LoRC(3, metric="evidence")(other, more)
+        LoRC(3, metric="hessian")(other, more)
     assert programs == []
 
 
@@ -220,7 +220,7 @@ GRID = Uniform(3, scale_dtype="float16")
 
 def test_the_report_is_of_the_compensated_weight_and_counts_its_bits() -> None:
     w, moment = layer(12, 40)
-    scheme = jq.Scheme(GRID, 20, GPTQ(), LoRC(2, BYTES, "evidence"))
+    scheme = jq.Scheme(GRID, 20, GPTQ(), LoRC(2, BYTES, "hessian"))
     q, info = quantize_weight(w, scheme, LAYOUT, evidence=Evidence(moment, jnp.asarray(120.0)))
     left = np.asarray(w, np.float64) - np.asarray(jq.dequantize(q))
     assert float(info["error"]) == pytest.approx(np.sum(left @ np.asarray(moment) * left), rel=1e-4)
@@ -233,14 +233,14 @@ def test_the_report_is_of_the_compensated_weight_and_counts_its_bits() -> None:
     more = 2 * (52 * 8 + 2 * 32) / (12 * 40)
     assert jq.qtensor.weight_bits(q) == pytest.approx(jq.qtensor.weight_bits(bare) + more)
     assert stored_bits((12, 40), scheme) == pytest.approx(jq.qtensor.weight_bits(q))
-    floats = dataclasses.replace(scheme, compensation=LoRC(2, metric="evidence"))
+    floats = dataclasses.replace(scheme, compensation=LoRC(2, metric="hessian"))
     assert stored_bits((12, 40), floats) == pytest.approx(
         jq.qtensor.weight_bits(bare) + 2 * 52 * 16 / 480
     )
 
 
 @pytest.mark.parametrize("rounding", [Nearest(), GPTQ(), Stochastic()], ids=str)
-@pytest.mark.parametrize("blocks", [Blocks("in", 17), Blocks("out", 5)], ids=str)
+@pytest.mark.parametrize("blocks", [Groups("in", 17), Groups("out", 5)], ids=str)
 def test_after_any_rounding_the_whole_rank_is_exact(rounding, blocks) -> None:
     w, moment = layer(12, 40)
     scheme = jq.Scheme(GRID, blocks, rounding, LoRC(12, **FULL))
@@ -265,19 +265,19 @@ def test_a_corrected_target_is_what_the_term_comes_near_to() -> None:
 
     best = np.linalg.lstsq(x, full @ np.asarray(w).T, rcond=None)[0].T
     least = squared(np.asarray(w) @ full.T - best @ x.T)
-    assert lost(LoRC(3, metric="evidence")) - least < 0.85 * (lost(None) - least)
-    assert lost(LoRC(12, metric="evidence", **FULL)) - least < 1e-3 * (lost(None) - least)
+    assert lost(LoRC(3, metric="hessian")) - least < 0.85 * (lost(None) - least)
+    assert lost(LoRC(12, metric="hessian", **FULL)) - least < 1e-3 * (lost(None) - least)
 
 
 # Rounds
 
 
-@pytest.mark.parametrize("metric", ["plain", "evidence"])
+@pytest.mark.parametrize("metric", ["frobenius", "hessian"])
 @pytest.mark.parametrize("grid", [GRID, MX(), Uniform(2)], ids=str)
 def test_more_rounds_are_never_worse_and_help_at_few_bits(metric, grid) -> None:
     w, moment = layer(12, 40, batch=(3,))
     layout = jq.Layout.of(w.shape, in_axes=(2,), batch_axes=(0,))
-    evidence = Evidence(moment, jnp.full(3, 120.0)) if metric == "evidence" else None
+    evidence = Evidence(moment, jnp.full(3, 120.0)) if metric == "hessian" else None
     found = []
     for rounds in (1, 2, 5):
         scheme = jq.Scheme(grid, None, Nearest(), LoRC(4, metric=metric, rounds=rounds))
@@ -367,27 +367,27 @@ def test_a_rank_larger_than_the_weight_is_refused_before_any_work() -> None:
 
 
 def test_missing_evidence_is_refused_before_any_work() -> None:
-    with pytest.raises(EvidenceError, match=r"'up': LoRC\(metric='evidence'\) needs the second mo"):
-        jq.quantize(fn, PARAMS, _plan(LoRC(2, metric="evidence"), "up"))
+    with pytest.raises(EvidenceError, match=r"'up': LoRC\(metric='hessian'\) needs the second mo"):
+        jq.quantize(fn, PARAMS, _plan(LoRC(2, metric="hessian"), "up"))
     with pytest.raises(
-        EvidenceError, match=r"'embed' is only looked up.*pass LoRC\(metric='plain'"
+        EvidenceError, match=r"'embed' is only looked up.*pass LoRC\(metric='frobenius'"
     ):
-        jq.quantize(fn, PARAMS, _plan(LoRC(2, metric="evidence")), [TOKENS])
+        jq.quantize(fn, PARAMS, _plan(LoRC(2, metric="hessian")), [TOKENS])
     with pytest.raises(
         EvidenceError, match="is only looked up.*which GPTQ needs; use rounding.Nea"
     ):
-        jq.quantize(fn, PARAMS, _plan(LoRC(2, metric="evidence"), rounding=GPTQ()), [TOKENS])
+        jq.quantize(fn, PARAMS, _plan(LoRC(2, metric="hessian"), rounding=GPTQ()), [TOKENS])
     with pytest.raises(EvidenceError, match="needs the second moment of the inputs: pass evidence"):
-        LoRC(2, metric="evidence")(jnp.ones((4, 4)))
+        LoRC(2, metric="hessian")(jnp.ones((4, 4)))
     with pytest.raises(EvidenceError, match=r"a second moment of shape \(4, 4\), got \(3, 3\)"):
-        LoRC(2, metric="evidence")(jnp.ones((4, 4)), jnp.eye(3))
+        LoRC(2, metric="hessian")(jnp.ones((4, 4)), jnp.eye(3))
     with pytest.warns(UserWarning, match="its second moment is rank deficient"):
-        jq.quantize(fn, PARAMS, _plan(LoRC(2, metric="evidence"), "up"), [TOKENS[:2]])
+        jq.quantize(fn, PARAMS, _plan(LoRC(2, metric="hessian"), "up"), [TOKENS[:2]])
 
 
 def test_a_random_rounding_with_evidence_for_its_term_still_asks_for_a_key() -> None:
     with pytest.raises(PlanError, match="Stochastic is random; pass key"):
-        jq.quantize(fn, PARAMS, _plan(LoRC(2, metric="evidence"), "up", Stochastic()), [TOKENS])
+        jq.quantize(fn, PARAMS, _plan(LoRC(2, metric="hessian"), "up", Stochastic()), [TOKENS])
 
 
 def test_values_too_large_to_square_are_refused_and_not_compensated_with_nothing() -> None:

@@ -43,7 +43,7 @@ def bare(tree):
     """The same weights without their compensation."""
     return jq.tree_map_weights(
         lambda q: (
-            QTensor(q.codes, q.params, q.grid, q.blocks, q.layout, q.dtype)
+            QTensor(q.codes, q.params, q.grid, q.groups, q.layout, q.dtype)
             if isinstance(q, QTensor)
             else q
         ),
@@ -231,7 +231,7 @@ def test_a_slice_of_a_stack_is_the_stack_s_slice(grid) -> None:
 def test_no_compensation_is_no_leaf() -> None:
     q = quantized(plain, {"w": W["w"]}, _normal(9, 7, 20), None)["w"]
     assert len(jax.tree.leaves(q)) == 1 + len(q.params)
-    again = QTensor(q.codes, q.params, q.grid, q.blocks, q.layout, q.dtype)
+    again = QTensor(q.codes, q.params, q.grid, q.groups, q.layout, q.dtype)
     assert jax.tree.structure(again) == jax.tree.structure(q)
 
 
@@ -242,7 +242,7 @@ def test_no_compensation_is_no_leaf() -> None:
 def test_stages_run_on_with_the_compensated_weights(case: Case, tmp_path: Path) -> None:
     """And their layers' factors are joined; a job with a work directory gives the same bits."""
     weights = jq.find_weights(case.fn, case.params, case.batches[0])
-    choice = LoRC(min(2, smallest(weights)), BYTES, metric="evidence")
+    choice = LoRC(min(2, smallest(weights)), BYTES, metric="hessian")
     plan = jq.plan(weights, {".*": jq.Scheme(Uniform(3), 4, GPTQ(), choice, fallback=True)})
     q, report = jq.quantize(case.fn, case.params, plan, case.batches)
     for path, row in report.items():

@@ -98,7 +98,7 @@ def relative_errors(found: dict[str, int], choice: LoRC, evidence) -> float:
 def test_no_division_of_equal_prices_is_better() -> None:
     """Brute force over `a` and `b`, of one shape, by the errors that reports show."""
     evidence = jq.capture(fn, PARAMS, [X])
-    choice = LoRC(3, metric="evidence", dtype="float32")
+    choice = LoRC(3, metric="hessian", dtype="float32")
     plan = plan_of(choice, "a|b", GPTQ())
     only = jq.Plan({p: plan[p] for p in "ab"}, WEIGHTS)
     for budget in (1, 2, 3, 4, 5):
@@ -190,5 +190,5 @@ def test_bad_input() -> None:
         lorc_ranks(PARAMS, plan_of(LoRC(8)), 1000)
     with pytest.raises(EvidenceError, match="'a': GPTQ needs the second moment"):
         lorc_ranks(PARAMS, plan_of(LoRC(7), rounding=GPTQ()), 1000)
-    with pytest.raises(EvidenceError, match=r"'a': LoRC\(metric='evidence'\) needs the second"):
-        lorc_ranks(PARAMS, plan_of(LoRC(7, metric="evidence")), 1000)
+    with pytest.raises(EvidenceError, match=r"'a': LoRC\(metric='hessian'\) needs the second"):
+        lorc_ranks(PARAMS, plan_of(LoRC(7, metric="hessian")), 1000)

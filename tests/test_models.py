@@ -213,7 +213,7 @@ def test_quantized_parameters_run_everywhere(scan: bool) -> None:
     params = fn.init(jax.random.key(3))
     prompt = TOKENS[:, :5] % TINY.vocab
     found = find_weights(fn, params, jnp.asarray(prompt))
-    qparams, _ = quantize(fn, params, plan(found, {".*": Scheme(Uniform(4), blocks=8)}))
+    qparams, _ = quantize(fn, params, plan(found, {".*": Scheme(Uniform(4), groups=8)}))
     plain = dequantize(qparams)
     assert jax.tree.structure(plain) == jax.tree.structure(params)
     got, expected = (models.generate(fn, p, prompt, 6) for p in (qparams, plain))

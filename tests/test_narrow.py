@@ -143,7 +143,7 @@ def test_views_products_and_lookups_stay_finite_too(dtype, low) -> None:
 def test_quantized_inputs_stay_in_their_dtype() -> None:
     dtype = jnp.float8_e4m3fn
     x, w = filling(dtype, 16, 48).astype(jnp.float32), _normal(2, 48, 8)
-    choice = jq.Activations(Uniform(2, convention="A2"), path="simulated")
+    choice = jq.Activations(Uniform(2, convention="A2"), compute="fake_quant")
 
     def run(p, x):
         return x.astype(dtype).astype(jnp.float32) @ p

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from jquant.learning.objectives import KL, MSE, TOKENS_AT_ONCE, Fisher, Stagewise
+from jquant.learning.objectives import KL, MSE, TOKENS_AT_ONCE, Fisher, Reconstruction
 
 RANDOM = np.random.default_rng(0)
 WANTED = 2 * RANDOM.normal(size=(3, 7, 11)).astype(np.float32)
@@ -58,7 +58,7 @@ def test_mse_is_relative_and_sums_over_outputs():
         MSE()([FOUND, 3 * FOUND], [WANTED, 3 * WANTED]), 2 * wanted, rtol=1e-5
     )
     assert float(MSE()(jnp.ones(2), jnp.zeros(2))) == 1.0
-    assert Stagewise()(b, a) == MSE()(b, a)
+    assert Reconstruction()(b, a) == MSE()(b, a)
 
 
 def test_refusals():

@@ -83,7 +83,7 @@ class Smooth:
     def label(self) -> str:
         return f"smooth {self.power}"
 
-    def check(self, grid: Any, blocks: Any) -> None:
+    def check(self, grid: Any, groups: Any) -> None:
         pass
 
     def apart(self, w: jax.Array, evidence: Any) -> tuple[Part, jax.Array, Any]:

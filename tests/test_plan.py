@@ -23,7 +23,7 @@ def fn(params, tokens):
 
 
 WEIGHTS = jq.find_weights(fn, PARAMS, jnp.zeros(3, int))
-A, B = jq.Scheme(Uniform(4), 4), jq.Scheme(Uniform(8), jq.Blocks("out", 2))
+A, B = jq.Scheme(Uniform(4), 4), jq.Scheme(Uniform(8), jq.Groups("out", 2))
 
 
 def test_the_first_rule_that_matches_the_whole_path_wins() -> None:
@@ -63,7 +63,7 @@ def test_a_callable_that_returns_nonsense() -> None:
 
 
 def test_schemes_are_values() -> None:
-    assert jq.Scheme(Uniform(4), 64) == jq.Scheme(Uniform(4), jq.Blocks("in", 64))
+    assert jq.Scheme(Uniform(4), 64) == jq.Scheme(Uniform(4), jq.Groups("in", 64))
     assert len({A, B, jq.Scheme(Uniform(4), 4)}) == 2
-    with pytest.raises(ValueError, match=r"Blocks.size must be a positive int or None, got 0"):
+    with pytest.raises(ValueError, match=r"Groups.size must be a positive int or None, got 0"):
         jq.Scheme(Uniform(4), 0)

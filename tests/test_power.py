@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_grid_laws import GROUPS, SIZE, all_codes, code, decode, extreme, fit, weights
 
 from jquant.allocation import power_exponent
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.grids import MSE, MinMax, Power, Uniform, code_dtype, nearest
 from jquant.numerics.distortion import bits_per_weight
 from jquant.rounding import Nearest
@@ -287,7 +287,7 @@ def test_one_exponent_for_each_group_or_for_each_weight(per):
     mapped = jax.vmap(grid.fit)(w)
     for name, leaf in floats(params).items():
         np.testing.assert_array_equal(leaf, floats(mapped)[name])
-    result = Nearest()(w[0].reshape(3, 240), grid, Blocks("in", 40))
+    result = Nearest()(w[0].reshape(3, 240), grid, Groups("in", 40))
     assert result.codes.dtype == code_dtype(grid) == jnp.int4
     exponents = 18 if per == "group" else 1
     wanted = 4 + 16 / 40 + 16 * exponents / (3 * 240)
@@ -296,9 +296,9 @@ def test_one_exponent_for_each_group_or_for_each_weight(per):
 
 @pytest.mark.parametrize("grid", [Power(4), Power(3, per="group"), Power(8, 0.5)], ids=str)
 def test_a_second_call_with_equal_shapes_does_not_compile(grid, compiles):
-    Nearest()(draw("gauss", (12, 40)), grid, Blocks("in", 8))
+    Nearest()(draw("gauss", (12, 40)), grid, Groups("in", 8))
     with compiles() as programs:
-        Nearest()(draw("gauss", (12, 40), seed=1), grid, Blocks("in", 8))
+        Nearest()(draw("gauss", (12, 40), seed=1), grid, Groups("in", 8))
     assert programs == []
 
 

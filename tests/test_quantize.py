@@ -224,8 +224,8 @@ def test_nothing_warns_on_a_plain_run() -> None:
         jq.quantize(fn, PARAMS, _plan({"up": GPTQ4}), [TOKENS])
 
 
-@pytest.mark.parametrize("granularity", ["weight", "all"])
-def test_a_network_with_quantized_weights_is_calibrated_as_it_is(granularity) -> None:
+@pytest.mark.parametrize("sequential", ["weight", None])
+def test_a_network_with_quantized_weights_is_calibrated_as_it_is(sequential) -> None:
     """The weights that are there already are leaves of several arrays."""
     params = {"up": _normal(1, 6, 10), "down": _normal(2, 10, 6)}
     x = _normal(3, 32, 6)
@@ -237,16 +237,16 @@ def test_a_network_with_quantized_weights_is_calibrated_as_it_is(granularity) ->
     first, _ = jq.quantize(two, params, jq.plan(weights, {"up": NEAREST4, "down": jq.keep}), [x])
     run = jq.apply(two)
     plan = jq.plan(jq.find_weights(run, first, x, ignore="up/.*"), {"down": GPTQ4})
-    q, report = jq.quantize(run, first, plan, [x], granularity=granularity)
+    q, report = jq.quantize(run, first, plan, [x], sequential=sequential)
     assert report.stages == (("down",),)
     plain = {"up": jq.dequantize(first)["up"], "down": params["down"]}
-    wanted, _ = jq.quantize(two, plain, plan, [x], granularity=granularity)
+    wanted, _ = jq.quantize(two, plain, plan, [x], sequential=sequential)
     np.testing.assert_array_equal(q["down"].codes, wanted["down"].codes)
     assert isinstance(q["up"], jq.QTensor)
 
 
 def test_all_weights_in_one_pass_are_what_capture_sees() -> None:
-    """`granularity="all"` is `capture`, then each weight from its evidence."""
+    """`sequential=None` is `capture`, then each weight from its evidence."""
     params = {"embed": _normal(0, 11, 6), "up": _normal(1, 6, 10), "down": _normal(2, 10, 6)}
 
     def three(p, tokens):
@@ -255,7 +255,7 @@ def test_all_weights_in_one_pass_are_what_capture_sees() -> None:
     weights = jq.find_weights(three, params, TOKENS)
     plan = jq.plan(weights, {"embed": NEAREST4, ".*": GPTQ4})
     batches = [TOKENS, TOKENS[:2]]
-    one, report = jq.quantize(three, params, plan, batches, granularity="all")
+    one, report = jq.quantize(three, params, plan, batches, sequential=None)
     evidence = jq.capture(three, params, batches)
     assert set(evidence) == {"up", "down"} and report.stages == (tuple(plan),)
     other, _ = jq.quantize(three, params, plan, evidence=evidence)

@@ -9,7 +9,7 @@ import pytest
 from cases import GRIDS, floats, layer
 from scipy import optimize
 
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.errors import EvidenceError
 from jquant.grids import KMeans, Power, Uniform
 from jquant.grids.grouped import Grouped
@@ -17,7 +17,7 @@ from jquant.numerics.distortion import output_error
 from jquant.rounding import GPTQ, NUPES, AdaRound, Descent, DiscQuant, Nearest, SignRound
 from jquant.rounding.relaxed import Target, Unit, beta_at, corners
 
-GROUPS = Blocks("in", 8)
+GROUPS = Groups("in", 8)
 SHORT = Descent(60, 0.1)
 LEARNED = {
     "adaround": AdaRound(descent=Descent(150, 0.1, schedule="constant")),
@@ -31,12 +31,12 @@ each_learned = pytest.mark.parametrize("rounding", LEARNED.values(), ids=LEARNED
 KEY = jax.random.key(0)
 
 
-def target_of(w, grid, blocks=GROUPS) -> Target:
-    return Target(w, Grouped(grid, blocks).fit(w), grid, blocks)
+def target_of(w, grid, groups=GROUPS) -> Target:
+    return Target(w, Grouped(grid, groups).fit(w), grid, groups)
 
 
-def decoded(result, w, grid, blocks=GROUPS):
-    return target_of(w, grid, blocks).decode(result.codes.astype(jnp.int32), result.params)
+def decoded(result, w, grid, groups=GROUPS):
+    return target_of(w, grid, groups).decode(result.codes.astype(jnp.int32), result.params)
 
 
 @each_learned
@@ -130,7 +130,7 @@ def test_the_relaxed_problem_of_one_layer_is_the_quadratic_program():
     """`<1 - 2y, x> + ρ loss(x) / δ²` over the box, against L-BFGS-B in float64."""
     w, moment = layer(3, 10)
     moment = moment / 30
-    target, rho = target_of(w, Uniform(3), Blocks()), 2.0
+    target, rho = target_of(w, Uniform(3), Groups()), 2.0
     cell = [np.asarray(part, np.float64) for part in target.cell()]
     low, gap, y = cell[2], cell[3] - cell[2], cell[4]
     h, shape = np.asarray(moment, np.float64), w.shape
@@ -184,7 +184,7 @@ def test_adaround_presses_to_the_ends_and_its_penalty_is_the_paper_s():
 
 def test_the_staircase_of_nupes():
     rounding, w = NUPES(steepness=(1e-3, 60.0)), jnp.zeros((1, 3))
-    target = Target(w, {"scale": jnp.ones((1, 1))}, Uniform(4, symmetric=True), Blocks())
+    target = Target(w, {"scale": jnp.ones((1, 1))}, Uniform(4, symmetric=True), Groups())
     v = {"v": jnp.array([[-1.25, 0.0, 2.5]])}
     np.testing.assert_allclose(rounding.relax(v, target, 0.0).value, v["v"], atol=1e-3)  # straight
     v = {"v": jnp.array([[-1.3, 0.0, 2.6]])}
@@ -195,7 +195,7 @@ def test_the_staircase_of_nupes():
 def test_the_gradient_of_the_exponent_matches_finite_differences(progress):
     w, _ = layer(4, 16)
     w = w.at[0, 0].set(0.0)
-    target = target_of(w, Power(4), Blocks())
+    target = target_of(w, Power(4), Groups())
     rounding, push = (
         NUPES(),
         jnp.asarray(np.random.default_rng(0).normal(size=w.shape), jnp.float32),
@@ -220,7 +220,7 @@ def test_nupes_learns_the_exponent_and_gains_on_powerquant():
     assert float(result.params["exponent"].squeeze()) != float(before.params["exponent"].squeeze())
     assert result.params["exponent"].dtype == jnp.float16
     errors = [
-        float(output_error(decoded(r, w, Power(3), Blocks()) - w, moment)) for r in (result, before)
+        float(output_error(decoded(r, w, Power(3), Groups()) - w, moment)) for r in (result, before)
     ]
     assert errors[0] < 0.97 * errors[1]
     fixed = NUPES(descent=SHORT)(w, Power(3, 0.5), evidence=moment)  # integer decoding is kept
@@ -233,7 +233,7 @@ def test_nupes_needs_no_data_for_the_exponent():
     result = NUPES(data_free=True, descent=SHORT)(w, Power(3))
     before = Nearest()(w, Power(3))
     errors = [
-        float(jnp.sum((decoded(r, w, Power(3), Blocks()) - w) ** 2)) for r in (result, before)
+        float(jnp.sum((decoded(r, w, Power(3), Groups()) - w) ** 2)) for r in (result, before)
     ]
     assert errors[0] <= errors[1]
 
@@ -243,7 +243,7 @@ def test_signround_shrinks_ranges_where_one_weight_stands_out():
     w = w.at[:, 3].set(8.0)
     moment = moment.at[3, :].set(0.0).at[:, 3].set(0.0).at[3, 3].set(1e-3)  # and hardly counts
     learned = SignRound(descent=Descent(100, 0.01, "sign_sgd", "linear"))(
-        w, Uniform(3), Blocks(), evidence=moment
+        w, Uniform(3), Groups(), evidence=moment
     )
     assert (learned.params["scale"] < 0.9 * Nearest()(w, Uniform(3)).params["scale"]).all()
 
@@ -288,7 +288,7 @@ def test_nothing_to_lose_stays_as_it_is():
     moment = jnp.eye(8)
     for rounding in LEARNED.values():
         result = rounding(w, Uniform(2), evidence=moment, key=KEY)
-        np.testing.assert_array_equal(np.asarray(decoded(result, w, Uniform(2), Blocks())), w)
+        np.testing.assert_array_equal(np.asarray(decoded(result, w, Uniform(2), Groups())), w)
         assert result.info["kept_at"] == 0
 
 

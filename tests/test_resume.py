@@ -95,18 +95,18 @@ def test_a_work_directory_changes_nothing(tmp_path: Path, undisturbed: Any) -> N
     assert names == ["job.json", *(f"stage-{k:05d}.safetensors" for k in range(STAGES))]
 
 
-@pytest.mark.parametrize("granularity", ["weight", "block", "all"])
+@pytest.mark.parametrize("sequential", ["weight", "block", None])
 def test_finished_stages_are_not_done_again(
-    granularity: Any, tmp_path: Path, calls: dict[str, int]
+    sequential: Any, tmp_path: Path, calls: dict[str, int]
 ) -> None:
-    wanted = job(tmp_path, granularity=granularity)
+    wanted = job(tmp_path, sequential=sequential)
     files = records(tmp_path)
     weights = [len(stage) for stage in wanted[1].stages]
     for kept in range(len(files) + 1):
         for name in files[kept:]:
             (tmp_path / name).unlink()
         calls.update(gather=0, round=0)
-        assert_same(job(tmp_path, granularity=granularity), wanted)
+        assert_same(job(tmp_path, sequential=sequential), wanted)
         left = len(files) - kept
         assert calls == {"gather": left, "round": sum(weights[kept:])}
 
@@ -136,9 +136,9 @@ def test_lazy_parameters(tmp_path: Path, undisturbed: Any) -> None:
 
 def test_batches_that_can_be_read_only_once(tmp_path: Path, undisturbed: Any) -> None:
     assert_same(job(tmp_path / "one", batches=iter(BATCHES)), undisturbed)
-    one_pass = job(granularity="all")
+    one_pass = job(sequential=None)
     for batches in (iter(BATCHES), BATCHES):
-        assert_same(job(tmp_path / "two", batches=batches, granularity="all"), one_pass)
+        assert_same(job(tmp_path / "two", batches=batches, sequential=None), one_pass)
 
 
 def test_batches_with_random_keys(tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
         ({"batches": [BATCHES[0].at[0, 0].add(1e-6), *BATCHES[1:]]}, ["the data"]),
         ({"batches": [BATCHES[1], BATCHES[0], BATCHES[2]]}, ["the data"]),
         ({"batches": more}, ["the data"]),
-        ({"granularity": "block"}, ["granularity (was weight, is block)"]),
+        ({"sequential": "block"}, ["sequential (was weight, is block)"]),
         ({"plan": plan(bits=2), "key": jax.random.key(4)}, ["the plan", "the key"]),
         ({"params": dtype, "batches": [x.astype(jnp.float16) for x in BATCHES],
           "fn": fn, "plan": None}, ["the function", "the parameters", "the data"]),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import BLOCKS, GRIDS, LEARNED, ROUNDINGS, floats, layer
 
-from jquant.axes.groups import Blocks, from_blocks, to_blocks
+from jquant.axes.groups import Groups, from_groups, to_groups
 from jquant.grids import MSE, Uniform, code_dtype, nearest
 from jquant.numerics.distortion import bits_per_weight, mse, output_error, sqnr_db
 from jquant.rounding import Nearest
@@ -25,15 +25,15 @@ PRODUCT = [
 
 @pytest.mark.parametrize(("rounding", "grid", "shape"), PRODUCT)
 def test_codes_and_parameters_are_what_a_rounding_promises(rounding, grid, shape):
-    rounding, grid, ((out, width), blocks) = ROUNDINGS[rounding], GRIDS[grid], BLOCKS[shape]
+    rounding, grid, ((out, width), groups) = ROUNDINGS[rounding], GRIDS[grid], BLOCKS[shape]
     w, moment = layer(out, width)
-    result = rounding(w, grid, blocks, evidence=moment, key=jax.random.key(0))
+    result = rounding(w, grid, groups, evidence=moment, key=jax.random.key(0))
     assert result.codes.shape == w.shape and result.codes.dtype == code_dtype(grid)
     codes = np.asarray(result.codes).astype(int)
     assert grid.codes[0] <= codes.min() and codes.max() <= grid.codes[1]
-    rows, length = (out, width) if blocks.axis == "in" else (width, out)
+    rows, length = (out, width) if groups.axis == "in" else (width, out)
     for leaf in jax.tree.leaves(result.params):
-        assert leaf.shape[0] in (1, rows) and leaf.shape[1] in (1, blocks.count(length))
+        assert leaf.shape[0] in (1, rows) and leaf.shape[1] in (1, groups.count(length))
         assert np.isfinite(np.asarray(leaf, np.float64)).all()
     for name, value in result.info.items():
         assert value.shape == () and value.dtype == jnp.float32, name
@@ -41,39 +41,39 @@ def test_codes_and_parameters_are_what_a_rounding_promises(rounding, grid, shape
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_a_second_call_with_equal_shapes_does_not_compile(rounding, compiles):
-    rounding, grid, blocks = ROUNDINGS[rounding], Uniform(4), Blocks("in", 8)
+    rounding, grid, groups = ROUNDINGS[rounding], Uniform(4), Groups("in", 8)
     (w, moment), (other, more) = layer(12, 40), layer(12, 40, seed=1)
-    rounding(w, grid, blocks, evidence=moment, key=jax.random.key(0))
+    rounding(w, grid, groups, evidence=moment, key=jax.random.key(0))
     with compiles() as programs:
-        rounding(other, Uniform(4), Blocks("in", 8), evidence=more, key=jax.random.key(1))
+        rounding(other, Uniform(4), Groups("in", 8), evidence=more, key=jax.random.key(1))
     assert programs == []
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq", "adaround", "nupes"])
 def test_rounding_works_inside_jit(rounding):
     rounding, (w, moment) = ROUNDINGS[rounding], layer(12, 40)
-    call = jax.jit(lambda w, h: rounding(w, Uniform(4), Blocks("in", 8), evidence=h).codes)
-    outside = rounding(w, Uniform(4), Blocks("in", 8), evidence=moment).codes
+    call = jax.jit(lambda w, h: rounding(w, Uniform(4), Groups("in", 8), evidence=h).codes)
+    outside = rounding(w, Uniform(4), Groups("in", 8), evidence=moment).codes
     np.testing.assert_array_equal(np.asarray(call(w, moment)), np.asarray(outside))
 
 
 @pytest.mark.parametrize("shape", BLOCKS)
 def test_nearest_is_the_grid_s_nearest(shape):
-    (out, width), blocks = BLOCKS[shape]
+    (out, width), groups = BLOCKS[shape]
     w, _ = layer(out, width)
-    result = Nearest()(w, Uniform(4), blocks)
-    grouped = to_blocks(w, blocks)
+    result = Nearest()(w, Uniform(4), groups)
+    grouped = to_groups(w, groups)
     codes = nearest(Uniform(4), grouped, Uniform(4).fit(grouped))
-    length = width if blocks.axis == "in" else out
+    length = width if groups.axis == "in" else out
     np.testing.assert_array_equal(
-        np.asarray(result.codes).astype(int), np.asarray(from_blocks(codes, blocks, length))
+        np.asarray(result.codes).astype(int), np.asarray(from_groups(codes, groups, length))
     )
 
 
 def test_nearest_maps_over_layers():
     w, _ = layer(12, 40, batch=(2, 3))
-    together = Nearest()(w, Uniform(4), Blocks("out", 4))
-    alone = Nearest()(w[1, 2], Uniform(4), Blocks("out", 4))
+    together = Nearest()(w, Uniform(4), Groups("out", 4))
+    alone = Nearest()(w[1, 2], Uniform(4), Groups("out", 4))
     np.testing.assert_array_equal(together.codes[1, 2], alone.codes)
     for name in alone.params:
         np.testing.assert_array_equal(together.params[name][1, 2], alone.params[name])
@@ -88,8 +88,8 @@ def test_nearest_lets_evidence_weigh_a_range_search():
 
 def test_groups_out_are_groups_in_of_the_transpose():
     w, _ = layer(12, 10)
-    out = Nearest()(w, Uniform(4), Blocks("out", 4))
-    inward = Nearest()(w.T, Uniform(4), Blocks("in", 4))
+    out = Nearest()(w, Uniform(4), Groups("out", 4))
+    inward = Nearest()(w.T, Uniform(4), Groups("in", 4))
     np.testing.assert_array_equal(out.codes, inward.codes.T)
     for name, leaf in floats(out.params).items():
         np.testing.assert_array_equal(leaf, floats(inward.params)[name])
@@ -109,8 +109,8 @@ def test_bits_per_weight_counts_parameters():
     # DiscQuant's 3.25 bits: 3 and a 16-bit scale for 64 weights.
     grid = Uniform(3, symmetric=True, scale_dtype="float16")
     w, _ = layer(4, 128)
-    result = Nearest()(w, grid, Blocks("in", 64))
+    result = Nearest()(w, grid, Groups("in", 64))
     assert bits_per_weight(result.codes, result.params, grid.bits) == 3.25
     grid = Uniform(4, scale_dtype="bfloat16")
-    result = Nearest()(w, grid, Blocks("in", 64))
+    result = Nearest()(w, grid, Groups("in", 64))
     assert bits_per_weight(result.codes, result.params, grid.bits) == 4 + 20 / 64

@@ -115,9 +115,9 @@ def network(dispatch: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return fn
 
 
-def read(fn: Any, granularity: Any = "weight") -> Any:
+def read(fn: Any, sequential: Any = "weight") -> Any:
     """The evidence of `up` behind another `mix`, beside the network as it came."""
-    recording = Recording({"mix": (), "up": ()}, granularity, drift=True)
+    recording = Recording({"mix": (), "up": ()}, sequential, drift=True)
     walk = Walk.start(fn, Leaves.of(PARAMS), Data.of([X]), recording)
     values = dict(PARAMS)
 

@@ -57,11 +57,11 @@ def leaves_of(params: Any) -> tuple[list[tuple[str, Any]], Any]:
 
 
 def walk_of(
-    fn: Any, params: Any, batches: Any, stacks: Any = None, granularity: Any = "weight"
+    fn: Any, params: Any, batches: Any, stacks: Any = None, sequential: Any = "weight"
 ) -> Walk:
     """The walk with every weight planned; `stacks` are the axes of those that are stacked."""
     found = {path: () for path in jq.find_weights(fn, params, *_tuple(batches[0]))}
-    recording = Recording({**found, **(stacks or {})}, granularity)
+    recording = Recording({**found, **(stacks or {})}, sequential)
     return Walk.start(fn, Leaves.of(params), Data.of(batches), recording)
 
 
@@ -337,7 +337,7 @@ def test_scans_in_scans_are_written_out() -> None:
     q, report = jq.quantize(fn, params, plan, [X, X + 1])
     assert report.stages == tuple((name,) for name in both)
     assert q["w"].shape == (2, 3, 6, 6)
-    one = jq.quantize(fn, params, plan, [X, X + 1], granularity="block")[1]
+    one = jq.quantize(fn, params, plan, [X, X + 1], sequential="block")[1]
     assert one.stages == (tuple(both[:3]), tuple(both[3:]))
     nearest = jq.quantize(fn, params, plan_of(fn, params, X, NEAREST3), [X])[0]
     whole, _ = jq.quantize_weight(params["w"], NEAREST3, plan.weights["w"].layout)
@@ -721,11 +721,11 @@ def test_fewer_tokens_than_inputs_are_warned_of() -> None:
 
 def test_no_batches_and_batches_of_nothing() -> None:
     plan = plan_of(two, TWO, FIRST)
-    for granularity in ("weight", "block", "all"):
+    for sequential in ("weight", "block", None):
         with pytest.raises(EvidenceError, match="got no batches; pass at least one"):
-            jq.quantize(two, TWO, plan, [], granularity=granularity)
+            jq.quantize(two, TWO, plan, [], sequential=sequential)
         with pytest.raises(EvidenceError, match="has seen no tokens; pass batches"):
-            jq.quantize(two, TWO, plan, [FIRST[:0]], granularity=granularity)
+            jq.quantize(two, TWO, plan, [FIRST[:0]], sequential=sequential)
 
 
 # Experts.
@@ -767,14 +767,14 @@ def test_experts_none_of_which_saw_anything() -> None:
 # Plans that do not fit.
 
 
-@pytest.mark.parametrize("granularity", ["weight", "block", "all"])
-def test_a_weight_the_function_does_not_use(granularity: Any) -> None:
+@pytest.mark.parametrize("sequential", ["weight", "block", None])
+def test_a_weight_the_function_does_not_use(sequential: Any) -> None:
     def half(params: Any, x: jax.Array) -> jax.Array:
         return x @ params["up"]
 
     plan = plan_of(two, TWO, FIRST)
     with pytest.raises(EvidenceError, match="weight 'down' is not used by the function on these"):
-        jq.quantize(half, TWO, plan, [FIRST], granularity=granularity)
+        jq.quantize(half, TWO, plan, [FIRST], sequential=sequential)
 
 
 def never(params: Any, x: Any) -> Any:
@@ -785,14 +785,14 @@ def test_a_granularity_there_is_not() -> None:
     plan = plan_of(two, TWO, FIRST)
     for batches in ([FIRST], None):
         with pytest.raises(PlanError, match="'weight', 'block' or 'all', got 'layer'"):
-            jq.quantize(never, TWO, plan, batches, granularity="layer")  # type: ignore[arg-type]
+            jq.quantize(never, TWO, plan, batches, sequential="layer")  # type: ignore[arg-type]
 
 
 def test_a_correction_needs_stages() -> None:
     scheme = jq.Scheme(Uniform(3), None, GPTQ(correction="qep"))
     plan = plan_of(two, TWO, FIRST, scheme)
     with pytest.raises(EvidenceError, match="'down': GPTQ's correction needs the drift.*'weight'"):
-        jq.quantize(never, TWO, plan, [FIRST], granularity="all")
+        jq.quantize(never, TWO, plan, [FIRST], sequential=None)
     evidence = jq.capture(two, TWO, [FIRST])
     with pytest.raises(EvidenceError, match="needs the drift of its inputs"):
         jq.quantize(never, TWO, plan, [FIRST], evidence=evidence)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import jquant as jq
-from jquant.calibration.stages import Granularity
+from jquant.calibration.stages import Sequential
 from jquant.grids import Uniform
 from jquant.rounding import GPTQ
 from jquant.trees.paths import path_of
@@ -35,9 +35,9 @@ SCHEME = jq.Scheme(Uniform(3), None, GPTQ())
 DIFFERENT = 0.99  # at most this share of the weights stays as in one pass
 
 STAGED = [
-    pytest.param(network, granularity, id=f"{network}-{granularity}")
+    pytest.param(network, sequential, id=f"{network}-{sequential}")
     for network in NETWORKS
-    for granularity in ("weight", "block")
+    for sequential in ("weight", "block")
 ]
 
 
@@ -47,9 +47,9 @@ def planned(network: Network) -> jq.Plan:
     return jq.plan(weights, dict.fromkeys(network.paths, SCHEME))
 
 
-def stages_of(network: Network, granularity: Granularity) -> Stages:
+def stages_of(network: Network, sequential: Sequential) -> Stages:
     whole = (tuple(planned(network)),)
-    return {"weight": network.weight, "block": network.block, "all": whole}[granularity]
+    return {"weight": network.weight, "block": network.block, None: whole}[sequential]
 
 
 def by_path(params: Any) -> dict[str, Any]:
@@ -124,9 +124,9 @@ def test_expected_stages_hold_every_weight_once(network: Network) -> None:
     assert not finer
 
 
-@pytest.mark.parametrize(("network", "granularity"), STAGED)
-def test_the_reference_is_not_that_of_one_pass(network: Network, granularity: Granularity) -> None:
-    staged, once = (reference(network, stages_of(network, g)) for g in (granularity, "all"))
+@pytest.mark.parametrize(("network", "sequential"), STAGED)
+def test_the_reference_is_not_that_of_one_pass(network: Network, sequential: Sequential) -> None:
+    staged, once = (reference(network, stages_of(network, g)) for g in (sequential, None))
     assert agreement(network, staged, once) < DIFFERENT
 
 
@@ -144,12 +144,12 @@ def in_order(stages: Stages) -> Stages:
     return tuple(tuple(sorted(stage)) for stage in stages)
 
 
-@pytest.mark.parametrize("granularity", ["weight", "block", "all"])
+@pytest.mark.parametrize("sequential", ["weight", "block", None])
 @pytest.mark.parametrize("network", NETWORKS, ids=str)
-def test_stages_are_those_of_the_reference(network: Network, granularity: Granularity) -> None:
-    stages = stages_of(network, granularity)
+def test_stages_are_those_of_the_reference(network: Network, sequential: Sequential) -> None:
+    stages = stages_of(network, sequential)
     q, report = jq.quantize(
-        network.fn, network.params, planned(network), network.batches, granularity=granularity
+        network.fn, network.params, planned(network), network.batches, sequential=sequential
     )
     assert in_order(report.stages) == in_order(stages)
 
@@ -182,18 +182,18 @@ class Recording:
         return frozenset({"moment"})
 
     def __call__(
-        self, w: Any, grid: Any, blocks: Any = jq.Blocks(), *, evidence: Any = None, key: Any = None
+        self, w: Any, grid: Any, groups: Any = jq.Groups(), *, evidence: Any = None, key: Any = None
     ) -> Any:
         SEEN.setdefault(self.name, []).append(np.asarray(evidence.second_moment))
-        return GPTQ()(w, grid, blocks, evidence=evidence, key=key)
+        return GPTQ()(w, grid, groups, evidence=evidence, key=key)
 
 
 def _float32(values: np.ndarray) -> jax.Array:
     return jnp.asarray(np.asarray(values, np.float32))
 
 
-@pytest.mark.parametrize("granularity", ["weight", "block", "all"])
-def test_a_network_of_two_layers_by_hand(granularity: Granularity) -> None:
+@pytest.mark.parametrize("sequential", ["weight", "block", None])
+def test_a_network_of_two_layers_by_hand(sequential: Sequential) -> None:
     rng = np.random.default_rng(0)
     up, bias, down = rng.normal(size=(6, 10)), rng.normal(size=10), rng.normal(size=(10, 4))
     x = rng.normal(size=(60, 6)) @ rng.normal(size=(6, 6)) / 3
@@ -212,7 +212,7 @@ def test_a_network_of_two_layers_by_hand(granularity: Granularity) -> None:
     first = x.T @ x
     quantized_up = solved(up, first)
     plain, staged = (np.tanh(x @ w + bias) for w in (up, quantized_up))
-    second = plain.T @ plain if granularity == "all" else staged.T @ staged
+    second = plain.T @ plain if sequential is None else staged.T @ staged
     quantized_down = solved(down, second)
 
     SEEN.clear()
@@ -221,8 +221,8 @@ def test_a_network_of_two_layers_by_hand(granularity: Granularity) -> None:
         {name: jq.Scheme(Uniform(3), None, Recording(name)) for name in ("up", "down")},
     )
     # Batches that can be read only once are enough.
-    q, report = jq.quantize(fn, params, plan, iter(batches), granularity=granularity)
-    stages = (("up", "down"),) if granularity == "all" else (("up",), ("down",))
+    q, report = jq.quantize(fn, params, plan, iter(batches), sequential=sequential)
+    stages = (("up", "down"),) if sequential is None else (("up",), ("down",))
     assert in_order(report.stages) == in_order(stages)
     assert {name: len(moments) for name, moments in SEEN.items()} == {"up": 1, "down": 1}
     np.testing.assert_allclose(SEEN["up"][0], first, rtol=1e-4, atol=1e-3)

@@ -83,11 +83,11 @@ def codes(tree: Any, path: str) -> np.ndarray:
 
 
 @each
-@pytest.mark.parametrize("granularity", ["weight", "all"])
-def test_what_no_token_reaches_is_refused_or_rounded_to_nearest(fn: Any, granularity: Any) -> None:
+@pytest.mark.parametrize("sequential", ["weight", None])
+def test_what_no_token_reaches_is_refused_or_rounded_to_nearest(fn: Any, sequential: Any) -> None:
     with pytest.raises(EvidenceError, match=r"weight 'w.* has seen no tokens.*fallback=True"):
-        quantized(fn, GPTQ(), fallback=False, granularity=granularity)
-    found, report = quantized(fn, GPTQ(), granularity=granularity)
+        quantized(fn, GPTQ(), fallback=False, sequential=sequential)
+    found, report = quantized(fn, GPTQ(), sequential=sequential)
     row = report["w"]
     assert (row.fallback, row.tokens, report["v"].fallback) == (True, 0, False)
     assert "no token reached w" in row.note and np.isfinite(row.error)
@@ -134,7 +134,7 @@ def test_every_unseen_weight_of_a_stage_is_refused_before_any_is_rounded(
     with pytest.raises(
         EvidenceError, match="'w' has seen no tokens in 1 of 3 experts .* layers.*1"
     ):
-        quantized(ragged_experts, GPTQ(), fallback=False, granularity="all")
+        quantized(ragged_experts, GPTQ(), fallback=False, sequential=None)
 
 
 def test_given_evidence_of_no_tokens_is_the_same() -> None:
@@ -146,7 +146,7 @@ def test_given_evidence_of_no_tokens_is_the_same() -> None:
         jq.quantize(fn, PARAMS, plans[0], evidence=evidence)
     found, report = jq.quantize(fn, PARAMS, plans[1], evidence=evidence)
     assert report["w"].fallback and "in 1 of 3 experts or layers (1)" in report["w"].note
-    same, _ = quantized(fn, GPTQ(), granularity="all")
+    same, _ = quantized(fn, GPTQ(), sequential=None)
     np.testing.assert_array_equal(codes(found, "w"), codes(same, "w"))
 
 
@@ -281,7 +281,7 @@ def test_only_the_expert_that_saw_nothing_is_rounded_to_nearest(rounding: Any) -
 def test_a_compensation_of_what_no_token_reaches() -> None:
     params = {"a": normal(3, WIDTH, WIDTH), "b": normal(4, WIDTH, WIDTH)}
     weights = jq.find_weights(whole_branch, params, X)
-    choice = jq.LoRC(2, metric="evidence")
+    choice = jq.LoRC(2, metric="hessian")
     scheme = Scheme(Uniform(3), None, GPTQ(), choice, fallback=True)
     found, report = jq.quantize(whole_branch, params, jq.plan(weights, {".*": scheme}), [X])
     plain = Scheme(Uniform(3), None, jq.rounding.Nearest(), jq.LoRC(2), fallback=True)

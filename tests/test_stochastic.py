@@ -8,7 +8,7 @@ import pytest
 from cases import BLOCKS, GRIDS, layer
 
 import jquant as jq
-from jquant.axes.groups import from_blocks, to_blocks
+from jquant.axes.groups import from_groups, to_groups
 from jquant.grids import Float, Uniform
 from jquant.rounding import Stochastic
 
@@ -133,14 +133,14 @@ def test_on_a_grid_the_values_are_unbiased():
 @pytest.mark.parametrize("shape", BLOCKS)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_codes_are_the_neighbours(grid, shape):
-    (out, width), blocks = BLOCKS[shape]
+    (out, width), groups = BLOCKS[shape]
     grid, (w, _) = GRIDS[grid], layer(out, width)
-    result = Stochastic()(w, grid, blocks, key=KEY)
-    grouped = to_blocks(w, blocks)
+    result = Stochastic()(w, grid, groups, key=KEY)
+    grouped = to_groups(w, groups)
     lo, hi = grid.bracket(grouped, grid.fit(grouped))
-    length = width if blocks.axis == "in" else out
+    length = width if groups.axis == "in" else out
     codes = np.asarray(result.codes).astype(int)
-    lo, hi = (np.asarray(from_blocks(x, blocks, length)) for x in (lo, hi))
+    lo, hi = (np.asarray(from_groups(x, groups, length)) for x in (lo, hi))
     assert ((codes == lo) | (codes == hi)).all()
 
 
@@ -149,7 +149,7 @@ def test_the_codes_of_a_weight_are_unbiased():
     grid = Uniform(4)
     keys = jax.random.split(KEY, 2000)
     codes = jax.vmap(lambda key: Stochastic()(w, grid, key=key).codes)(keys).astype(jnp.float32)
-    params = grid.fit(to_blocks(w, jq.Blocks()))
+    params = grid.fit(to_groups(w, jq.Groups()))
     where = w / params["scale"] + params["zero"].astype(jnp.float32)
     where = jnp.clip(where, 0, 15)
     assert jnp.abs(codes.mean(0) - where).max() < 5 * 0.5 / np.sqrt(2000)
@@ -158,7 +158,7 @@ def test_the_codes_of_a_weight_are_unbiased():
 def test_luck_does_not_depend_on_the_groups():
     w = jnp.full((4, 64), 0.3).at[:, ::16].set(1.0).at[:, 1::16].set(-1.0)
     one, two = (
-        Stochastic()(w, Uniform(4), jq.Blocks("in", size), key=KEY).codes for size in (16, 32)
+        Stochastic()(w, Uniform(4), jq.Groups("in", size), key=KEY).codes for size in (16, 32)
     )
     np.testing.assert_array_equal(one, two)
 

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "jquant"
 # form a cycle. The two doors are not here: `jquant/__init__.py` gathers the public names and holds
 # nothing, and `jquant/__main__.py` calls the command line.
 RANKS = (
-    ("errors",),
+    ("errors", "deprecated"),
     ("numerics", "trees", "axes"),
     ("grids", "programs"),
     ("weights", "arithmetic"),
@@ -233,6 +233,30 @@ def test_public_names_exist_and_are_documented(path: Path) -> Iterator[str]:
                 yield f"{name} has no docstring, or only the one that dataclass made"
 
 
+def names(node: ast.AST) -> Iterator[str]:
+    """The identifiers that one node of a tree reads, binds or passes by keyword."""
+    match node:
+        case ast.Name(id=name) | ast.arg(arg=name) | ast.Attribute(attr=name):
+            yield name
+        case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+            yield name
+        case ast.keyword(arg=str(name)) | ast.alias(asname=str(name)):
+            yield name
+        case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)):
+            yield name
+
+
+# Words that say how a value came about, or that somebody asked for it, not what it is.
+VAGUE = {"found", "known", "said", "wanted"}
+
+
+@each_file
+def test_names_say_what_a_thing_is(path: Path) -> Iterator[str]:
+    for node in ast.walk(TREES[path]):
+        for name in VAGUE.intersection(names(node)):
+            yield f"line {getattr(node, 'lineno', 0)}: {name!r} names anything; say what it is"
+
+
 # Where each takes the dtype, counted from zero; without one it follows `jax_enable_x64`.
 MAKERS = {"zeros": 1, "ones": 1, "empty": 1, "full": 2, "eye": 3, "arange": 3, "linspace": 5,
           "normal": 2, "uniform": 2}  # fmt: skip
@@ -253,7 +277,7 @@ def test_arrays_are_made_of_a_dtype(path: Path) -> Iterator[str]:
 # Where public names lay before the folders were ranked.
 FORMERLY = {
     "activations": ("Activations", "Percentile"),
-    "blocks": ("Blocks", "Layout"),
+    "blocks": ("Groups", "Layout"),
     "citations": ("cite",),
     "compensation": ("LoRC",),
     "emulation": ("emulate",),

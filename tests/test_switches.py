@@ -25,7 +25,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jquant as jq
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.axes.layout import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.layerwise.weight import quantize_weight
@@ -51,7 +51,7 @@ def strictest() -> Iterator[None]:
 
 # Types: everything is traced, nothing compiled.
 
-IN, SHAPE = Blocks("in", 8), (2, 8, 20)
+IN, SHAPE = Groups("in", 8), (2, 8, 20)
 ACTIVATIONS = {
     "token": jq.Activations(jq.grids.Uniform(8)),
     "static": jq.Activations(jq.grids.Uniform(8), granularity="static"),
@@ -63,11 +63,11 @@ ACTIVATIONS = {
 SCHEMES: dict[str, Scheme] = {
     **{f"nearest {name}": Scheme(grid, IN) for name, grid in GRIDS.items()},
     **{
-        f"{name} {blocks}": Scheme(GRIDS["A1-4"], BLOCKS[blocks][1], rounding)
+        f"{name} {groups}": Scheme(GRIDS["A1-4"], BLOCKS[groups][1], rounding)
         for name, rounding in ROUNDINGS.items()
-        for blocks in BLOCKS
+        for groups in BLOCKS
     },
-    "gptq out": Scheme(GRIDS["A1-4"], Blocks("out", 4), ROUNDINGS["gptq-dynamic"]),
+    "gptq out": Scheme(GRIDS["A1-4"], Groups("out", 4), ROUNDINGS["gptq-dynamic"]),
     "qep": Scheme(GRIDS["A1-4"], IN, GPTQ(correction="qep")),
     "gptaq": Scheme(GRIDS["A1-4"], IN, GPTQ(correction="gptaq")),
     "gptq power": Scheme(GRIDS["power-3-groups"], IN, GPTQ()),
@@ -291,18 +291,18 @@ def test_meshes_change_no_code(kind: AxisType, layout: str, name: str) -> None:
 
 @slow
 @many
-@pytest.mark.parametrize("granularity", ["weight", "all"])
-def test_meshes_and_loops(granularity: str) -> None:
+@pytest.mark.parametrize("sequential", ["weight", None])
+def test_meshes_and_loops(sequential: Any) -> None:
     """Stacks of layers, walked one by one, and read in a scan that recomputes."""
     stack = {"s": normal(5, 3, 32, 32)}
     wanted = journey(
         VALUES["gptq"],
         *jax.tree.map(jnp.asarray, (stack, BATCHES)),
         fn=layered,
-        granularity=granularity,
+        sequential=sequential,
     )
     params, batches = lain(stack, BATCHES, "data", mesh_of())
-    found = journey(VALUES["gptq"], params, batches, fn=layered, granularity=granularity)
+    found = journey(VALUES["gptq"], params, batches, fn=layered, sequential=sequential)
     assert_same(found, wanted)
 
 

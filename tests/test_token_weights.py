@@ -160,22 +160,22 @@ def _plan(preset: Any, fn: Any = _blocks) -> jq.Plan:
     return jq.plan(jq.find_weights(fn, P, X, MASK), {".*": preset})
 
 
-@pytest.mark.parametrize("granularity", ["weight", "all"])
+@pytest.mark.parametrize("sequential", ["weight", None])
 @pytest.mark.parametrize("preset", [jq.presets.int4_gptq(), jq.presets.int4_qep()])
-def test_codes_are_those_of_the_real_tokens_alone(preset: Any, granularity: Any) -> None:
-    if "drift" in preset.needs and granularity == "all":
+def test_codes_are_those_of_the_real_tokens_alone(preset: Any, sequential: Any) -> None:
+    if "drift" in preset.needs and sequential is None:
         return
     plan = _plan(preset)
     real = (X[MASK][None], np.ones((1, sum(LENGTHS)), bool))
-    wanted, told = jq.quantize(_blocks, P, plan, [real], granularity=granularity)
+    wanted, told = jq.quantize(_blocks, P, plan, [real], sequential=sequential)
     padded = jnp.where(MASK[..., None], X, jnp.nan)  # what a softmax over nothing leaves
     found, report = jq.quantize(
-        _blocks, P, plan, [(padded, MASK)], granularity=granularity, token_weights=of_mask
+        _blocks, P, plan, [(padded, MASK)], sequential=sequential, token_weights=of_mask
     )
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert (np.asarray(one) == np.asarray(other)).all()
     assert [row.tokens for row in report.values()] == [row.tokens for row in told.values()]
-    plain, _ = jq.quantize(_blocks, P, plan, [(X, MASK)], granularity=granularity)
+    plain, _ = jq.quantize(_blocks, P, plan, [(X, MASK)], sequential=sequential)
     assert any((plain[k].codes != found[k].codes).any() for k in plan)
 
 
@@ -226,15 +226,15 @@ LOST = [_routed, _slots, _recurrent, _strided, _mixed, _shifted]
 def test_rows_of_unknown_tokens_are_refused_before_work_or_counted_and_told(fn: Any) -> None:
     plan = _plan(jq.presets.int4_nearest(), fn)
     calls: list[Any] = []
-    for granularity in ("weight", "all"):
+    for sequential in ("weight", None):
         with pytest.raises(EvidenceError, match=r"weight 'b'.*unmatched='count'"):
             jq.quantize(
-                fn, P, plan, [(X, MASK)], granularity=granularity, token_weights=of_mask,
+                fn, P, plan, [(X, MASK)], sequential=sequential, token_weights=of_mask,
                 progress=calls.append,
             )  # fmt: skip
         counted = jq.TokenWeights(of_mask, unmatched="count")
         _, report = jq.quantize(
-            fn, P, plan, [(X, MASK)], granularity=granularity, token_weights=counted
+            fn, P, plan, [(X, MASK)], sequential=sequential, token_weights=counted
         )
         assert "counted" in report["b"].note
         assert all("counted" not in row.note for path, row in report.items() if path != "b")
@@ -294,9 +294,9 @@ def test_other_weights_are_another_job(tmp_path: Any) -> None:
 
 def test_an_estimate_weighs_tokens_too() -> None:
     plan = _plan(jq.presets.int4_gptq())
-    for granularity in ("weight", "all"):
+    for sequential in ("weight", None):
         found = jq.estimate(
-            _blocks, P, plan, [(X, MASK)], granularity=granularity, token_weights=of_mask
+            _blocks, P, plan, [(X, MASK)], sequential=sequential, token_weights=of_mask
         )
         assert found.evidence_bytes > 0
     with pytest.raises(EvidenceError, match="weight 'b'"):
@@ -340,7 +340,7 @@ def test_learned_roundings_see_real_tokens_only() -> None:
     found = learned(padded, of_mask)
     np.testing.assert_allclose(found.looks[0], wanted.looks[0], rtol=1e-4)
     np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-2)
-    for other in (jq.objectives.MSE(), jq.objectives.Stagewise()):
+    for other in (jq.objectives.MSE(), jq.objectives.Reconstruction()):
         with pytest.raises(PlanError, match="cannot be told what tokens count"):
             jq.quantize(_blocks, P, plan, [padded], objective=other, key=key, token_weights=of_mask)
 

@@ -43,7 +43,7 @@ def test_codes_stay_and_the_loss_falls(grid):
     pairs = [jax.tree.leaves(tree, is_leaf=is_qtensor) for tree in (qparams, tuned)]
     for before, after in zip(*pairs, strict=True):
         np.testing.assert_array_equal(np.asarray(before.codes), np.asarray(after.codes))
-        assert before.grid == after.grid and before.blocks == after.blocks
+        assert before.grid == after.grid and before.groups == after.groups
         for name, leaf in before.params.items():
             assert after.params[name].dtype == leaf.dtype and after.params[name].shape == leaf.shape
         assert any(

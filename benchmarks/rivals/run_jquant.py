@@ -1,6 +1,6 @@
 """jquant's parts: `weight` and `block` (quantize), `forwards`, `solver`, and `quality`.
 
-* `weight`, `block`: `find_weights`, `plan` and `jq.quantize(..., granularity=...)`, compiling and
+* `weight`, `block`: `find_weights`, `plan` and `jq.quantize(..., sequential=...)`, compiling and
   all, timed to the last array; `compile_s` is XLA's share of it.
 * `forwards`: two passes of `jax.jit(fn)` over all batches, logits to the last; compiled before.
 * `solver`: `jq.quantize(..., evidence=...)` on moments read before; `seconds` once compiled (its
@@ -46,7 +46,7 @@ def quantized(job: child.Job, fn: Any, params: Any, batches: list[np.ndarray]) -
     def run() -> tuple[Any, Any]:
         plan = make_plan(fn, params, batches[0])
         return jax.block_until_ready(
-            jq.quantize(fn, params, plan, batches, granularity=job.part)  # pyright: ignore
+            jq.quantize(fn, params, plan, batches, sequential=job.part)  # pyright: ignore
         )
 
     (qparams, report), found = child.timed(run)

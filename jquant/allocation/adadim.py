@@ -25,7 +25,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from jquant.allocation.choices import Axis, Choice, Choices
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.axes.layout import Layout
 from jquant.calibration.comparison import Level
 from jquant.calibration.cutting import Recording
@@ -35,7 +35,7 @@ from jquant.calibration.tokens import Given
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, PlanError
 from jquant.grids.base import Grid
-from jquant.jobs.progress import Progress, Told
+from jquant.jobs.progress import OnProgress, Progress
 from jquant.layerwise.checks import check_compared, check_reached, check_weights
 from jquant.programs.straight import Piece
 from jquant.rounding import GPTQ, Nearest
@@ -54,9 +54,9 @@ def adadim(
     level: Level = "residual",
     token_weights: Given = None,
     budget: int | None = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> tuple[Plan, Choices]:
-    """Choose for every weight of a plan whether its groups run along the input or the output axis.
+    """The plan with every weight's groups along the better of its two axes, and why.
 
     Each weight is rounded to nearest on its scheme's grid (fitted without evidence), in groups of
     its scheme's size along either axis. The better axis is that with the smaller mean squared
@@ -115,7 +115,7 @@ def adadim(
         >>> plan = jq.plan(jq.find_weights(fn, {"w": w}, x), {".*": scheme})
         >>> plan, choices = jq.allocation.adadim(fn, {"w": w}, plan, [x])
         >>> plan["w"].groups, choices["w"].ratio < 0.5
-        (Blocks(axis='out', size=8), True)
+        (Groups(axis='out', size=8), True)
 
     References:
         Heo et al., Rethinking Channel Dimensions to Isolate Outliers for Low-bit Weight
@@ -149,11 +149,13 @@ def chosen(plan: Plan, axes: Mapping[str, Axis]) -> Plan:
         >>> import jax.numpy as jnp, jquant as jq
         >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}
         >>> weights = jq.find_weights(fn, params, jnp.ones((2, 8)))
-        >>> chosen(jq.plan(weights, {".*": jq.presets.int4_nearest(4)}), {"w": "out"})["w"].blocks
-        Blocks(axis='out', size=4)
+        >>> chosen(jq.plan(weights, {".*": jq.presets.int4_nearest(4)}), {"w": "out"})["w"].groups
+        Groups(axis='out', size=4)
     """
     schemes = {
-        path: replace(scheme, blocks=Blocks(axes.get(path, scheme.groups.axis), scheme.groups.size))
+        path: replace(
+            scheme, groups=Groups(axes.get(path, scheme.grouping.axis), scheme.grouping.size)
+        )
         for path, scheme in plan.items()
     }
     return Plan(schemes, plan.weights)
@@ -168,7 +170,7 @@ class _Chooser:
         leaves: Leaves,
         walk: Walk,
         left: Mapping[str, str],
-        progress: Told | None,
+        progress: OnProgress | None,
     ):
         self.plan, self.leaves, self.walk, self.left = plan, leaves, walk, left
         self.progress = progress
@@ -191,11 +193,11 @@ class _Chooser:
     def rounded(self, piece: Piece) -> Array:
         """The piece rounded to nearest along its better axis, or along the planned one."""
         scheme, layout = self.plan[piece.path], self.plan.weights[piece.path].layout
-        w, size = self.original(piece), scheme.groups.size
+        w, size = self.original(piece), scheme.grouping.size
         if piece.path in self.left:
-            return _nearest(w, scheme.grid, scheme.groups, layout)
-        both = Blocks("in", size), Blocks("out", size)
-        candidates = [_nearest(w, scheme.grid, blocks, layout) for blocks in both]
+            return _nearest(w, scheme.grid, scheme.grouping, layout)
+        both = Groups("in", size), Groups("out", size)
+        candidates = [_nearest(w, scheme.grid, groups, layout) for groups in both]
         sums, count = self.walk.compare(piece, candidates, self.current)
         inward, outward = (total / count for total in sums)
         if not math.isfinite(inward + outward):
@@ -211,16 +213,16 @@ class _Chooser:
 
     def choice(self, path: str) -> Choice:
         if path in self.left:
-            return Choice(self.plan[path].groups.axis, None, self.left[path])
-        found = self.losses[path]
-        inward, outward = (math.fsum(losses) for losses in zip(*found, strict=True))
+            return Choice(self.plan[path].grouping.axis, None, self.left[path])
+        by_layer = self.losses[path]
+        inward, outward = (math.fsum(losses) for losses in zip(*by_layer, strict=True))
         piece = next(p for stage in self.walk.stages for p in stage.pieces if p.path == path)
         return Choice(
             axis="out" if outward < inward else "in",
             losses=(inward, outward),
             compared=self.words(piece),
-            layers=len(found),
-            layers_out=sum(outward < inward for inward, outward in found),
+            layers=len(by_layer),
+            layers_out=sum(outward < inward for inward, outward in by_layer),
         )
 
     def words(self, piece: Piece) -> str:
@@ -244,11 +246,11 @@ class _Chooser:
         return lambda done: progress(Progress(at, len(stages), name, doing, done, total, ratio))
 
 
-@partial(jax.jit, static_argnames=("grid", "blocks", "layout"))
-def _nearest(w: Array, grid: Grid, blocks: Blocks, layout: Layout) -> Array:
+@partial(jax.jit, static_argnames=("grid", "groups", "layout"))
+def _nearest(w: Array, grid: Grid, groups: Groups, layout: Layout) -> Array:
     """A weight rounded to nearest, in its own shape and dtype."""
-    rounded = Nearest()(layout.canonical(w), grid, blocks)
-    q = QTensor(rounded.codes, dict(rounded.params), grid, blocks, layout, w.dtype)
+    rounded = Nearest()(layout.canonical(w), grid, groups)
+    q = QTensor(rounded.codes, dict(rounded.params), grid, groups, layout, w.dtype)
     return dequantize_weight(q)
 
 
@@ -258,7 +260,7 @@ def _no_choice(weight: Weight, scheme: Scheme) -> str:
         return "it is only looked up: there is no product to compare"
     lengths = {"in": weight.layout.size("in"), "out": weight.layout.size("out")}
     short = min(lengths, key=lengths.__getitem__)
-    groups = scheme.groups
+    groups = scheme.grouping
     if lengths[short] == 1:
         return f"it has no {short}put axis: a group along it would be one weight"
     fair = groups.size is None or len({groups.group(n) for n in lengths.values()}) == 1
@@ -280,8 +282,8 @@ def _no_choice(weight: Weight, scheme: Scheme) -> str:
 
 def _check_any(plan: Plan, left: Mapping[str, str]) -> None:
     if len(left) == len(plan):
-        said = "; ".join(f"{path!r}: {why}" for path, why in list(left.items())[:3])
+        reasons = "; ".join(f"{path!r}: {why}" for path, why in list(left.items())[:3])
         raise PlanError(
             f"there is nothing to choose in this plan of {len(plan)} weights"
-            + (f" ({said})" if said else "; pass one that quantizes some")
+            + (f" ({reasons})" if reasons else "; pass one that quantizes some")
         )

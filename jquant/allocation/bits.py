@@ -150,7 +150,7 @@ def allocate(
     method: Method = "auto",
     clusters: int = 3,
 ) -> tuple[Plan, Allocation]:
-    """Choose a scheme for every weight, of the least total loss that a budget pays for.
+    """The plan of least total loss that a budget pays for, and what it gives to each weight.
 
     Args:
         losses: what `exact_kl`, `kl_gradient`, `fisher`, … return; or path → one number for each

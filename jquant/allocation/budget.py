@@ -61,17 +61,17 @@ def dynamic(losses: Numbers, sizes: Sizes, budget: int) -> list[int]:
         for at, (loss, price) in enumerate(zip(options, prices, strict=True)):
             if price > room:
                 break
-            found = best[: room + 1 - price] + loss
-            better = found <= now[price:]  # an equal one is larger
-            now[price:][better] = found[better]
+            total = best[: room + 1 - price] + loss
+            better = total <= now[price:]  # an equal one is larger
+            now[price:][better] = total[better]
             choice[price:][better] = at
         best = now
         choices.append(choice)
-    left, found = room, []
+    left, chosen = room, []
     for choice, prices in zip(reversed(choices), costs, strict=True):
-        found.append(int(choice[left]))
-        left -= prices[found[-1]]
-    return found
+        chosen.append(int(choice[left]))
+        left -= prices[chosen[-1]]
+    return chosen
 
 
 def greedy(losses: Numbers, sizes: Sizes, budget: int) -> list[int]:
@@ -81,12 +81,12 @@ def greedy(losses: Numbers, sizes: Sizes, budget: int) -> list[int]:
         >>> greedy([[4.0, 1.0], [9.0, 3.0], [4.0, 1.0]], [[1, 2]] * 3, 5)
         [1, 1, 0]
     """
-    found = [0] * len(losses)
+    chosen = [0] * len(losses)
     left = budget - sum(some[0] for some in sizes)
     upgrades = []
     for item, (some, bytes_) in enumerate(zip(losses, sizes, strict=True)):
         hull = _hull(some, bytes_)
-        found[item] = hull[0]
+        chosen[item] = hull[0]
         for low, high in zip(hull, hull[1:], strict=False):
             more = bytes_[high] - bytes_[low]
             upgrades.append(((some[low] - some[high]) / more, item, high, more))
@@ -98,8 +98,8 @@ def greedy(losses: Numbers, sizes: Sizes, budget: int) -> list[int]:
             done.add(item)
         else:
             left -= more
-            found[item] = high
-    return found
+            chosen[item] = high
+    return chosen
 
 
 def lagrange(losses: Numbers, sizes: Sizes, budget: int) -> list[int]:
@@ -111,12 +111,12 @@ def lagrange(losses: Numbers, sizes: Sizes, budget: int) -> list[int]:
     """
 
     def chosen(price: float) -> list[int]:
-        found = []
+        choice = []
         for some, bytes_ in zip(losses, sizes, strict=True):
             paid = [loss + price * size for loss, size in zip(some, bytes_, strict=True)]
             least = min(paid)
-            found.append(max(at for at, p in enumerate(paid) if p <= least))
-        return found
+            choice.append(max(at for at, p in enumerate(paid) if p <= least))
+        return choice
 
     def fits(choice: list[int]) -> bool:
         return sum(bytes_[at] for bytes_, at in zip(sizes, choice, strict=True)) <= budget

@@ -26,7 +26,7 @@ WIDTHS = range(2, 9)
 
 @dataclass(frozen=True)
 class Candidates(Mapping[str, tuple[Scheme, ...]]):
-    """Path → the schemes a weight may get, smallest first; in the order of depth (see `depth`).
+    """Path → the schemes a weight may get, smallest first; paths in the order of the network.
 
     Attributes:
         schemes: the mapping.
@@ -67,7 +67,7 @@ class Candidates(Mapping[str, tuple[Scheme, ...]]):
 def candidates(
     plan: Plan, options: Options = WIDTHS, *, paths: Collection[str] | None = None
 ) -> Candidates:
-    """What `allocate` may choose for each weight of a plan.
+    """The schemes that `allocate` may choose from, for each weight of a plan.
 
     Args:
         plan: what `jq.plan` returned. Kept weights stay kept.
@@ -84,8 +84,8 @@ def candidates(
         >>> import jax.numpy as jnp, jquant as jq
         >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((64, 8))}
         >>> weights = jq.find_weights(fn, params, jnp.ones((2, 64)))
-        >>> found = candidates(jq.plan(weights, {".*": jq.presets.int4_gptq()}), (3, 4))
-        >>> found.bytes("w")  # 512 codes, 8 scales and zero points
+        >>> choice = candidates(jq.plan(weights, {".*": jq.presets.int4_gptq()}), (3, 4))
+        >>> choice.bytes("w")  # 512 codes, 8 scales and zero points
         (211, 276)
     """
     if not isinstance(plan, Plan):
@@ -102,17 +102,17 @@ def candidates(
             schemes[path] = (own,)
             continue
         offered = options(own) if callable(options) else options
-        found = dict.fromkeys(_scheme(path, own, option) for option in offered)
-        if not found:
+        distinct = dict.fromkeys(_scheme(path, own, option) for option in offered)
+        if not distinct:
             raise PlanError(f"weight {path!r} has no candidates; pass widths, or schemes")
-        schemes[path] = tuple(sorted(found, key=lambda scheme: bytes_of(weight, scheme)))
-    found = Candidates(schemes, plan.weights)
-    if not found.free:
+        schemes[path] = tuple(sorted(distinct, key=lambda scheme: bytes_of(weight, scheme)))
+    by_path = Candidates(schemes, plan.weights)
+    if not by_path.free:
         raise PlanError(
             f"no weight of this plan of {len(plan)} has two schemes to choose from; pass several "
             "widths or schemes, and weights that may have them"
         )
-    return found
+    return by_path
 
 
 def depth(path: str) -> tuple[tuple[int, int, str], ...]:
@@ -126,22 +126,37 @@ def depth(path: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(w), "") if w.isdigit() else (1, 0, w) for w in words)
 
 
+# What keys of older files call by another name.
+_FORMERLY = {
+    "Blocks(axis=": "Groups(axis=",
+    "metric='plain'": "metric='frobenius'",
+    "metric='evidence'": "metric='hessian'",
+}
+
+
+def key_of_file(key: str) -> str:
+    """The key of a scheme, as `key_of_scheme` has it, by one that a file holds."""
+    for old, new in _FORMERLY.items():
+        key = key.replace(old, new)
+    return key
+
+
 def key_of_scheme(scheme: Scheme) -> str:
     """What a score depends on: grid, groups and term of a scheme. The rounding is not in it.
 
     Example:
         >>> from jquant.grids import NF4
-        >>> key_of_scheme(Scheme(NF4, 64)).endswith("Blocks(axis='in', size=64)")
+        >>> key_of_scheme(Scheme(NF4, 64)).endswith("Groups(axis='in', size=64)")
         True
     """
-    said = f"{scheme.grid!r}, {scheme.groups!r}"
-    return said if scheme.compensation is None else f"{said}, {scheme.compensation!r}"
+    key = f"{scheme.grid!r}, {scheme.grouping!r}"
+    return key if scheme.compensation is None else f"{key}, {scheme.compensation!r}"
 
 
 def draft(scheme: Scheme) -> Scheme:
     """The weight's part of a scheme, rounded to nearest without evidence: what scores measure."""
     term = scheme.compensation
-    plain = None if term is None else replace(term, metric="plain", rounds=1)
+    plain = None if term is None else replace(term, metric="frobenius", rounds=1)
     return replace(scheme, rounding=Nearest(), compensation=plain, activations=None)
 
 

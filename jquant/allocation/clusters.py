@@ -51,9 +51,9 @@ def clusters(values: Sequence[float], count: int) -> list[int]:
     for k in range(1, many + 1):
         for stop in range(k, n + 1):
             starts = np.arange(k - 1, stop)
-            found = cost[k - 1, starts] + spread(starts, stop)
-            best = int(np.argmin(found))
-            cost[k, stop], cut[k, stop] = found[best], starts[best]
+            totals = cost[k - 1, starts] + spread(starts, stop)
+            best = int(np.argmin(totals))
+            cost[k, stop], cut[k, stop] = totals[best], starts[best]
     label, stop = np.zeros(n, int), n
     for k in range(many, 0, -1):
         start = cut[k, stop]

@@ -8,7 +8,7 @@ no more rows than features every ρ is 1, so with fewer than four rows per featu
 cut to their N/4 principal components.
 
 Where the states come from needs no model knowledge: the function is cut into blocks as for
-calibration (granularity "block", see `calibration/stages.py`), and what is alive between two of
+calibration (`sequential="block"`, see `calibration/stages.py`), and what is alive between two of
 them, all that later blocks will ever see, is the state. In a transformer that is the residual
 stream. What comes out of the prologue (embeddings) is a state too, but has no score.
 """
@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.sensitivity import Sensitivity
-from jquant.allocation.trials import Told, outputs
+from jquant.allocation.trials import OnProgress, outputs
 from jquant.calibration.cutting import Recording
 from jquant.calibration.data import Data
 from jquant.calibration.stages import Cut, block_of
@@ -100,7 +100,7 @@ def cmpq(
     *,
     ridge: float = RIDGE,
     token_weights: Given = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> Sensitivity:
     """CMPQ: 1 minus the mean canonical correlation of a block's state with all the others.
 

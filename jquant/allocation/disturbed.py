@@ -24,7 +24,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.gradients import Loss, check_loss, next_token_loss, size, told
 from jquant.allocation.sensitivity import Sensitivity
-from jquant.allocation.trials import Told, Trials, divergence, mean
+from jquant.allocation.trials import OnProgress, Trials, divergence, mean
 from jquant.axes.layout import Layout
 from jquant.calibration.tokens import Given
 from jquant.errors import PlanError
@@ -45,7 +45,7 @@ def pmpq(
     fraction: float = 0.3,
     unit: Unit = "block",
     token_weights: Given = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> Sensitivity:
     """PMPQ: the KL divergence that pruning a block causes, per million weights.
 
@@ -84,25 +84,25 @@ def pmpq(
         raise PlanError(f"fraction must be between 0 and 1, got {fraction!r}")
     trials = Trials(params, candidates, batches, token_weights=token_weights)
     units = _units(trials, unit)
-    found: dict[str, list[float]] = {name: [] for name in units}
+    rises: dict[str, list[float]] = {name: [] for name in units}
     counts: list[float] = []
     total, done = len(units) * len(trials.batches), 0
-    for inputs, wanted, count, weights in trials.wanted(fn):
+    for inputs, reference, count, weights in trials.references(fn):
         counts.append(count)
         for name, paths in units.items():
             pruned = {
                 path: _pruned(trials.leaves[path], fraction, candidates.weights[path].layout)
                 for path in paths
             }
-            rise = divergence(fn, trials.swapped(pruned), inputs, wanted, weights)
-            found[name].append(float(rise))
+            rise = divergence(fn, trials.swapped(pruned), inputs, reference, weights)
+            rises[name].append(float(rise))
             done += 1
             if progress is not None:
                 progress(done, total)
     values = {}
     for name, paths in units.items():
         millions = sum(candidates.size(path) for path in paths) / 1e6
-        values |= dict.fromkeys(paths, (max(mean(found[name], counts), 0.0) / millions,))
+        values |= dict.fromkeys(paths, (max(mean(rises[name], counts), 0.0) / millions,))
     values = {path: values[path] for path in trials.free}
     return Sensitivity(
         "PMPQ", "nats per token and million weights",
@@ -121,7 +121,7 @@ def tdmpq(
     noise: float = 1.0,
     loss: Loss = next_token_loss,
     token_weights: Given = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> Sensitivity:
     """TDMPQ as released: the loss with noise in the first matrix of a block.
 
@@ -149,8 +149,8 @@ def tdmpq(
         >>> tokens = jnp.arange(8)[None]
         >>> plan = jq.plan(jq.find_weights(fn, params, tokens), {"w": jq.presets.int4_nearest()})
         >>> choice = jq.allocation.candidates(plan)
-        >>> found = tdmpq(fn, params, choice, [tokens], key=jax.random.key(0))
-        >>> found.values["w"][0] > 0
+        >>> score = tdmpq(fn, params, choice, [tokens], key=jax.random.key(0))
+        >>> score.values["w"][0] > 0
         True
 
     References:
@@ -165,17 +165,19 @@ def tdmpq(
         w = trials.leaves[paths[0]]
         drawn = noise * jax.random.normal(own, w.shape, jnp.float32)
         noisy[name] = {paths[0]: as_dtype(w.astype(jnp.float32) + drawn, w.dtype)}
-    found: dict[str, list[float]] = {name: [] for name in units}
+    losses: dict[str, list[float]] = {name: [] for name in units}
     counts: list[float] = []
     total, done = len(units) * len(trials.batches), 0
     for inputs, weights in trials.pairs():
         counts.append(size(inputs, weights))
         for name in units:
-            found[name].append(float(_loss(fn, loss, trials.swapped(noisy[name]), inputs, weights)))
+            losses[name].append(
+                float(_loss(fn, loss, trials.swapped(noisy[name]), inputs, weights))
+            )
             done += 1
             if progress is not None:
                 progress(done, total)
-    values = {path: (mean(found[name], counts),) for name, some in units.items() for path in some}
+    values = {path: (mean(losses[name], counts),) for name, some in units.items() for path in some}
     return Sensitivity(
         "TDMPQ, noise", "units of the loss",
         f"loss with noise of {noise:g} in the first matrix of a block; {len(counts)} batches",

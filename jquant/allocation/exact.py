@@ -19,7 +19,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.sensitivity import Sensitivity
-from jquant.allocation.trials import Told, Trials, divergence, mean
+from jquant.allocation.trials import OnProgress, Trials, divergence, mean
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.tokens import Given
 from jquant.errors import PlanError
@@ -35,7 +35,7 @@ def exact_kl(
     evidence: Mapping[str, Evidence] | None = None,
     key: PRNGKeyArray | None = None,
     token_weights: Given = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> Sensitivity:
     """The KL divergence that each weight causes alone, under each of its candidates.
 
@@ -45,7 +45,7 @@ def exact_kl(
         candidates: what `candidates` returned.
         batches: each one array or a tuple of `fn`'s inputs.
         only: positions of the candidates to run, for all weights; the losses of the others are
-            scaled (see the module). None: all are run.
+            scaled by the ratio of squared weight errors. None: all are run.
         evidence: path → `Evidence`, to round as the schemes say; without it to nearest.
         key: for roundings that are random.
         token_weights: what each token counts; as for `quantize`.
@@ -65,8 +65,8 @@ def exact_kl(
         >>> params = {"w": jax.random.normal(jax.random.key(0), (8, 4))}
         >>> x = jax.random.normal(jax.random.key(1), (32, 8))
         >>> plan = jq.plan(jq.find_weights(fn, params, x), {".*": jq.presets.int4_nearest()})
-        >>> found = exact_kl(fn, params, jq.allocation.candidates(plan, (2, 4, 8)), [x])
-        >>> two, four, eight = found.values["w"]
+        >>> score = exact_kl(fn, params, jq.allocation.candidates(plan, (2, 4, 8)), [x])
+        >>> two, four, eight = score.values["w"]
         >>> two > 4 * four > 16 * eight > 0
         True
     """
@@ -75,13 +75,13 @@ def exact_kl(
     values = {path: [[] for _ in candidates[path]] for path in trials.free}
     counts: list[float] = []
     total, done = len(trials.batches) * sum(map(len, run.values())), 0
-    for inputs, wanted, count, weights in trials.wanted(fn):
+    for inputs, reference, count, weights in trials.references(fn):
         counts.append(count)
         for path, positions in run.items():
             for at in positions:
                 w = trials.quantized(path, candidates[path][at])
-                found = divergence(fn, trials.swapped({path: w}), inputs, wanted, weights)
-                values[path][at].append(float(found))
+                kl = divergence(fn, trials.swapped({path: w}), inputs, reference, weights)
+                values[path][at].append(float(kl))
                 done += 1
                 if progress is not None:
                     progress(done, total)
@@ -90,21 +90,23 @@ def exact_kl(
         for path in trials.free
     }
     losses = {
-        path: scaled(some, run[path], trials.power(path) if len(run[path]) < len(some) else some)
+        path: scaled(
+            some, run[path], trials.squared_errors(path) if len(run[path]) < len(some) else some
+        )
         for path, some in losses.items()
     }
-    said = "every candidate run" if only is None else f"run at positions {tuple(only)}, else scaled"
+    how = "every candidate run" if only is None else f"run at positions {tuple(only)}, else scaled"
     return Sensitivity(
         "exact KL", "nats per token",
-        f"each weight alone, {said}; {sum(counts)} tokens",
+        f"each weight alone, {how}; {sum(counts)} tokens",
         losses, trials.schemes(), trials.blocks,
     )  # fmt: skip
 
 
 def scaled(
-    losses: Sequence[float], known: Sequence[int], power: Sequence[float]
+    losses: Sequence[float], measured: Sequence[int], squares: Sequence[float]
 ) -> tuple[float, ...]:
-    """Losses at `known` positions, and the others by the ratio of squared weight errors.
+    """Losses at `measured` positions, and the others by the ratio of squared weight errors.
 
     Example:
         >>> scaled([float("nan"), 2.0, float("nan")], [1], [4.0, 1.0, 0.25])
@@ -114,20 +116,20 @@ def scaled(
     def log(x: float) -> float:
         return math.log(max(x, 1e-300))
 
-    found = []
+    filled = []
     for at, loss in enumerate(losses):
-        if at not in known:
-            near = min(known, key=lambda k: abs(log(power[k]) - log(power[at])))
-            loss = losses[near] * power[at] / power[near] if power[near] > 0 else 0.0
-        found.append(max(loss, 0.0))  # a sum of float32 terms may fall below it
-    return tuple(found)
+        if at not in measured:
+            near = min(measured, key=lambda k: abs(log(squares[k]) - log(squares[at])))
+            loss = losses[near] * squares[at] / squares[near] if squares[near] > 0 else 0.0
+        filled.append(max(loss, 0.0))  # a sum of float32 terms may fall below it
+    return tuple(filled)
 
 
 def _positions(path: str, count: int, only: Sequence[int] | None) -> list[int]:
-    found = [at for at in range(count) if only is None or at in only]
-    if not found:
+    positions = [at for at in range(count) if only is None or at in only]
+    if not positions:
         raise PlanError(
             f"only={only!r} names none of the {count} candidates of weight {path!r}: pass "
             "positions from 0 on"
         )
-    return found
+    return positions

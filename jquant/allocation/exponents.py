@@ -27,12 +27,12 @@ def power_exponent(
     *,
     domain: Literal["values", "codes"] = "values",
 ) -> Float[Array, ""]:
-    """The exponent of the least sum of the norms of the errors of many weights.
+    """One exponent of a power grid for many weights: the least sum of the norms of their errors.
 
     Pass it on as `Power(bits, float(exponent))`. Pure; may be part of a jitted function.
 
     Args:
-        groups: a pytree of weights in groups, `[*g, b]` each, as `blocks.to_blocks` cuts them.
+        groups: a pytree of weights in groups, `[*g, b]` each, a group along the last axis.
         bits: 2 to 8.
         importance: a pytree like `groups` of what to weigh the squared errors by, or None.
         domain: as in `Power`.
@@ -55,19 +55,19 @@ def power_exponent(
     grid, weights = Power(bits, domain=domain), jax.tree.leaves(groups)
     if not weights:
         raise ValueError("power_exponent needs at least one weight, got an empty tree")
-    known = [None] * len(weights) if importance is None else jax.tree.leaves(importance)
-    return _of_all(grid, weights, known)
+    importances = [None] * len(weights) if importance is None else jax.tree.leaves(importance)
+    return _of_all(grid, weights, importances)
 
 
 @partial(jax.jit, static_argnames="grid")
-def _of_all(grid: Power, weights: list[Array], known: list[Array | None]) -> Float[Array, ""]:
+def _of_all(grid: Power, weights: list[Array], importances: list[Array | None]) -> Float[Array, ""]:
     """The search, of weights `[*g, b]` and what to weigh their errors by."""
     weights = [w.astype(jnp.float32) for w in weights]
     units = [Power(grid.bits, 1.0).fit(w)["scale"] for w in weights]
     top = largest(jnp.stack([largest(unit) for unit in units]))
     each = [
         [summed(loss, (unit / top) ** 2) for loss in losses(grid, w / unit[..., None], weight)]
-        for w, unit, weight in zip(weights, units, known, strict=True)
+        for w, unit, weight in zip(weights, units, importances, strict=True)
     ]
 
     def norms(parts: tuple[Loss, ...]) -> Loss:

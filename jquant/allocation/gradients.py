@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from jquant.allocation.candidates import Candidates
 from jquant.allocation.exact import scaled
 from jquant.allocation.sensitivity import Sensitivity
-from jquant.allocation.trials import Told, Trials, mean
+from jquant.allocation.trials import OnProgress, Trials, mean
 from jquant.allocation.trials import tokens as tokens_of
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.tokens import Given
@@ -99,7 +99,7 @@ def taylor(
     evidence: Mapping[str, Evidence] | None = None,
     key: PRNGKeyArray | None = None,
     token_weights: Given = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> Sensitivity:
     """TDMPQ's first-order term with the actual error: `|<∇L, Q(W) - W>|`, averaged over batches.
 
@@ -130,17 +130,17 @@ def taylor(
     """
     check_loss(loss, token_weights)
     trials = Trials(params, candidates, batches, evidence, key, token_weights)
-    found = {path: [[] for _ in candidates[path]] for path in trials.free}
+    terms = {path: [[] for _ in candidates[path]] for path in trials.free}
     weights, counts = trials.weights(), []
     for done, (inputs, own) in enumerate(trials.pairs(), start=1):
         gradient = _gradient(fn, loss, weights, trials.params, _Batch(inputs, inputs, own))
         counts.append(size(inputs, own))
         for path, g in gradient.items():
             for at, e in enumerate(trials.errors(path)):
-                found[path][at].append(abs(float(jnp.vdot(g, e))))
+                terms[path][at].append(abs(float(jnp.vdot(g, e))))
         if progress is not None:
             progress(done, len(trials.batches))
-    losses = {path: tuple(mean(s, counts) for s in some) for path, some in found.items()}
+    losses = {path: tuple(mean(s, counts) for s in some) for path, some in terms.items()}
     return Sensitivity(
         "TDMPQ, first order", "units of the loss",
         f"|<gradient, error>| averaged over {len(counts)} batches",
@@ -157,7 +157,7 @@ def fisher(
     key: PRNGKeyArray,
     evidence: Mapping[str, Evidence] | None = None,
     token_weights: Given = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> Sensitivity:
     """The second-order term of KL with the actual error and the diagonal Fisher information.
 
@@ -181,10 +181,10 @@ def fisher(
         >>> params = {"w": jax.random.normal(jax.random.key(0), (8, 4))}
         >>> x = jax.random.normal(jax.random.key(1), (64, 8))
         >>> plan = jq.plan(jq.find_weights(fn, params, x), {".*": jq.presets.int4_nearest()})
-        >>> found = fisher(
+        >>> score = fisher(
         ...     fn, params, jq.allocation.candidates(plan, (3, 4)), [x], key=jax.random.key(2)
         ... )
-        >>> found.values["w"][0] > found.values["w"][1] > 0
+        >>> score.values["w"][0] > score.values["w"][1] > 0
         True
 
     References:
@@ -224,7 +224,7 @@ def kl_gradient(
     evidence: Mapping[str, Evidence] | None = None,
     key: PRNGKeyArray | None = None,
     token_weights: Given = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> Sensitivity:
     """mlx-lm's score: the gradient of KL where all weights are coarse, times what finer ones gain.
 
@@ -252,8 +252,8 @@ def kl_gradient(
         >>> params = {"w": jax.random.normal(jax.random.key(0), (8, 4))}
         >>> x = jax.random.normal(jax.random.key(1), (64, 8))
         >>> plan = jq.plan(jq.find_weights(fn, params, x), {".*": jq.presets.int4_nearest()})
-        >>> found = kl_gradient(fn, params, jq.allocation.candidates(plan, (3, 4, 8)), [x])
-        >>> found.values["w"][0] > found.values["w"][1] > found.values["w"][2] > 0
+        >>> score = kl_gradient(fn, params, jq.allocation.candidates(plan, (3, 4, 8)), [x])
+        >>> score.values["w"][0] > score.values["w"][1] > score.values["w"][2] > 0
         True
 
     References:
@@ -263,17 +263,17 @@ def kl_gradient(
     at = {path: _low(path, candidates, low) for path in trials.free}
     coarse = {path: trials.quantized(path, candidates[path][k]) for path, k in at.items()}
     counts, gradients = [], {path: jnp.zeros(w.shape, jnp.float32) for path, w in coarse.items()}
-    for done, (inputs, wanted, count, own) in enumerate(trials.wanted(fn), start=1):
-        batch = _Batch(inputs, (wanted,), own)
+    for done, (inputs, reference, count, own) in enumerate(trials.references(fn), start=1):
+        batch = _Batch(inputs, (reference,), own)
         gradient = _gradient(fn, KL(), coarse, trials.params, batch)
         counts.append(count)
         gradients = _summed(gradients, gradient, jnp.float32(counts[-1]))
         if progress is not None:
             progress(done, len(trials.batches))
-    terms, powers = {}, {}
+    terms, squares = {}, {}
     for path in trials.free:
         errors = trials.errors(path)
-        powers[path] = [float(jnp.sum(e**2)) for e in errors]
+        squares[path] = [float(jnp.sum(e**2)) for e in errors]
         gain = errors[at[path]] - errors[-1]
         terms[path] = float(jnp.vdot(gradients.pop(path), gain)) / math.fsum(counts)
     positive = [term / candidates.size(path) for path, term in terms.items() if term > 0]
@@ -281,8 +281,8 @@ def kl_gradient(
     for path, term in terms.items():
         if term <= 0:
             term = min(positive, default=0.0) * candidates.size(path)
-        some = [term if k == at[path] else math.nan for k in range(len(powers[path]))]
-        losses[path] = scaled(some, [at[path]], powers[path])
+        some = [term if k == at[path] else math.nan for k in range(len(squares[path]))]
+        losses[path] = scaled(some, [at[path]], squares[path])
     return Sensitivity(
         "KL gradient", "nats per token, first order",
         f"gradient with all weights at their low width, {sum(counts)} tokens; scaled to the others",

@@ -47,7 +47,7 @@ def lorc_ranks(
     key: PRNGKeyArray | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Divide bytes for low-rank compensation among the weights of a plan.
+    """The plan with a budget of bytes for low-rank terms divided among its weights.
 
     Each weight is rounded as its scheme says, once; the singular values of what is left, in the
     metric of its `LoRC`, decide. A stack of layers has one rank, and its layers' gains are summed.
@@ -170,12 +170,12 @@ def _offer(
     own = None if key is None else key_of(key, path)
     left = remainder(w, scheme, layout, evidence=evidence, key=own)
     whole = layout.canonical(w).astype(jnp.float32)
-    if choice.metric == "plain" or evidence is None:
+    if choice.metric == "frobenius" or evidence is None:
         power = jnp.sum(whole**2)
     else:
         power = jnp.sum(output_error(whole, evidence.second_moment))
-    found = np.asarray(choice.spectrum(left, evidence), np.float64)
-    total = found.reshape(-1, found.shape[-1]).sum(0)
+    spectra = np.asarray(choice.spectrum(left, evidence), np.float64)
+    total = spectra.reshape(-1, spectra.shape[-1]).sum(0)
     gains = total / max(float(power), np.finfo(np.float32).tiny)
     return Offer(tuple(gains.tolist()), _prices(choice, left.shape))
 
@@ -185,7 +185,7 @@ def _prices(choice: LoRC, shape: tuple[int, ...]) -> tuple[tuple[float, float], 
     error = jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def stored(rank: int) -> list[float]:
-        low = jax.eval_shape(replace(choice, rank=rank, metric="plain"), error)
+        low = jax.eval_shape(replace(choice, rank=rank, metric="frobenius"), error)
         return [bits for factor in (low.left, low.right) for bits in array_bits(factor)]
 
     one = stored(1)

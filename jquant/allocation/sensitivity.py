@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jquant.allocation.candidates import Candidates, key_of_scheme
+from jquant.allocation.candidates import Candidates, key_of_file, key_of_scheme
 from jquant.errors import EvidenceError, PlanError, extra, near
 from jquant.schemes.scheme import Scheme
 
@@ -30,7 +30,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What was measured of every weight.
+    """What quantizing each weight costs, by one measure.
 
     Attributes:
         name: of the score, as `"exact KL"`.
@@ -76,10 +76,10 @@ class Sensitivity:
         Raises:
             PlanError: a weight or a candidate was not measured.
         """
-        found = {}
+        losses = {}
         for path, schemes in candidates.items():
             if len(schemes) == 1:
-                found[path] = (0.0,)
+                losses[path] = (0.0,)
             elif path not in self.values:
                 raise PlanError(
                     f"{self.name} was not measured for weight {path!r}; measure it for these "
@@ -87,34 +87,34 @@ class Sensitivity:
                 )
             elif self.schemes is None:
                 (score,), size = self.values[path], candidates.size(path)
-                found[path] = tuple(score * size * 4.0**-scheme.grid.bits for scheme in schemes)
+                losses[path] = tuple(score * size * 4.0**-scheme.grid.bits for scheme in schemes)
             else:
-                known = dict(zip(self.schemes[path], self.values[path], strict=True))
-                found[path] = tuple(self._of(path, known, scheme) for scheme in schemes)
-        return found
+                measured = dict(zip(self.schemes[path], self.values[path], strict=True))
+                losses[path] = tuple(self._of(path, measured, scheme) for scheme in schemes)
+        return losses
 
-    def _of(self, path: str, known: Mapping[str, float], scheme: Scheme) -> float:
+    def _of(self, path: str, measured: Mapping[str, float], scheme: Scheme) -> float:
         key = key_of_scheme(scheme)
-        if key not in known:
+        if key not in measured:
             raise PlanError(
                 f"{self.name} was not measured for weight {path!r} under {key}, but under "
-                f"{', '.join(known)}; measure it for these candidates, or pass losses of your own "
-                "(path → one number for each candidate)"
+                f"{', '.join(measured)}; measure it for these candidates, or pass losses of your "
+                "own (path → one number for each candidate)"
             )
-        return known[key]
+        return measured[key]
 
     def by_block(self, at: int = 0) -> dict[str, float]:
         """One number per block: the sum over its weights of scheme `at`; of scores, the mean.
 
         Weights without a block stand for themselves.
         """
-        found: dict[str, list[float]] = {}
+        by_block: dict[str, list[float]] = {}
         for path, numbers in self.values.items():
             block = path if self.blocks is None else self.blocks.get(path, path)
-            found.setdefault(block, []).append(numbers[at if self.schemes is not None else 0])
+            by_block.setdefault(block, []).append(numbers[at if self.schemes is not None else 0])
         if self.schemes is None:
-            return {block: math.fsum(some) / len(some) for block, some in found.items()}
-        return {block: math.fsum(some) for block, some in found.items()}
+            return {block: math.fsum(some) / len(some) for block, some in by_block.items()}
+        return {block: math.fsum(some) for block, some in by_block.items()}
 
     def table(self) -> Table:
         """A table for `rich.print`: a row per weight."""
@@ -144,7 +144,7 @@ class Sensitivity:
 
     @staticmethod
     def from_json(data: Any) -> Sensitivity:
-        """What `to_json` was made of.
+        """The value that `to_json` was called on.
 
         Raises:
             ValueError: it is something else.
@@ -152,7 +152,8 @@ class Sensitivity:
         try:
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']!r}, this version reads {FORMAT}")
-            lists, which = data["lists"], data["schemes"]
+            lists = [[*map(key_of_file, some)] for some in data["lists"]]
+            which = data["schemes"]
             values = {path: tuple(map(float, some)) for path, some in data["values"].items()}
             schemes = None if which is None else {p: tuple(lists[at]) for p, at in which.items()}
             lengths = {path: 1 if schemes is None else len(schemes[path]) for path in values}

@@ -33,7 +33,7 @@ from jquant.trees.paths import key_of
 from jquant.weights.arguments import Inputs, by_path, replaced
 from jquant.weights.qtensor import dequantize_weight
 
-Told = Callable[[int, int], None]  # called with the trials done, and how many there are
+OnProgress = Callable[[int, int], None]  # called with the trials done, and how many there are
 
 
 class Trials:
@@ -44,7 +44,7 @@ class Trials:
         candidates: what `candidates` returned.
         batches: each one array, or a tuple of the function's inputs.
         evidence: path → `Evidence`. With it weights are rounded as their schemes say, without it to
-            nearest (and terms are in the plain metric).
+            nearest (and terms are in the Frobenius metric).
         key: for roundings that are random, used with evidence only.
         token_weights: what each token counts; see `quantize`.
 
@@ -84,18 +84,18 @@ class Trials:
         """For every batch its inputs, and the weights of its tokens or None."""
         yield from self.data.pairs()
 
-    def wanted(self, fn: Callable[..., Any]) -> Iterator[tuple[Inputs, Any, float, Any]]:
+    def references(self, fn: Callable[..., Any]) -> Iterator[tuple[Inputs, Any, float, Any]]:
         """For every batch its inputs, the logits of the network as it came, how many tokens these
         are of, and the weights of the tokens or None."""
         for number, (inputs, weights) in enumerate(self.pairs()):
-            found = outputs(fn, self.params, inputs)
-            count = rows(found, weights)
-            if _lost(found, weights):  # a divergence from NaN would be taken for zero
+            logits = outputs(fn, self.params, inputs)
+            count = rows(logits, weights)
+            if _lost(logits, weights):  # a divergence from NaN would be taken for zero
                 raise EvidenceError(
                     f"the logits of batch {number} hold NaN or infinity; look for such weights, "
                     "and for tokens outside the vocabulary"
                 )
-            yield inputs, found, count, weights
+            yield inputs, logits, count, weights
 
     @property
     def free(self) -> tuple[str, ...]:
@@ -117,8 +117,8 @@ class Trials:
         if self.evidence is None:
             return _nearest(w, draft(scheme), layout)
         own = None if self.key is None else key_of(self.key, path)
-        known = self.evidence.get(path)
-        return dequantize_weight(quantize_weight(w, scheme, layout, evidence=known, key=own)[0])
+        evidence = self.evidence.get(path)
+        return dequantize_weight(quantize_weight(w, scheme, layout, evidence=evidence, key=own)[0])
 
     def errors(self, path: str) -> list[Array]:
         """What each candidate does to a weight: `Q(w) - w`, float32."""
@@ -126,8 +126,8 @@ class Trials:
         schemes = self.candidates[path]
         return [self.quantized(path, scheme).astype(jnp.float32) - w for scheme in schemes]
 
-    def power(self, path: str) -> list[float]:
-        """The squared errors of each candidate."""
+    def squared_errors(self, path: str) -> list[float]:
+        """The squared error of each candidate."""
         return [float(jnp.sum(e**2)) for e in self.errors(path)]
 
     def swapped(self, weights: Mapping[str, Array]) -> PyTree:
@@ -147,10 +147,10 @@ def outputs(fn: Callable[..., Any], params: PyTree, inputs: Inputs) -> Any:
 
 @partial(jax.jit, static_argnames="fn")
 def divergence(
-    fn: Callable[..., Any], params: PyTree, inputs: Inputs, wanted: Any, weights: Any = None
+    fn: Callable[..., Any], params: PyTree, inputs: Inputs, reference: Any, weights: Any = None
 ) -> Float[Array, ""]:
-    """KL of the logits from the wanted ones, nats per token."""
-    return KL()(fn(params, *inputs), wanted, token_weights=weights)
+    """KL of the logits from those of the original network, nats per token."""
+    return KL()(fn(params, *inputs), reference, token_weights=weights)
 
 
 def rows(logits: Any, weights: Any = None) -> float:

@@ -31,9 +31,11 @@ from jquant.app.listing import listing
 from jquant.app.measuring import alone, beside, described, full_and_quantized
 from jquant.app.quantizing import (
     Chosen,
+    Granularity,
     need_foreseeable,
     need_free,
     needs_text,
+    sequential_of,
     show_weights,
     write_report,
 )
@@ -41,7 +43,7 @@ from jquant.app.recipes import Aim, objective_of, plan_of, read_rules
 from jquant.app.sources import opened
 from jquant.app.texts import asked, need_known, need_tokenizer, need_unquantized
 from jquant.calibration import find_weights
-from jquant.calibration.stages import Granularity
+from jquant.calibration.stages import Sequential
 from jquant.io import read_header
 from jquant.jobs.estimate import estimate
 from jquant.jobs.quantize import quantize
@@ -126,7 +128,8 @@ def quantize_model(
     tokenizer: Tokenizer = None,
     force: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
-    granularity: Granularity = "weight",
+    sequential: Sequential = "weight",
+    granularity: Granularity = None,
     work_dir: Path | None = None,
     report: Annotated[bool, Parameter(negative="")] = False,
     quiet: Quiet = False,
@@ -166,15 +169,15 @@ def quantize_model(
         Replace what is in the folder.
     dry_run
         Quantize nothing; show the stages, and what memory, disk and time they will take.
-    granularity
-        Which weights are calibrated together, after all before them are quantized: those of a
-        level (q, k, v; gate, up), of a block, or all.
+    sequential
+        Which weights are calibrated at a time, after all before them are quantized: those of a
+        level (q, k, v; gate, up), of a block, or with "none" all, in one pass.
     work_dir
         A folder for finished stages: the same command with the same folder resumes a stopped one.
     report
         Show a line for every weight.
     """
-    narrator = Narrator(quiet)
+    narrator, sequential = Narrator(quiet), sequential_of(sequential, granularity)
     default = named(recipe, group)  # a wrong word is cheap to find now, dear after loading
     rules = read_rules(rule)
     need_free(output, force)
@@ -196,12 +199,12 @@ def quantize_model(
     need_foreseeable(objective, dry_run)
     if dry_run:
         narrator.say("compiling and timing every program of the job")
-        cost = estimate(model.fn, model.params, plan, used, granularity=granularity)
+        cost = estimate(model.fn, model.params, plan, used, sequential=sequential)
         narrator.show(cost.table())
         return
     with narrator.job("quantizing") as move:
         qparams, outcome = quantize(
-            model.fn, model.params, plan, used, granularity=granularity, work_dir=work_dir,
+            model.fn, model.params, plan, used, sequential=sequential, work_dir=work_dir,
             progress=move, objective=objective_of(objective), key=jax.random.key(0),
         )  # fmt: skip
     checkpoint = model.save(output, qparams)
@@ -330,17 +333,17 @@ def generate(
     need_known(fn, start)
     eos = () if words.eos_token_id is None else words.eos_token_id
     key = jax.random.key(seed)
-    found: list[int] = []
-    said = ""
+    ids: list[int] = []
+    printed = ""
     for token in models.stream(
         fn, params, start, tokens, temperature=temperature, key=key, eos=eos
     ):
-        found.append(int(token[0]))
+        ids.append(int(token[0]))
         # A character may take several tokens, so the text is decoded anew and its new end printed.
-        text = words.decode(found, skip_special_tokens=True)
+        text = words.decode(ids, skip_special_tokens=True)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(said) :], end="", flush=True)
-            said = text
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
     print()
 
 

@@ -114,13 +114,13 @@ class _Lines:
 
     def __init__(self, narrator: Narrator, title: str) -> None:
         self.narrator, self.title = narrator, title
-        self.start = self.said = time.monotonic()
+        self.start = self.last = time.monotonic()
 
     def update(self, fraction: float, where: str) -> None:
         now = time.monotonic()
-        if now - self.said < EVERY or not 0 < fraction < 1:
+        if now - self.last < EVERY or not 0 < fraction < 1:
             return
-        self.said = now
+        self.last = now
         left = (now - self.start) / fraction * (1 - fraction)
         self.narrator.say(f"{self.title}: {where}, about {_duration(left)} left")
 

@@ -94,7 +94,7 @@ def run_demo(
     narrator.say("4. Evaluating on held-out text, against the model in full precision")
     with narrator.stage(f"   {' and '.join(models)}", evaluation.size) as update:
         batches = [window[None] for window in evaluation]
-        found = compare_all(fn, params, models, batches, progress=update)
+        comparisons = compare_all(fn, params, models, batches, progress=update)
 
     folder = smollm2.cache_folder() / "demo-int4" if output is None else output
     narrator.say(f"5. Saving to {folder}, and loading it back")
@@ -102,7 +102,7 @@ def run_demo(
     fn, loaded, tokenizer = load_quantized(folder)
     _assert_same(loaded, models[BEST])
     narrator.say("   every bit came back")
-    narrator.show(_table(params, found, plans[BEST], folder / CHECKPOINT))
+    narrator.show(_table(params, comparisons, plans[BEST], folder / CHECKPOINT))
 
     narrator.say(f"6. Using it: {PROMPT}")
     narrator.show(_answer(fn, loaded, tokenizer, sizes.tokens))
@@ -134,13 +134,15 @@ def _assert_same(loaded: Any, saved: Any) -> None:
         raise RuntimeError("the loaded model differs from the saved one; please report this")
 
 
-def _table(params: Any, found: dict[str, Comparison], chosen: Plan, checkpoint: Path) -> Table:
+def _table(
+    params: Any, comparisons: dict[str, Comparison], chosen: Plan, checkpoint: Path
+) -> Table:
     """What it cost in quality and saved in bytes."""
     header = read_header(checkpoint)
     packed = sum(leaf.bytes for leaf in header.leaves.values() if leaf.grid is not None)
     size = sum(math.prod(chosen.weights[path].shape) for path in chosen)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    nearest, gptq = found["nearest"], found[BEST]
+    nearest, gptq = comparisons["nearest"], comparisons[BEST]
     table = Table(title="4 bits in groups of 64: the cost and the saving")
     table.add_column("")
     for name in ("full precision", "nearest", BEST):
@@ -166,5 +168,5 @@ def _answer(fn: Any, qparams: Any, tokenizer: Any, tokens: int) -> str:
     """What the model says to `PROMPT`; as a chat where the tokenizer knows how to."""
     prompt = asked(tokenizer, PROMPT, chat=True)
     eos = () if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    found = generate(fn, qparams, np.asarray(prompt), tokens, eos=eos)
-    return tokenizer.decode(found[0], skip_special_tokens=True).strip()
+    answer = generate(fn, qparams, np.asarray(prompt), tokens, eos=eos)
+    return tokenizer.decode(answer[0], skip_special_tokens=True).strip()

@@ -37,7 +37,7 @@ def _kind(leaf: Stored) -> tuple[str, ...]:
     """The columns of a leaf that those of its kind share: shape, dtype, grid and groups."""
     grid = "–" if leaf.grid is None else _short(leaf.grid)
     grid += f" + rank {leaf.rank}" if leaf.rank else ""
-    groups = "–" if leaf.blocks is None else f"{leaf.blocks.axis} {leaf.blocks.size or 'all'}"
+    groups = "–" if leaf.groups is None else f"{leaf.groups.axis} {leaf.groups.size or 'all'}"
     return "×".join(map(str, leaf.shape)) or "scalar", leaf.dtype, grid, groups
 
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
+
+from cyclopts import Parameter
 
 from jquant.allocation import Allocation
 from jquant.allocation.choices import Choices
 from jquant.app.console import Narrator
 from jquant.app.recipes import Aim
+from jquant.calibration.stages import Sequential
+from jquant.deprecated import RENAMED
 from jquant.jobs.report import Report
 from jquant.schemes.scheme import Scheme
+
+# What --sequential was called, with "all" for none; still taken, no longer shown.
+Granularity = Annotated[Literal["weight", "block", "all"] | None, Parameter(show=False)]
 
 
 class Chosen(NamedTuple):
@@ -25,6 +33,15 @@ class Chosen(NamedTuple):
 
     axes: Choices | None = None
     shares: Allocation | None = None
+
+
+def sequential_of(sequential: Sequential, granularity: Granularity) -> Sequential:
+    """What makes one stage, by either option; a DeprecationWarning for the old one."""
+    if granularity is None:
+        return sequential
+    message = "--granularity is deprecated, write --sequential"
+    warnings.warn(message, DeprecationWarning, stacklevel=1)
+    return RENAMED["quantize.sequential"].get(granularity, granularity)
 
 
 def need_free(output: Path, force: bool) -> None:

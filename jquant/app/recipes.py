@@ -18,7 +18,7 @@ import numpy as np
 from jquant.allocation import plan
 from jquant.calibration import Weight
 from jquant.grids import Uniform
-from jquant.learning.objectives import KL, Objective, Stagewise
+from jquant.learning.objectives import KL, Objective, Reconstruction
 from jquant.schemes.lorc import LoRC
 from jquant.schemes.presets import named
 from jquant.schemes.scheme import Keep, Plan, Scheme, keep
@@ -31,7 +31,7 @@ Aim = Literal["own", "stage", "kl"]
 
 def objective_of(aim: Aim) -> Objective | None:
     """What learned roundings descend, by its word."""
-    return {"own": None, "stage": Stagewise(), "kl": KL()}[aim]
+    return {"own": None, "stage": Reconstruction(), "kl": KL()}[aim]
 
 
 def read_rules(given: Sequence[str]) -> Rules:
@@ -68,7 +68,7 @@ def plan_of(
     """`default` for every weight that no rule matches, except those of `KEPT` and lookup tables.
 
     With `lorc`, every scheme gets a compensation of that rank: in the metric of the inputs, or for
-    weights that are only looked up in the plain one; with factors of 8 bits.
+    weights that are only looked up in the Frobenius one; with factors of 8 bits.
 
     Raises:
         PlanError: a rule decides nothing.
@@ -83,8 +83,8 @@ def plan_of(
     chosen = plan(weights, {**rules, **ours})
     if lorc is None:
         return chosen
-    informed = LoRC(lorc, Uniform(8, symmetric=True), metric="evidence")
-    plain = replace(informed, metric="plain")
+    informed = LoRC(lorc, Uniform(8, symmetric=True), metric="hessian")
+    plain = replace(informed, metric="frobenius")
     schemes = {
         path: replace(scheme, compensation=informed if weights[path].has_inputs else plain)
         for path, scheme in chosen.items()

@@ -245,7 +245,7 @@ def sinkhorn(
 
 
 class Band(NamedTuple):
-    """Distances between runs that differ in their start only."""
+    """Distances between runs that differ in their start only: the least, the mean, the largest."""
 
     low: float
     mean: float

@@ -58,21 +58,22 @@ def emulate(
     Args:
         fn: any JAX function of arrays or pytrees of them.
         format: bits of significand, the leading one not counted (the range is the carrier's); or
-            `jq.grids.Float(e, m)`; or a dtype, see `jquant.arithmetic.targets`; None: leave it. A
-            traced integer gives all precisions from one compiled program. Or ordered rules: a
-            mapping from regular expressions, for a whole primitive (`"exp"`, `"input"`,
-            `"constant"`), dtype (`"float64"`) or path (`"physics/.*"`, by `jax.named_scope`), to
-            formats, of which the first that matches decides, and what none matches is left; or a
-            function of `jquant.arithmetic.Operation`.
+            `jq.grids.Float(e, m)`; or `float16`, `bfloat16`, `float32`, `float8_e4m3fn` or
+            `float8_e5m2`, with the range and the overflow of a cast; None: leave it. A traced
+            integer gives all precisions from one compiled program. Or ordered rules: a mapping
+            from regular expressions, for a whole primitive (`"exp"`, `"input"`, `"constant"`),
+            dtype (`"float64"`) or path (`"physics/.*"`, by `jax.named_scope`), to formats, of which
+            the first that matches decides, and what none matches is left; or a function of an
+            operation, with its `primitive`, `dtype` and `scope`.
         rounding: "nearest", ties to even, or "stochastic": up or down at random, with the exact
             value as the mean. What enters (inputs, constants, conversions) goes to nearest.
         operations: "all": every floating number is one of the format, inputs, constants and
             conversions too; or "arithmetic": only results are rounded. Selecting, comparing,
             moving and integers have no part.
         sums: "result": a dot product or a reduction is one operation; or "sequential": each product
-            and each partial sum is rounded, in the order of the index, see
-            `jquant.arithmetic.sums`.
-        source: of random words, see `jquant.numerics.noise`: "hash", or "threefry", slower and
+            and each partial sum is rounded, `((0 + x_0) + x_1) + …`, over several axes with the
+            last one running fastest.
+        source: of random words: "hash" (default), counted out of the key, or "threefry", slower and
             stronger.
 
     Returns:

@@ -42,8 +42,8 @@ class Rules:
             try:
                 re.compile(pattern)
             except (re.error, TypeError) as error:
-                said = f"rule {pattern!r} is not a regular expression: {error}"
-                raise FormatError(said) from error
+                message = f"rule {pattern!r} is not a regular expression: {error}"
+                raise FormatError(message) from error
         pairs = ((pattern, target(f, traced, f"rule {pattern!r}")) for pattern, f in format.items())
         return Rules(tuple(pairs)), traced
 
@@ -68,17 +68,17 @@ class Lookup:
     def _find(self, operation: Operation) -> Target | None:
         if self.rules.function is not None:
             traced: list[Array] = []
-            found = target(self.rules.function(operation), traced, f"rule for {operation}")
+            chosen = target(self.rules.function(operation), traced, f"rule for {operation}")
             if traced:
                 raise FormatError(
                     f"rule for {operation}: a function gives static formats; pass a mapping for "
                     "traced numbers of bits"
                 )
-            return found
-        for at, (pattern, found) in enumerate(self.rules.pairs):
+            return chosen
+        for at, (pattern, chosen) in enumerate(self.rules.pairs):
             if operation.matches(re.compile(pattern)):
                 self.used.add(at)
-                return found
+                return chosen
         return None
 
     def check(self) -> None:

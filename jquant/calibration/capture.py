@@ -77,7 +77,7 @@ def capture(
     """
     leaves = Leaves.of(params)
     watched = [path for path in leaves.arrays if paths is None or path in paths]
-    cuts = Cuts(fn, leaves, Recording(dict.fromkeys(watched, ()), "all", spread=spread))
+    cuts = Cuts(fn, leaves, Recording(dict.fromkeys(watched, ()), None, spread=spread))
     walk = Walk(cuts, _runs(cuts, batches, token_weights))
     evidence = walk.gather(0, leaves.read, leaves.read, progress)
     if cuts.first is None:

@@ -13,9 +13,9 @@ from jquant.calibration.comparison import Level
 from jquant.calibration.data import in_words, kind_of, not_taken
 from jquant.calibration.follow import Follower
 from jquant.calibration.place import Place
-from jquant.calibration.running import Found, find_uses
+from jquant.calibration.running import Usage, find_uses
 from jquant.calibration.segments import segment_key
-from jquant.calibration.stages import Cut, Granularity, Segment, Stage, cut_at_weights
+from jquant.calibration.stages import Cut, Segment, Sequential, Stage, cut_at_weights
 from jquant.calibration.tokens import Weights, follow_steps, input_places
 from jquant.errors import EvidenceError
 from jquant.programs.straight import Flat, Piece, flatten
@@ -29,8 +29,8 @@ class Recording:
 
     Attributes:
         planned: path → axes along which layers are stacked.
-        granularity: which of them are one stage. With "all", stacks stay whole and nothing is cut.
-        given: those whose evidence is there already; with "all" their inputs are not recorded.
+        sequential: which of them are one stage. With None stacks stay whole and nothing is cut.
+        given: those whose evidence is there already; with None their inputs are not recorded.
         drift: whether evidence says how far inputs are from the full-precision network's.
         spread: whether evidence says how inputs are spread.
         level: what `Walk.compare` compares weights on; None: they are not to be compared.
@@ -38,7 +38,7 @@ class Recording:
     """
 
     planned: Mapping[str, Collection[int]]
-    granularity: Granularity = "weight"
+    sequential: Sequential = "weight"
     given: Collection[str] = ()
     drift: bool = False
     spread: bool = False
@@ -107,7 +107,7 @@ def cut_for(
     `tokens`: the shape of the token weights, which are followed through the function.
     """
     abstract, shapes = jax.tree.map(shape_of, inputs), leaves.shapes
-    stacks = {} if recording.granularity == "all" else dict(recording.planned)
+    stacks = {} if recording.sequential is None else dict(recording.planned)
     while True:
         flat = flatten(fn, list(shapes.items()), leaves.structure, abstract, stacks)
         cut = _cut(flat, recording)
@@ -122,10 +122,10 @@ def cut_for(
 
 
 def _cut(flat: Flat, recording: Recording) -> Cut:
-    if recording.granularity == "all":
+    if recording.sequential is None:
         return _one_stage(flat, recording)
     return cut_at_weights(
-        flat, recording.planned.__contains__, recording.granularity, recording.level,
+        flat, recording.planned.__contains__, recording.sequential, recording.level,
         recording.reconstruct is not None, recording.drift,
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ def _one_stage(flat: Flat, recording: Recording) -> Cut:
     return Cut(flat, (stage,), empty, (_gather(flat, usage),), (empty,), (nothing, nothing))
 
 
-def _gather(flat: Flat, usage: Found) -> Segment:
+def _gather(flat: Flat, usage: Usage) -> Segment:
     """The steps that lead to any use of a weight, from the parameters and the inputs."""
     needed, to_weights = set[int](), set[int]()
     for at in range(len(flat.steps))[::-1]:

@@ -24,7 +24,7 @@ from jquant.numerics.extremes import largest
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Evidence:
-    """Sums over the tokens a weight has seen. Whoever makes one by hand may leave out all but two.
+    """Sums over the tokens that a weight has seen; `second_moment` and `count` are always there.
 
     Attributes:
         second_moment: sum of `x xᵀ`, `[*batch, in, in]`.
@@ -73,8 +73,8 @@ class Evidence:
         """The evidence of rows of inputs; `count` where not every row is a token.
 
         bfloat16 and float16 rows are multiplied as they are, with float32 sums; float32 rows in
-        full float32 precision on every backend. `full` holds the rows of the unquantized network,
-        token by token those of `x`, and adds the drift. `spread` adds that.
+        full float32 precision on every backend. With `full`, the rows of the unquantized network
+        for the same tokens, the evidence holds their drift; with `spread`, histograms of the rows.
 
         With `weights` every sum is weighted, and rows of weight 0 are left out, also of the maxima
         and the spread and whatever is in them: bool, or float32 and not negative, broadcast to

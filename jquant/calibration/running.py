@@ -16,7 +16,7 @@ from jquant.programs.walker import Walker
 Uses = dict[int, tuple[int, ...]]  # step → the weights it uses
 
 
-class Found(NamedTuple):
+class Usage(NamedTuple):
     """What a flat function does with its weights.
 
     Attributes:
@@ -31,7 +31,7 @@ class Found(NamedTuple):
     fixed: frozenset[int]
 
 
-def find_uses(flat: Flat, planned: Callable[[str], bool]) -> Found:
+def find_uses(flat: Flat, planned: Callable[[str], bool]) -> Usage:
     """Run all steps abstractly, watching the planned weights."""
     watched = {n: piece for n, piece in flat.pieces.items() if planned(piece.path)}
     observer, fixed = _watch(flat, watched)
@@ -50,7 +50,7 @@ def find_uses(flat: Flat, planned: Callable[[str], bool]) -> Found:
         for (at, *inside), number, _ in sightings
         if inside
     }
-    return Found({at: tuple(uses[at]) for at in sorted(uses)}, nested, fixed)
+    return Usage({at: tuple(uses[at]) for at in sorted(uses)}, nested, fixed)
 
 
 def _watch(flat: Flat, watched: Mapping[int, Piece]) -> tuple[Observer, frozenset[int]]:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from jquant.calibration.running import Found, Uses
+from jquant.calibration.running import Usage, Uses
 from jquant.programs.primitives import having
 from jquant.programs.straight import Flat, Step
 
@@ -61,12 +61,12 @@ class Schedule:
     """
 
     flat: Flat
-    usage: Found
+    usage: Usage
     home: tuple[int, ...]
     count: int
 
     @staticmethod
-    def of(flat: Flat, usage: Found, levels: Sequence[int], ranges: Sequence[Span]) -> Schedule:
+    def of(flat: Flat, usage: Usage, levels: Sequence[int], ranges: Sequence[Span]) -> Schedule:
         """Stage k runs the levels of `ranges[k - 1]`, stage 0 level 0, the last the rest."""
         stage_of = {0: 0}
         for k, (first, last) in enumerate(ranges, start=1):

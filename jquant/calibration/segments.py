@@ -91,7 +91,7 @@ def advance_both(
 
 
 @dataclass(frozen=True)
-class Reconstruction:
+class StageFunction:
     """A stage as a function of some of its weights; equal for equal stages.
 
     `runs`: for the shapes of all other operands, the compiled program, and which operands the

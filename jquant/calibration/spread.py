@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jquant.grids.base import Params
+from jquant.grids.base import GridParams
 from jquant.grids.ranges import MinMax
 from jquant.numerics.extremes import largest, least
 from jquant.weights.activations import Activations, Percentile, even
@@ -86,7 +86,7 @@ class Spread:
             counts.reshape(groups, BINS).astype(jnp.float32),
         )
 
-    def params(self, choice: Activations) -> Params:
+    def params(self, choice: Activations) -> GridParams:
         """The parameters of the inputs' grid for the range that `choice` asks for, `[*batch]`."""
         if isinstance(choice.range, MinMax):
             return choice.fit(self.low, self.high)

@@ -28,11 +28,11 @@ from typing import Any, Literal
 from jquant.calibration.comparison import Compared, Level, compared
 from jquant.calibration.place import Place
 from jquant.calibration.routing import Routing, routing
-from jquant.calibration.running import Found, find_uses
+from jquant.calibration.running import Usage, find_uses
 from jquant.calibration.schedule import Schedule, Span, levels_of, ranges_of, spans_of
 from jquant.programs.straight import Flat, Piece, Step
 
-Granularity = Literal["weight", "block", "all"]
+Sequential = Literal["weight", "block"] | None  # what is one stage; None: everything
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Cut:
 def cut_at_weights(
     flat: Flat,
     planned: Callable[[str], bool],
-    granularity: Granularity,
+    sequential: Sequential,
     level: Level | None = None,
     reconstruct: bool = False,
     drift: bool = False,
@@ -113,7 +113,7 @@ def cut_at_weights(
     usage = find_uses(flat, planned)
     choices = routing(flat, usage.uses) if drift else Routing(frozenset(), {})
     levels = levels_of(flat.steps, usage.uses)
-    stages = _stages(flat, spans_of(usage.uses, levels), granularity)
+    stages = _stages(flat, spans_of(usage.uses, levels), sequential)
     schedule = Schedule.of(flat, usage, levels, [(stage.first, stage.last) for stage in stages])
     cutter = _Cutter(schedule, frozenset(choices.shared))
     number = {piece: k for k, stage in enumerate(stages, start=1) for piece in stage.pieces}
@@ -142,16 +142,16 @@ def cut_at_weights(
     )
 
 
-def _stages(flat: Flat, spans: Mapping[int, Span], granularity: Granularity) -> tuple[Stage, ...]:
+def _stages(flat: Flat, spans: Mapping[int, Span], sequential: Sequential) -> tuple[Stage, ...]:
     """The weights that are calibrated together, in order."""
-    ranges = ranges_of([*spans.values(), *_blocks(flat, spans, granularity)])
+    ranges = ranges_of([*spans.values(), *_blocks(flat, spans, sequential)])
     return tuple(
         Stage(tuple(flat.pieces[n] for n, (at, _) in spans.items() if low <= at <= high), low, high)
         for low, high in ranges
     )
 
 
-def _unpaired(flat: Flat, usage: Found, lost: Mapping[int, str]) -> dict[Piece, str]:
+def _unpaired(flat: Flat, usage: Usage, lost: Mapping[int, str]) -> dict[Piece, str]:
     """The weights whose rows are chosen in a loop or branch, and in which."""
     return {
         flat.pieces[n]: lost[read]
@@ -162,16 +162,16 @@ def _unpaired(flat: Flat, usage: Found, lost: Mapping[int, str]) -> dict[Piece, 
     }
 
 
-def _blocks(flat: Flat, spans: Mapping[int, Span], granularity: Granularity) -> Iterable[Span]:
-    """The levels that the granularity wants together."""
+def _blocks(flat: Flat, spans: Mapping[int, Span], sequential: Sequential) -> Iterable[Span]:
+    """The levels of what makes one stage."""
     blocks: dict[Any, list[Span]] = {}
     for number, span in spans.items():
         piece = flat.pieces[number]
         block = {
             "weight": number,
             "block": flat.layers.get(piece, block_of(piece.path)),
-            "all": None,
-        }[granularity]
+            None: None,
+        }[sequential]
         blocks.setdefault(block, []).append(span)
     return [(min(lo for lo, _ in some), max(hi for _, hi in some)) for some in blocks.values()]
 

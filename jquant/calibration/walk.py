@@ -28,7 +28,7 @@ from jquant.calibration.cutting import Cuts, Recording
 from jquant.calibration.data import Data
 from jquant.calibration.difference import count, squares
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.segments import Reconstruction, Task
+from jquant.calibration.segments import StageFunction, Task
 from jquant.calibration.stages import Comparison, Cut, Segment, Stage
 from jquant.calibration.store import Store
 from jquant.calibration.tally import Tally
@@ -38,7 +38,7 @@ from jquant.weights.arguments import value_of
 from jquant.weights.leaves import Leaves
 
 Current = Callable[[Piece], Array]  # the array that a piece of the parameters is at the moment
-Told = Callable[[int], None]  # called with the number of batches done
+OnProgress = Callable[[int], None]  # called with the number of batches done
 _NOTHING: Mapping[int, Any] = {}
 
 
@@ -207,7 +207,7 @@ class Walk:
         return held * len(self.stores)
 
     def gather(
-        self, stage: int, current: Current, original: Current, told: Told | None = None
+        self, stage: int, current: Current, original: Current, told: OnProgress | None = None
     ) -> dict[Piece, Evidence]:
         """The evidence of a stage's weights, by piece, over all batches.
 
@@ -226,7 +226,7 @@ class Walk:
             if told is not None:
                 tally.wait()
                 told(number + 1)
-        staged = self.recording.granularity != "all"
+        staged = self.recording.sequential is not None
         where = f", at stage {stage + 1} of {len(self.stages)}, the first that saw it"
         evidence = tally.evidence(where if staged else "")
         lost = self.unpaired.keys() & evidence
@@ -269,7 +269,7 @@ class Walk:
 
     def reconstruction(
         self, stage: int, learned: Sequence[Piece], current: Current, original: Current
-    ) -> tuple[Reconstruction, list[Any], list[list[Array]]]:
+    ) -> tuple[StageFunction, list[Any], list[list[Array]]]:
         """A stage as a function of some of its weights, up to where it joins the rest.
 
         Returns:
@@ -291,10 +291,10 @@ class Walk:
             shapes = tuple(x.shape for x in operands if x is not None)
             programs[shapes] = program, tuple(places[piece] for piece in learned)
             inputs.append(operands)
-        return Reconstruction(tuple(programs.items())), inputs, targets
+        return StageFunction(tuple(programs.items())), inputs, targets
 
     def advance(
-        self, stage: int | None, current: Current, original: Current, told: Told | None = None
+        self, stage: int | None, current: Current, original: Current, told: OnProgress | None = None
     ) -> None:
         """Run a stage (None: what comes before all stages) with the weights as they are now."""
         readers = [functools.cache(read) for read in (current, original)[: len(self.stores)]]

@@ -37,7 +37,14 @@ Batch = Tokens | tuple[Any, ...]  # tokens, or these and other inputs
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found over `tokens` positions."""
+    """How far a quantized model is from the full one.
+
+    Attributes:
+        kl: mean KL(full || quantized), nats per token.
+        perplexity_full, perplexity_quantized: of each model alone.
+        agreement: how often both find the same token likeliest, 0 to 1.
+        tokens: how many positions were compared.
+    """
 
     kl: float
     perplexity_full: float
@@ -112,8 +119,8 @@ def compare_all(
         ...     return params[tokens]
         >>> table = jax.random.normal(jax.random.key(0), (8, 8))
         >>> models = {"half": table / 2, "same": table}
-        >>> found = compare_all(fn, table, models, [jnp.arange(8).reshape(2, 4)])
-        >>> found["half"].kl > 0, found["same"].kl
+        >>> comparisons = compare_all(fn, table, models, [jnp.arange(8).reshape(2, 4)])
+        >>> comparisons["half"].kl > 0, comparisons["same"].kl
         (True, 0.0)
     """
     if not models:
@@ -147,9 +154,9 @@ class _Tally:
         self.pairs: list[float] = []  # of a token and its next
 
     def add(
-        self, name: str, found: tuple[Array, Array, Array], real: int, weights: Weights | None
+        self, name: str, measures: tuple[Array, Array, Array], real: int, weights: Weights | None
     ) -> None:
-        divergence, nll, agree = (np.asarray(part)[..., :real, :] for part in found)
+        divergence, nll, agree = (np.asarray(part)[..., :real, :] for part in measures)
         if weights is not None:
             own, pairs = _weights_of(weights)
             self.weights += own.ravel().tolist()
@@ -223,7 +230,7 @@ def agreement(
     token_weights: Given = None,
     progress: Progress | None = None,
 ) -> float:
-    """How often both models find the same token likeliest, 0 to 1; arguments as for `compare`."""
+    """The share of positions where both models find the same token likeliest; as `compare`."""
     return compare(
         fn, params, qparams, batches, token_weights=token_weights, progress=progress
     ).agreement

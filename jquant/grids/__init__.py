@@ -1,6 +1,9 @@
 """Grids: the points a weight may take. See `jquant.grids.base` for what one is."""
 
-from jquant.grids.base import Grid, Params, code_dtype, nearest
+from functools import partial
+
+from jquant import deprecated
+from jquant.grids.base import Grid, GridParams, code_dtype, nearest
 from jquant.grids.codebook import AF4, NF4, Codebook
 from jquant.grids.floating import MX, NV, Float
 from jquant.grids.hqq import HQQ
@@ -19,11 +22,13 @@ __all__ = [
     "Codebook",
     "Float",
     "Grid",
+    "GridParams",
     "KMeans",
     "MinMax",
-    "Params",
     "Power",
     "Uniform",
     "code_dtype",
     "nearest",
 ]
+
+__getattr__ = partial(deprecated.attribute, __name__)

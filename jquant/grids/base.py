@@ -21,12 +21,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-Params = Mapping[str, Array]
+GridParams = Mapping[str, Array]
+"""The parameters of groups `[*g]` by name (`"scale"`, `"zero"`, `"table"`, …): leaves `[*g]` or
+`[*g, k]`, of the dtype they are stored in."""
 
 
 @runtime_checkable
 class Grid(Protocol):
-    """The points a group of weights may take. See the module docstring for the three functions."""
+    """The values that weights may take: a frozen dataclass registered static, without arrays.
+
+    Weights are `[*g, b]`, those of a group along the last axis. `fit` makes the parameters of
+    groups, `decode` the values of codes, increasing in the code, and `bracket` the two codes around
+    a weight, between which every rounding chooses. A format that fixes the size of its groups says
+    so in an attribute `group`.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> isinstance(Uniform(4), Grid)
+        True
+    """
 
     @property
     def bits(self) -> int:
@@ -40,22 +53,22 @@ class Grid(Protocol):
 
     def fit(
         self, w: Float[Array, "*g b"], importance: Float[Array, "*#g #b"] | None = None
-    ) -> Params:
+    ) -> GridParams:
         """Group parameters for these weights; `importance` weighs errors where the grid can."""
         ...
 
     def bracket(
-        self, w: Float[Array, "*g b"], params: Params
+        self, w: Float[Array, "*g b"], params: GridParams
     ) -> tuple[Integer[Array, "*g b"], Integer[Array, "*g b"]]:
         """The neighbouring int32 codes around each weight, `lo <= hi <= lo + 1`, both in range."""
         ...
 
-    def decode(self, codes: Integer[Array, "*g b"], params: Params) -> Float[Array, "*g b"]:
+    def decode(self, codes: Integer[Array, "*g b"], params: GridParams) -> Float[Array, "*g b"]:
         """The float32 values of the codes."""
         ...
 
 
-def nearest(grid: Grid, w: Float[Array, "*g b"], params: Params) -> Integer[Array, "*g b"]:
+def nearest(grid: Grid, w: Float[Array, "*g b"], params: GridParams) -> Integer[Array, "*g b"]:
     """The code whose value is nearest to each weight, int32; ties go to the even code.
 
     A grid may bring its own method `nearest(w, params)`, where its convention says how ties fall or

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from jquant.grids.base import Params
+from jquant.grids.base import GridParams
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax, best_of
 from jquant.numerics import require
 from jquant.numerics.extremes import largest
@@ -113,7 +113,7 @@ class Codebook:
 
     def fit(
         self, w: Float[Array, "*g b"], importance: Float[Array, "*#g #b"] | None = None
-    ) -> Params:
+    ) -> GridParams:
         """`scale` `[*g]`, in its stored dtype; `importance` weighs the errors of `MSE`.
 
         Finite weights give finite parameters and values; a group of zeros has scale 1, one
@@ -128,7 +128,7 @@ class Codebook:
         least = max(2.0**-126 / min(1.0, small), LEAST_SCALE[self.scale_dtype])
         most = min(float(jnp.finfo(jnp.float32).max) / 4 / max(1.0, large), float(stored.max))
 
-        def at(factor: Float[Array, "*#g"]) -> Params:
+        def at(factor: Float[Array, "*#g"]) -> GridParams:
             # XLA would multiply by the reciprocal of a constant.
             scale = top * factor / (large + 0.0 * top)
             scale = jnp.where(top == 0, 1.0, jnp.clip(scale, least, most))
@@ -139,7 +139,7 @@ class Codebook:
         return best_of(self.range, self, w, importance, at)
 
     def bracket(
-        self, w: Float[Array, "*g b"], params: Params
+        self, w: Float[Array, "*g b"], params: GridParams
     ) -> tuple[Integer[Array, "*g b"], Integer[Array, "*g b"]]:
         """The neighbouring int32 codes; equal where the weight is outside the scaled table."""
         table = np.asarray(self.values, np.float32)
@@ -147,13 +147,13 @@ class Codebook:
         lo = count(part, table[1:], jnp.greater_equal)
         return lo, jnp.minimum(lo + (part >= table[0]).astype(jnp.int32), self.codes[1])
 
-    def nearest(self, w: Float[Array, "*g b"], params: Params) -> Integer[Array, "*g b"]:
+    def nearest(self, w: Float[Array, "*g b"], params: GridParams) -> Integer[Array, "*g b"]:
         """The code of the nearest value; ties go to the lower one, as in bitsandbytes."""
         table = np.asarray(self.values)
         middle = ((table[:-1] + table[1:]) / 2).astype(np.float32)
         return count(w / params["scale"].astype(jnp.float32)[..., None], middle)
 
-    def decode(self, codes: Integer[Array, "*g b"], params: Params) -> Float[Array, "*g b"]:
+    def decode(self, codes: Integer[Array, "*g b"], params: GridParams) -> Float[Array, "*g b"]:
         """`scale * values[code]`, float32."""
         table = jnp.asarray(self.values, jnp.float32)
         values = jnp.take(table, codes.astype(jnp.int32), mode="clip")

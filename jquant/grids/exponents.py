@@ -88,5 +88,5 @@ def best_exponent(proxy: Loss, error: Loss) -> Float[Array, "*#g"]:
     uniform = error(jnp.float32(1.0))
     low, one, high = (jnp.full_like(uniform, a) for a in (SEARCHED[0], 1.0, SEARCHED[1]))
     start, _ = golden(proxy, low, one)
-    found, least = golden(error, jnp.maximum(start - REACH, low), jnp.minimum(start + REACH, high))
-    return jnp.where(least < uniform, found, one).astype(jnp.float16)
+    best, least = golden(error, jnp.maximum(start - REACH, low), jnp.minimum(start + REACH, high))
+    return jnp.where(least < uniform, best, one).astype(jnp.float16)

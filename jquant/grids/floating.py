@@ -26,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32, Integer
 from jaxtyping import Float as Real
 
-from jquant.grids.base import Params
+from jquant.grids.base import GridParams
 from jquant.grids.ranges import MSE, MinMax, best_of
 from jquant.grids.scales import CAP, SCALES, Rule, as_stored, power_of_two
 from jquant.numerics import require
@@ -46,8 +46,8 @@ class Float:
         mantissa_bits: 0 to 23, the leading one not counted. Codes take `1 + e + m` bits, of which
             up to 16 can be stored.
         signed: whether there are negative numbers; without, they become zero.
-        bias: of the exponent; default as in the row of `formats.FORMATS` of as many bits (E2M1,
-            E2M3, E3M2, E4M3, E5M2, ...), else `2^(e-1) - 1`.
+        bias: of the exponent; default that of the known format of as many bits (E2M1, E2M3, E3M2,
+            E4M3, E5M2, ...), else `2^(e-1) - 1`.
         special: which patterns are no numbers: "ieee" the top exponent, "nan" the top pattern,
             "none"; default as `bias`, else "ieee". `Float(5, 10)` is IEEE's half precision.
         overflow: what `round` makes of numbers beyond the largest: "saturate", or "infinity" (NaN
@@ -59,7 +59,7 @@ class Float:
             "even" rounded to the format's mantissa first (to the next one from 1.75 for E2M1, as
             compressed-tensors does), "ceil" the least that clips nothing.
         range: `MinMax()`, or `MSE()` to search for a scale that clips on purpose.
-        group: the group size that a `Scheme` without blocks takes.
+        group: the group size that a `Scheme` without groups takes.
 
     Raises:
         ValueError: an argument is out of its set, or they contradict each other.
@@ -143,7 +143,7 @@ class Float:
 
     def fit(
         self, w: Real[Array, "*g b"], importance: Real[Array, "*#g #b"] | None = None
-    ) -> Params:
+    ) -> GridParams:
         """Group parameters: none, or `scale` `[*g]` in its stored dtype, and for "e4m3" `tensor`,
         float32, over the last two axes of `*g`, which are kept with size one.
 
@@ -163,7 +163,7 @@ class Float:
             unit = numbers.largest * stored.most
             tensor = as_stored(whole, unit, SCALES["float32"], least / stored.least)
 
-        def at(factor: Array | float) -> Params:
+        def at(factor: Array | float) -> GridParams:
             if self.scale == "e8m0":
                 return {"scale": power_of_two(top * factor, numbers, self.scale_rule)}
             if tensor is None:
@@ -175,14 +175,14 @@ class Float:
             return at(1.0)
         return best_of(self.range, self, w, importance, at)
 
-    def _scale(self, params: Params) -> Float32[Array, "*g 1"] | None:
+    def _scale(self, params: GridParams) -> Float32[Array, "*g 1"] | None:
         """What a number of the format is multiplied by, with an axis for the weights of a group."""
         if self.scale is None:
             return None  # not 1: dividing by it would flush float32's subnormals to zero
         scale = params["scale"].astype(jnp.float32)
         return (scale * params["tensor"] if self.scale == "e4m3" else scale)[..., None]
 
-    def _numbers(self, w: Real[Array, "*g b"], params: Params) -> Float32[Array, "*g b"]:
+    def _numbers(self, w: Real[Array, "*g b"], params: GridParams) -> Float32[Array, "*g b"]:
         w, scale = w.astype(jnp.float32), self._scale(params)
         return w if scale is None else w / scale
 
@@ -192,26 +192,26 @@ class Float:
         sign = lax.bitcast_convert_type(x, jnp.int32) >> 31
         return (rank ^ sign) - sign if self.signed else jnp.where(sign < 0, 0, rank)
 
-    def nearest(self, w: Real[Array, "*g b"], params: Params) -> Int32[Array, "*g b"]:
+    def nearest(self, w: Real[Array, "*g b"], params: GridParams) -> Int32[Array, "*g b"]:
         """The code of the nearest value; ties go to the even mantissa, as IEEE 754 has it."""
         x = self._numbers(w, params)
         return self._signed(jnp.minimum(self.format.rank(x), self.format.top), x)
 
     def bracket(
-        self, w: Real[Array, "*g b"], params: Params
+        self, w: Real[Array, "*g b"], params: GridParams
     ) -> tuple[Int32[Array, "*g b"], Int32[Array, "*g b"]]:
         """The neighbouring codes; equal where the weight is outside the grid's range."""
         x = self._numbers(w, params)
         rank = jnp.minimum(self.format.rank(x), self.format.top)
         # Positive floats are ordered as their bits are, the tiny ones included.
-        found = lax.bitcast_convert_type(self.format.magnitude(rank), jnp.int32)
-        above = found > lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+        bits = lax.bitcast_convert_type(self.format.magnitude(rank), jnp.int32)
+        above = bits > lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
         inner = jnp.where(above, rank - 1, rank)
         outer = jnp.minimum(inner + 1, self.format.top)
         inner, outer = self._signed(inner, x), self._signed(outer, x)
         return jnp.minimum(inner, outer), jnp.maximum(inner, outer)
 
-    def decode(self, codes: Integer[Array, "*g b"], params: Params) -> Float32[Array, "*g b"]:
+    def decode(self, codes: Integer[Array, "*g b"], params: GridParams) -> Float32[Array, "*g b"]:
         """`scale * number`, float32."""
         codes, scale = codes.astype(jnp.int32), self._scale(params)
         value = self.format.magnitude(jnp.abs(codes))

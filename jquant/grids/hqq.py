@@ -93,10 +93,10 @@ def best_zero(
         # Where an error is zero so is what is left of it.
         less = jnp.where(size > 0, size, 1.0) ** (search.norm - 1) / beta
         sparse = jnp.sign(miss) * jnp.maximum(size - less, 0.0)
-        found = jnp.sum(weight * (q - (x - sparse)), axis=-1) / total
+        updated = jnp.sum(weight * (q - (x - sparse)), axis=-1) / total
         better = loss < least
         return (
-            found.astype(zero.dtype),
+            updated.astype(zero.dtype),
             jnp.where(better, zero, best),
             jnp.where(better, loss, least),
         )

@@ -11,7 +11,7 @@ moves the ends of runs into the bins. That is within 0.2 % of the least error at
 bits, if there are ten weights to a value; at 7 and 8 bits with five weights to a value it may be
 1.1 to 1.7 times the least.
 
-Blocks of a whole row (`Blocks()`) give SqueezeLLM's one table per row. Static: the choice; array:
+Groups of a whole row (`Groups()`) give SqueezeLLM's one table per row. Static: the choice; array:
 `table` `[*g, 2**bits]`, strictly increasing, in the type it is stored in.
 
 References: Kim et al., SqueezeLLM: Dense-and-Sparse Quantization, 2023,
@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
-from jquant.grids.base import Params
+from jquant.grids.base import GridParams
 from jquant.grids.codebook import count
 from jquant.grids.ranges import LEAST_SCALE
 from jquant.numerics import require
@@ -83,7 +83,7 @@ class KMeans:
 
     def fit(
         self, w: Float[Array, "*g b"], importance: Float[Array, "*#g #b"] | None = None
-    ) -> Params:
+    ) -> GridParams:
         """`table` `[*g, 2**bits]`. Weights of no importance at all still draw values (by 2^-20).
 
         Groups of no more distinct weights than values are kept as they are. Values that are left
@@ -96,7 +96,7 @@ class KMeans:
         return {"table": jnp.where(bad, np.asarray(np.nan, table.dtype), table)}
 
     def bracket(
-        self, w: Float[Array, "*g b"], params: Params
+        self, w: Float[Array, "*g b"], params: GridParams
     ) -> tuple[Integer[Array, "*g b"], Integer[Array, "*g b"]]:
         """The neighbouring int32 codes; equal where the weight is outside the table."""
         table = params["table"].astype(jnp.float32)
@@ -104,11 +104,11 @@ class KMeans:
         hi = lo + (w >= table[..., :1]).astype(jnp.int32)
         return lo, jnp.minimum(hi, self.codes[1])
 
-    def nearest(self, w: Float[Array, "*g b"], params: Params) -> Integer[Array, "*g b"]:
+    def nearest(self, w: Float[Array, "*g b"], params: GridParams) -> Integer[Array, "*g b"]:
         """The code of the nearest value; ties go to the lower one."""
         return count(w, _middle(params["table"].astype(jnp.float32)))
 
-    def decode(self, codes: Integer[Array, "*g b"], params: Params) -> Float[Array, "*g b"]:
+    def decode(self, codes: Integer[Array, "*g b"], params: GridParams) -> Float[Array, "*g b"]:
         """`table[code]` of each group, float32."""
         table = params["table"].astype(jnp.float32)
         return jnp.take_along_axis(table, codes.astype(jnp.int32), axis=-1, mode="clip")

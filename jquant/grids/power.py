@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from jquant.grids.base import Params
+from jquant.grids.base import GridParams
 from jquant.grids.exponents import SEARCHED, best_exponent, losses, power, summed
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax, best_of
 from jquant.numerics import require
@@ -117,7 +117,7 @@ class Power:
 
     def fit(
         self, w: Float[Array, "*g b"], importance: Float[Array, "*#g #b"] | None = None
-    ) -> Params:
+    ) -> GridParams:
         """`scale` `[*g]`; `exponent` float16, `[*g]`, or of size 1 in the last two if per weight.
 
         Finite weights give finite parameters and increasing values: m is capped at a quarter of
@@ -144,14 +144,14 @@ class Power:
         least = max(least, LEAST_SCALE[self.scale_dtype])
         return jnp.clip(jnp.where(top == 0, 1.0, top), least, cap).astype(self.scale_dtype)
 
-    def _parts(self, params: Params) -> tuple[Array, Array | float]:
+    def _parts(self, params: GridParams) -> tuple[Array, Array | float]:
         """m and the exponent as float32, with an axis for the weights of a group."""
         scale = params["scale"].astype(jnp.float32)[..., None]
         if self.exponent is not None:
             return scale, self.exponent
         return scale, params["exponent"].astype(jnp.float32)[..., None]
 
-    def _position(self, w: Float[Array, "*g b"], params: Params) -> Float[Array, "*g b"]:
+    def _position(self, w: Float[Array, "*g b"], params: GridParams) -> Float[Array, "*g b"]:
         """Where weights lie among the codes, as real numbers."""
         if self.exponent == 1:
             # XLA would make `w * K / m` of it, an ulp off, were there no sum in between.
@@ -162,14 +162,14 @@ class Power:
         return jnp.sign(w) * self.codes[1] * power(part, exponent)
 
     def bracket(
-        self, w: Float[Array, "*g b"], params: Params
+        self, w: Float[Array, "*g b"], params: GridParams
     ) -> tuple[Integer[Array, "*g b"], Integer[Array, "*g b"]]:
         """The neighbouring int32 codes; equal where the weight is outside ±m."""
         below = jnp.floor(self._position(w, params))
         lo, hi = jnp.clip(below, *self.codes), jnp.clip(below + 1.0, *self.codes)
         return lo.astype(jnp.int32), hi.astype(jnp.int32)
 
-    def nearest(self, w: Float[Array, "*g b"], params: Params) -> Integer[Array, "*g b"]:
+    def nearest(self, w: Float[Array, "*g b"], params: GridParams) -> Integer[Array, "*g b"]:
         """The code of the nearest value, or the nearest code, as `domain` says; ties to even."""
         if self.domain == "codes" or self.exponent == 1:
             position = jnp.round(self._position(w, params))
@@ -178,7 +178,7 @@ class Power:
         down, up = w - self.decode(lo, params), self.decode(hi, params) - w
         return jnp.where((down < up) | ((down == up) & (lo % 2 == 0)), lo, hi)
 
-    def decode(self, codes: Integer[Array, "*g b"], params: Params) -> Float[Array, "*g b"]:
+    def decode(self, codes: Integer[Array, "*g b"], params: GridParams) -> Float[Array, "*g b"]:
         """`sign(q) * m * (|q| / K) ** (1 / a)`, float32; differentiable in m, a and (real) q."""
         q = codes.astype(jnp.float32)
         if self._root is not None:
@@ -186,13 +186,13 @@ class Power:
         scale, exponent = self._parts(params)
         return jnp.sign(q) * scale * power(jnp.abs(q) / self.codes[1], 1.0 / exponent)
 
-    def _step(self, params: Params) -> Float[Array, "*g"]:
+    def _step(self, params: GridParams) -> Float[Array, "*g"]:
         """`m / K ** r`, what the integers are multiplied by; divided, see `Uniform`."""
         scale = params["scale"].astype(jnp.float32)
         return scale / (self.codes[1] ** (self._root or 1) + 0.0 * scale)
 
     def integers(
-        self, codes: Integer[Array, "*g b"], params: Params
+        self, codes: Integer[Array, "*g b"], params: GridParams
     ) -> tuple[Integer[Array, "*g b"], Float[Array, "*g"]]:
         """Values as integers `sign(q) * |q| ** r`, r = 1 / exponent, and one float32 step a group.
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jquant.grids.base import Grid, Params, nearest
+from jquant.grids.base import Grid, GridParams, nearest
 
 # The least scale of each storable type: below, a scale would be flushed to zero. float16 keeps its
 # subnormals, which are ordinary numbers in the float32 arithmetic that uses them.
@@ -51,8 +51,8 @@ def best_of(
     grid: Grid,
     w: Float[Array, "*g b"],
     importance: Float[Array, "*#g #b"] | None,
-    at: Callable[[Float[Array, "*#g"]], Params],
-) -> Params:
+    at: Callable[[Float[Array, "*#g"]], GridParams],
+) -> GridParams:
     """`at(factor)` for the factor of each group that `search` finds best.
 
     Args:

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from jquant.grids.base import Params, code_dtype
+from jquant.grids.base import GridParams, code_dtype
 from jquant.grids.hqq import HQQ, best_zero
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax, best_of
 from jquant.numerics import require
@@ -75,8 +75,10 @@ class Uniform:
     Args:
         bits: 2 to 8.
         symmetric: codes signed around zero and no zero point; else unsigned codes with one.
-        convention: a row of the module's table; default `"S1"` (symmetric) or `"A1"`, GPTQ's own,
-            and `"A4"` with `HQQ()`.
+        convention: how range, steps and zero point are taken. `"A1"` (default) GPTQ's, zero inside
+            the range; `"A2"` AWQ's, `"A3"` DeepSpeed's and `"A4"` HQQ's (default with `HQQ()`), the
+            range as it is; of symmetric grids `"S1"` (default) GPTQ's, `2^b - 1` steps, `"S2"`
+            DeepSpeed's, `2^b`, `"S3"` of int8 kernels, `2^b - 2`, without the lowest code.
         range: `MinMax()`, or `MSE()` to search for a range that clips on purpose, or `HQQ()` for a
             zero point between codes.
         scale_dtype: `"float32"`, `"float16"` or `"bfloat16"`. The scale is rounded to it in `fit`,
@@ -143,7 +145,7 @@ class Uniform:
 
     def fit(
         self, w: Float[Array, "*g b"], importance: Float[Array, "*#g #b"] | None = None
-    ) -> Params:
+    ) -> GridParams:
         """Group parameters: `scale` `[*g]`, and `zero` `[*g]` if asymmetric.
 
         `zero` has the grid's code dtype (float32 in A3, whose zero point may lie outside the codes;
@@ -171,7 +173,7 @@ class Uniform:
             return {**params, "zero": zero}
         return best_of(self.range, self, w, importance, lambda f: self._params(low * f, high * f))
 
-    def _params(self, low: Float[Array, "*g"], high: Float[Array, "*g"]) -> Params:
+    def _params(self, low: Float[Array, "*g"], high: Float[Array, "*g"]) -> GridParams:
         """Scale and zero point of a range, as the convention has them."""
         row = self._row
         magnitude = jnp.maximum(jnp.abs(low), jnp.abs(high))
@@ -196,7 +198,7 @@ class Uniform:
         zero = jnp.clip(zero, *self.codes).astype(jnp.int32)
         return {"scale": scale, "zero": zero.astype(code_dtype(self))}
 
-    def _affine(self, params: Params) -> tuple[Float[Array, "*g 1"], Float[Array, "*g 1"]]:
+    def _affine(self, params: GridParams) -> tuple[Float[Array, "*g 1"], Float[Array, "*g 1"]]:
         """Scale and zero point as float32, with an axis for the weights of a group."""
         scale = params["scale"].astype(jnp.float32)[..., None]
         if self.symmetric:
@@ -204,7 +206,7 @@ class Uniform:
         return scale, params["zero"].astype(jnp.float32)[..., None]
 
     def bracket(
-        self, w: Float[Array, "*g b"], params: Params
+        self, w: Float[Array, "*g b"], params: GridParams
     ) -> tuple[Integer[Array, "*g b"], Integer[Array, "*g b"]]:
         """The neighbouring int32 codes; equal where the weight is outside the grid's range."""
         scale, zero = self._affine(params)
@@ -214,7 +216,7 @@ class Uniform:
         lo, hi = jnp.clip(below, first, last), jnp.clip(below + 1.0, first, last)
         return lo.astype(jnp.int32), hi.astype(jnp.int32)
 
-    def nearest(self, w: Float[Array, "*g b"], params: Params) -> Integer[Array, "*g b"]:
+    def nearest(self, w: Float[Array, "*g b"], params: GridParams) -> Integer[Array, "*g b"]:
         """`clip(round(w / scale) + zero)`; ties go to even multiples of the scale (GPTQ's code).
 
         In A4 `clip(round(w / scale + zero))`; ties go to even codes.
@@ -224,7 +226,7 @@ class Uniform:
         code = jnp.round(w / scale + zero) if real else jnp.round(w / scale) + zero
         return jnp.clip(code, *self.codes).astype(jnp.int32)
 
-    def decode(self, codes: Integer[Array, "*g b"], params: Params) -> Float[Array, "*g b"]:
+    def decode(self, codes: Integer[Array, "*g b"], params: GridParams) -> Float[Array, "*g b"]:
         """`scale * (code - zero)`, float32."""
         scale, zero = self._affine(params)
         return scale * (codes.astype(jnp.float32) - zero)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jquant.grids import Grid, Params
+from jquant.grids import Grid, GridParams
 from jquant.inference.late import held_codes
 from jquant.numerics.formats import FORMATS
 from jquant.weights.activations import encode, numbers
@@ -35,7 +35,7 @@ _EIGHT: dict[Any, Any] = {FORMATS["E4M3"]: jnp.float8_e4m3fn, FORMATS["E5M2"]: j
 
 def fits(q: QTensor) -> bool:
     """Whether the sums of a group's products are below what 32 bits hold."""
-    return q.blocks.group(q.codes.shape[-1]) <= LONGEST
+    return q.groups.group(q.codes.shape[-1]) <= LONGEST
 
 
 def on_codes(
@@ -74,15 +74,15 @@ def _of_numbers(x: Array, q: QTensor, dtype: Any) -> Array:
     stored = q.codes if q.codes.dtype == dtype else held_codes(q.codes, x)
     d, lessened = numbers(q.grid, stored, dtype)
     c = _filled(c, tokens, axis=-2)
-    exact = dtype == jnp.int8 and _exact(q.blocks.group(width), params, q.params)
+    exact = dtype == jnp.int8 and _exact(q.groups.group(width), params, q.params)
     below = _zero_point(params, less, exact)
     if below is not None and below.shape[-1] > 1:
         below = _filled(below, tokens, axis=-1)
-    count = q.blocks.count(width)
+    count = q.groups.count(width)
     shape = (*q.codes.shape[:-1], count)
     theirs = {name: jnp.broadcast_to(leaf, shape) for name, leaf in q.params.items()}
     group = _Group(_dot(choice.grid, q.grid, dtype), below, lessened, exact)
-    y = _added(group, c, d, theirs, width, q.blocks.group(width))
+    y = _added(group, c, d, theirs, width, q.groups.group(width))
     scale = params.get("scale")
     unit = sound if scale is None else sound * scale.astype(jnp.float32)
     return y[..., :tokens, :] * unit[..., None]
@@ -97,7 +97,7 @@ def _filled(a: Array, tokens: int, axis: int) -> Array:
     return jnp.pad(a, pad)
 
 
-def _exact(group: int, *params: Params) -> bool:
+def _exact(group: int, *params: GridParams) -> bool:
     """Whether zero points are whole numbers, which are taken off sums of integers as such."""
     zeros = [one["zero"].dtype for one in params if "zero" in one]
     return group <= LONGEST_WITH_ZEROS and all(jnp.issubdtype(z, jnp.integer) for z in zeros)
@@ -118,7 +118,7 @@ class _Group(NamedTuple):
     lessened: int
     exact: bool
 
-    def __call__(self, c: Array, d: Array, theirs: Params, length: Array | int) -> Array:
+    def __call__(self, c: Array, d: Array, theirs: GridParams, length: Array | int) -> Array:
         """A group's share, `[*batch, tokens, out]`, but for the inputs' scale."""
         total = self.dot(c, d)
         zero = _zero_point(theirs, self.lessened, self.exact)
@@ -134,7 +134,7 @@ class _Group(NamedTuple):
         return wide * theirs["scale"].astype(jnp.float32)[..., None, :] if theirs else wide
 
 
-def _added(group: _Group, c: Array, d: Array, theirs: Params, width: int, size: int) -> Array:
+def _added(group: _Group, c: Array, d: Array, theirs: GridParams, width: int, size: int) -> Array:
     """The sum of the shares of all groups of `size`, one by one in float32."""
     count = -(-width // size)
     if count == 1:

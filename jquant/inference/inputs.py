@@ -33,10 +33,10 @@ def refuse_integers(part: Part, shape: Sequence[int], why: str) -> None:
     Raises:
         UnsupportedPrimitiveError: it was.
     """
-    if isinstance(part, Inputs) and part.choice.path == "integer":
+    if isinstance(part, Inputs) and part.choice.compute == "integer":
         raise UnsupportedPrimitiveError(
-            f"a weight {tuple(shape)} with Activations(path='integer') has no product of integers "
-            f"here: {why}; pass path='auto'"
+            f"a weight {tuple(shape)} with Activations(compute='integer') has no product of "
+            f"integers here: {why}; pass compute='auto'"
         )
 
 

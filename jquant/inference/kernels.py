@@ -54,7 +54,7 @@ class Row(NamedTuple):
     platform: str | None = None
 
     def takes(self, q: QTensor) -> bool:
-        fine = isinstance(q.grid, self.grids) and q.blocks.axis == self.groups
+        fine = isinstance(q.grid, self.grids) and q.groups.axis == self.groups
         return fine and _way(q) == self.way and self.fits(q)
 
 
@@ -64,9 +64,9 @@ def _way(q: QTensor) -> Way | None:
         case ():
             return None
         case (Inputs() as inputs,):
-            return inputs.choice.way(q.grid, q.blocks)
+            return inputs.choice.way(q.grid, q.groups)
         case _:
-            return "simulated"
+            return "fake_quant"
 
 
 TABLE: tuple[Row, ...] = (

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jquant.axes.groups import from_blocks, to_blocks
+from jquant.axes.groups import from_groups, to_groups
 from jquant.axes.layout import Factor, Layout
 from jquant.numerics.narrow import as_dtype
 from jquant.weights.qtensor import QTensor
@@ -110,8 +110,8 @@ def _gather(q: QTensor, rest: Sequence[Any], eqn: core.JaxprEqn) -> jax.Array | 
 
     codes = pick(q.codes)
     grid_params = {name: x[0] if len(x) == 1 else pick(x) for name, x in q.params.items()}
-    values = q.grid.decode(to_blocks(codes.astype(jnp.int32), q.blocks), grid_params)
-    values = from_blocks(values, q.blocks, q.shape[-1])
+    values = q.grid.decode(to_groups(codes.astype(jnp.int32), q.groups), grid_params)
+    values = from_groups(values, q.groups, q.shape[-1])
     for part in q.parts:
         values = part.picked(pick).weight(values)
     return as_dtype(values, q.dtype)
@@ -120,7 +120,7 @@ def _gather(q: QTensor, rest: Sequence[Any], eqn: core.JaxprEqn) -> jax.Array | 
 def _is_table(q: QTensor) -> bool:
     """Whether rows of codes and of group parameters can be picked for rows of the weight."""
     plain = [tuple(f.role for f in axis) for axis in own_layout(q).axes] == [("out",), ("in",)]
-    by_rows = q.blocks.axis == "in" and all(leaf.ndim == 2 for leaf in q.params.values())
+    by_rows = q.groups.axis == "in" and all(leaf.ndim == 2 for leaf in q.params.values())
     # Only a float parameter of its own can say that a row is out of range: NaN.
     tells = any(len(x) > 1 and jnp.issubdtype(x.dtype, jnp.floating) for x in q.params.values())
     return plain and by_rows and tells

@@ -28,8 +28,8 @@ class FileState:
     @classmethod
     def of(cls, path: str | os.PathLike[str], file: BinaryIO | None = None) -> FileState:
         """The state of the file at `path`; where it is open already, of what is open."""
-        found = os.stat(path) if file is None else os.fstat(file.fileno())
-        return cls(os.path.abspath(path), found.st_size, found.st_mtime_ns)
+        stat = os.stat(path) if file is None else os.fstat(file.fileno())
+        return cls(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
 
     @property
     def identity(self) -> str:

@@ -3,7 +3,7 @@
 Every array is one tensor. Float arrays are stored as they are; codes as a bit stream of the grid's
 width (`bitstream.py`), less the grid's lowest code; so are integer parameters that are codes
 themselves, such as zero points. The header's metadata holds, as versioned JSON, the tree (dicts,
-lists, tuples), and for each quantized weight its grid, blocks, layout and dtype (`schemes.py`):
+lists, tuples), and for each quantized weight its grid, groups, layout and dtype (`schemes.py`):
 
     {"version": 1, "tree": node, "static": [scheme, ...]}
     node = null | {"dict": [[key, node], ...]} | {"list": [node, ...]} | {"tuple": [node, ...]}
@@ -34,6 +34,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+from jquant import deprecated
 from jquant.errors import CheckpointError
 from jquant.io.container import parse_json, read_container, render_header, replace_file
 from jquant.io.files import FileState, naming
@@ -47,24 +48,36 @@ from jquant.weights.qtensor import QTensor
 VERSION = 1
 
 
+@deprecated.keywords("Stored")
 @dataclass(frozen=True)
 class Stored:
-    """One weight or array of a file: its original shape and dtype, its bytes, its grid if any.
+    """One weight or array of a file.
 
-    `rank` is that of its compensation, 0 where it has none.
+    Attributes:
+        shape, dtype: of the array, or of the one that a quantized weight stands for.
+        bytes: in the file.
+        grid, groups: of a quantized weight, else None.
+        rank: of its low-rank term, 0 where there is none.
     """
 
     shape: tuple[int, ...]
     dtype: str
     bytes: int
     grid: Any = None
-    blocks: Any = None
+    groups: Any = None
     rank: int = 0
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about itself: format version, leaves by path, the user's metadata."""
+    """What a file holds.
+
+    Attributes:
+        version: of the format.
+        leaves: path → `Stored`.
+        metadata: the strings that `save` was given.
+        file_bytes: the size of the file.
+    """
 
     version: int
     leaves: Mapping[str, Stored]
@@ -179,10 +192,10 @@ def load_matching(path: str | os.PathLike[str], pattern: str) -> dict[str, Any]:
         decoder, root, _ = _open(file)
         reader = _reader(file, decoder)
         paths = decoder.leaves(root)
-        found = {p: decoder.read(n, reader) for p, n in paths.items() if re.fullmatch(pattern, p)}
-    if not found:
+        leaves = {p: decoder.read(n, reader) for p, n in paths.items() if re.fullmatch(pattern, p)}
+    if not leaves:
         raise ValueError(f"{pattern!r} matches none of {len(paths)} paths in {os.fspath(path)!r}")
-    return found
+    return leaves
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -216,8 +229,8 @@ def _header(tree: Any, user: Mapping[str, str], sizes: Mapping[str, Any]) -> byt
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> str:
     """CRC-32 of what the header says, however its JSON is written."""
-    said = {k: v for k, v in metadata.items() if k != "jquant.crc32"}
-    return f"{zlib.crc32(json.dumps([said, tensors], sort_keys=True).encode()):08x}"
+    covered = {k: v for k, v in metadata.items() if k != "jquant.crc32"}
+    return f"{zlib.crc32(json.dumps([covered, tensors], sort_keys=True).encode()):08x}"
 
 
 def _open(file: BinaryIO) -> tuple[Decoder, Any, dict[str, str]]:
@@ -228,7 +241,7 @@ def _open(file: BinaryIO) -> tuple[Decoder, Any, dict[str, str]]:
             "a safetensors file that jquant did not write; "
             "jquant.models.load reads models of other tools"
         )
-    said = _checksum(metadata, {n: (e.dtype, list(e.shape)) for n, e in entries.items()})
+    checksum = _checksum(metadata, {n: (e.dtype, list(e.shape)) for n, e in entries.items()})
     body = parse_json(metadata["jquant"], "the jquant metadata")
     if not isinstance(body, dict) or body.get("version") != VERSION:
         version = body.get("version") if isinstance(body, dict) else None
@@ -236,7 +249,7 @@ def _open(file: BinaryIO) -> tuple[Decoder, Any, dict[str, str]]:
             f"format version {version!r:.20}; this jquant reads version {VERSION}: "
             "write the file again, or use the version of jquant that wrote it"
         )
-    if metadata.get("jquant.crc32") != said:
+    if metadata.get("jquant.crc32") != checksum:
         raise CheckpointError("the header is corrupt: its checksum does not match")
     decoder = Decoder(entries, body.get("static"))
     decoder.check(body.get("tree"))
@@ -254,6 +267,6 @@ def _stored(decoder: Decoder, node: Any) -> Stored:
     if isinstance(leaf, QTensor):
         rank = 0 if leaf.compensation is None else leaf.compensation.rank
         dtype = jax.numpy.dtype(leaf.dtype).name
-        return Stored(leaf.shape, dtype, size, leaf.grid, leaf.blocks, rank)
+        return Stored(leaf.shape, dtype, size, leaf.grid, leaf.groups, rank)
     leaf = value_of(leaf)
     return Stored(leaf.shape, str(leaf.dtype), size)

@@ -49,8 +49,8 @@ def plain(qparams: Any) -> dict[str, Any]:
         [16, 2]
     """
     encoder = Encoder(qparams, _describe, reserved=_SAID)
-    said = {"version": VERSION, "tree": encoder.root, "static": encoder.statics}
-    raw = json.dumps(said, separators=(",", ":"), allow_nan=False).encode()
+    header = {"version": VERSION, "tree": encoder.root, "static": encoder.statics}
+    raw = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     arrays = {name: tensor.stored for name, tensor in encoder.tensors.items()}
     return arrays | {_SAID: np.frombuffer(raw, np.uint8)}
 
@@ -72,17 +72,17 @@ def restore(arrays: Mapping[str, Any]) -> Any:
         raise CheckpointError(
             f"no arrays that jq.io.plain made: {_SAID!r} is not among {sorted(arrays)[:8]}"
         )
-    said = parse_json(np.asarray(arrays[_SAID], np.uint8).tobytes(), f"the entry {_SAID!r}")
-    if not isinstance(said, dict) or said.get("version") != VERSION:
+    header = parse_json(np.asarray(arrays[_SAID], np.uint8).tobytes(), f"the entry {_SAID!r}")
+    if not isinstance(header, dict) or header.get("version") != VERSION:
         raise CheckpointError(f"the entry {_SAID!r} is not of version {VERSION}; write it again")
     held = {name: array for name, array in arrays.items() if name != _SAID}
-    decoder = Decoder(held, said.get("static"), _claim, streams=False)
-    decoder.check(said.get("tree"))
+    decoder = Decoder(held, header.get("static"), _claim, streams=False)
+    decoder.check(header.get("tree"))
 
     def array(node: Mapping[str, Any]) -> Any:
         return _restored(held[node["array"]], JAX_DTYPES[node["dtype"]], tuple(node["shape"]))
 
-    return decoder.read(said.get("tree"), array)
+    return decoder.read(header.get("tree"), array)
 
 
 @dataclass(frozen=True)
@@ -184,11 +184,14 @@ def _claim(node: Mapping[str, Any], array: Any) -> jax.ShapeDtypeStruct:
     if set(node) != {"array", "dtype", "shape"} or dtype is None or not naturals(shape):
         raise CheckpointError(f"array {name!r}: its description is malformed")
     assert shape is not None
-    wanted = _stored_shape(dtype, tuple(shape)), dtype if _native(dtype) else np.dtype(_word(dtype))
-    found = tuple(array.shape), np.dtype(array.dtype)
-    if found != wanted:
+    promised = (
+        _stored_shape(dtype, tuple(shape)),
+        dtype if _native(dtype) else np.dtype(_word(dtype)),
+    )
+    actual = tuple(array.shape), np.dtype(array.dtype)
+    if actual != promised:
         raise CheckpointError(
-            f"array {name!r} was {wanted[1]} {wanted[0]} when jq.io.plain made it, and is "
-            f"{found[1]} {found[0]}; restore it as it was"
+            f"array {name!r} was {promised[1]} {promised[0]} when jq.io.plain made it, and is "
+            f"{actual[1]} {actual[0]}; restore it as it was"
         )
     return jax.ShapeDtypeStruct(tuple(shape), dtype)

@@ -1,4 +1,4 @@
-"""Static choices (grids, blocks, layouts, dtypes) as JSON, and back, without running any code.
+"""Static choices (grids, groups, layouts, dtypes) as JSON, and back, without running any code.
 
 A choice is a frozen dataclass of plain values, so it is written as `{"ClassName": {field: value}}`,
 a tuple as a list, a dtype as `{"dtype": name}`, and scalars as they are. Reading looks the name up
@@ -19,21 +19,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant import grids
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.axes.layout import Factor, Layout
 from jquant.errors import CheckpointError, near
 from jquant.io.leaves import JAX_DTYPES
 from jquant.weights.activations import Activations, Percentile
 
+# What files call by another name than the code does: they keep the words in which version 1 was
+# first written, so that old files are read, and new ones by older versions of jquant.
+_WORDS = {
+    "Groups": "Blocks", "groups": "blocks", "compute": "path", "fake_quant": "simulated",
+}  # fmt: skip
+_NAMES = {word: name for name, word in _WORDS.items()}
+
 FLOATS = tuple(name for name, dtype in JAX_DTYPES.items() if jnp.issubdtype(dtype, jnp.floating))
+
+
+def word(name: str) -> str:
+    """The word in files for a class, a field or a value of one."""
+    return _WORDS.get(name, name)
 
 
 @functools.cache
 def classes() -> Mapping[str, type]:
-    """The classes a file may name: dataclasses of grids, `axes/groups.py`, `activations.py`."""
+    """The classes a file may name, by their words: of grids, `axes/` and `activations.py`."""
     exported = [getattr(grids, name) for name in grids.__all__]
     own = [c for c in exported if isinstance(c, type) and dataclasses.is_dataclass(c)]
-    return {c.__name__: c for c in (*own, Blocks, Factor, Layout, Activations, Percentile)}
+    return {word(c.__name__): c for c in (*own, Groups, Factor, Layout, Activations, Percentile)}
 
 
 def to_json(value: Any) -> Any:
@@ -43,10 +55,12 @@ def to_json(value: Any) -> Any:
         ValueError: the value, or one inside it, is of a kind that cannot be read back.
 
     Example:
-        >>> to_json(Blocks("in", 64))
+        >>> to_json(Groups("in", 64))  # called Blocks when the format was made
         {'Blocks': {'axis': 'in', 'size': 64}}
     """
-    if value is None or isinstance(value, (bool, int, str)):
+    if isinstance(value, str):
+        return word(value)
+    if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": str(value)}
@@ -58,8 +72,9 @@ def to_json(value: Any) -> Any:
         # A dtype and the scalar type of the same name are equal but hash apart: keep which it was.
         return {"dtype" if isinstance(value, np.dtype) else "scalar": jnp.dtype(value).name}
     kind = type(value)
-    if classes().get(kind.__name__) is kind:
-        return {kind.__name__: {name: to_json(getattr(value, name)) for name in _fields(kind)}}
+    name = word(kind.__name__)
+    if classes().get(name) is kind:
+        return {name: {word(field): to_json(getattr(value, field)) for field in _fields(kind)}}
     if isinstance(value, tuple) and kind is tuple:
         return [to_json(item) for item in value]
     raise ValueError(
@@ -80,7 +95,7 @@ def from_json(data: Any) -> Any:
         # Wider integers than a machine word belong to no choice, and could only make one hang.
         if isinstance(data, int) and abs(data) >= 1 << 63:
             raise CheckpointError(f"a scheme holds an integer of {data.bit_length()} bits")
-        return data
+        return _NAMES.get(data, data) if isinstance(data, str) else data
     if len(data) != 1:
         raise CheckpointError(f"a scheme must name one class, got {sorted(data)[:4]}")
     ((name, value),) = data.items()
@@ -89,11 +104,12 @@ def from_json(data: Any) -> Any:
     if name not in classes() or not isinstance(value, dict):
         raise _no_class(name)
     kind = classes()[name]
-    if set(value) != set(_fields(kind)):
+    names = {word(field): field for field in _fields(kind)}
+    if set(value) != set(names):
         raise CheckpointError(
-            f"{name} has the fields {list(_fields(kind))}, the file has {sorted(value)[:16]}"
+            f"{name} has the fields {list(names)}, the file has {sorted(value)[:16]}"
         )
-    fields = {key: from_json(item) for key, item in value.items()}
+    fields = {names[key]: from_json(item) for key, item in value.items()}
     try:
         return kind(**fields)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

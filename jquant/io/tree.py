@@ -21,7 +21,7 @@ import numpy as np
 
 from jquant.errors import CheckpointError, TreeError
 from jquant.io.leaves import claim, describe
-from jquant.io.schemes import from_json, to_json
+from jquant.io.schemes import from_json, to_json, word
 from jquant.io.soundness import REFUSALS, check_weight
 from jquant.trees.lazy import Lazy
 from jquant.trees.paths import path_of
@@ -124,7 +124,8 @@ class Encoder:
         choices = tuple(getattr(value, name) for name in static)
         try:
             if choices not in self._index:
-                self.statics.append({n: to_json(c) for n, c in zip(static, choices, strict=True)})
+                words = map(word, static)
+                self.statics.append({n: to_json(c) for n, c in zip(words, choices, strict=True)})
                 self._index[choices] = len(self.statics) - 1
         except ValueError as error:
             raise ValueError(f"{_at(path)}: {error}") from None
@@ -222,11 +223,11 @@ class Decoder:
             return {}
         if not root.keys() & {"dict", "list", "tuple"}:
             return {"/".join(path): root}
-        found: dict[str, Any] = {}
+        nodes: dict[str, Any] = {}
         for key, child in _children(root):
             for name, node in self.leaves(child, (*path, key)).items():
-                found[unique(name, found)] = node
-        return found
+                nodes[unique(name, nodes)] = node
+        return nodes
 
     def _build(
         self, node: Any, leaf: Callable[[Any], Any], *, check: bool = False, depth: int = 0
@@ -264,14 +265,15 @@ class Decoder:
         arrays, static = _fields(kind)
         if type(index) is not int or not 0 <= index < len(self.statics):
             raise CheckpointError(f"a {kind.__name__} names no scheme of the file")
-        choices = self.statics[index]
+        names, choices = {word(name): name for name in static}, self.statics[index]
         if (
             not isinstance(fields, dict)
             or not set(arrays) - _optional(kind) <= set(fields) <= set(arrays)
-            or set(choices) != set(static)
+            or set(choices) != set(names)
         ):
             raise CheckpointError(f"a {kind.__name__} has not the fields {arrays + static}")
-        return kind(**{name: build(child) for name, child in fields.items()}, **choices)
+        static = {names[key]: choice for key, choice in choices.items()}
+        return kind(**{name: build(child) for name, child in fields.items()}, **static)
 
     def _check_weight(self, weight: Any, node: Any) -> None:
         """Whether a weight of abstract arrays dequantizes to the shape and dtype it claims.

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
+from jquant import deprecated
 from jquant.axes.layout import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.segments import Task
-from jquant.calibration.stages import Granularity
+from jquant.calibration.stages import Sequential
 from jquant.calibration.tokens import Given
 from jquant.errors import extra
 from jquant.jobs.request import Request
@@ -96,6 +97,7 @@ class _Cost:
     flops: float
 
 
+@deprecated.keywords("quantize")
 @transferring
 def estimate(
     fn: Callable[..., Any],
@@ -105,7 +107,7 @@ def estimate(
     *,
     evidence: Mapping[str, Evidence] | None = None,
     key: PRNGKeyArray | None = None,
-    granularity: Granularity = "weight",
+    sequential: Sequential = "weight",
     token_weights: Given = None,
     budget: int | None = None,
 ) -> Estimate:
@@ -122,7 +124,8 @@ def estimate(
         >>> estimate(fn, params, plan, [x]).evidence_bytes == 4 * (8 * 8 + 2 * 8 + 1)
         True
     """
-    request = Request(fn, params, plan, dict(evidence or {}), key, granularity=granularity)
+    sequential = deprecated.current("quantize.sequential", sequential)
+    request = Request(fn, params, plan, dict(evidence or {}), key, sequential=sequential)
     request = request.checked(batches, token_weights)
     walk = request.walk(budget)
     start, costs = time.perf_counter(), _Costs()

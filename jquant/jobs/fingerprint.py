@@ -17,7 +17,7 @@ from jquant.calibration.walk import Walk
 from jquant.errors import WorkDirError
 from jquant.jobs.records import digest, leaf_digest, version_of
 from jquant.jobs.request import Alone, Request
-from jquant.learning.objectives import Stagewise
+from jquant.learning.objectives import Reconstruction
 from jquant.programs.keys import jaxpr_key, text
 from jquant.programs.walker import trace
 
@@ -36,7 +36,7 @@ def fingerprint(request: Request, walk: Walk) -> dict[str, str]:
     given = [leaf for path in evidence for leaf in jax.tree.leaves((path, evidence[path]))]
     device = jax.local_devices()[0]
     return {
-        "granularity": request.granularity,
+        "sequential": str(request.sequential),
         "JAX": jax.__version__,
         "jaxlib": version_of("jaxlib"),
         "jquant": version_of("jquant-jax"),
@@ -76,7 +76,7 @@ def _objective(request: Request, walk: Walk) -> Iterator[str]:
     aim = request.aim
     assert not isinstance(aim, Alone)
     objective = aim.objective
-    if isinstance(aim, Stagewise):
+    if isinstance(aim, Reconstruction):
         yield f"of stages, on {aim.inputs} inputs"
     for outputs, inputs in _given(request, walk):
         # A new function for JAX: what an old one has been traced to may not be what it is now.
@@ -92,7 +92,7 @@ def _objective(request: Request, walk: Walk) -> Iterator[str]:
 
 def _given(request: Request, walk: Walk) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """The outputs and inputs, abstract, that an objective is given: of stages, or of all."""
-    if isinstance(request.aim, Stagewise):
+    if isinstance(request.aim, Reconstruction):
         for cut in walk.cuts.kinds.values():
             for segment in cut.reconstructions:
                 yield [cut.flat.shapes[number] for number in segment.outputs], ()

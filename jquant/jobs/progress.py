@@ -18,7 +18,7 @@ _SHARE = {
 
 @dataclass(frozen=True)
 class Progress:
-    """What is being done, and how much of it is.
+    """What a job is doing, and how much of it is done.
 
     Attributes:
         stage, stages: the stage at work, from 0, and how many there are.
@@ -50,4 +50,4 @@ class Progress:
         return (self.stage + start + length * self.done / max(self.total, 1)) / self.stages
 
 
-Told = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]

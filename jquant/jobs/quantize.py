@@ -13,11 +13,12 @@ from typing import Any
 
 from jaxtyping import PRNGKeyArray, PyTree
 
+from jquant import deprecated
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.stages import Granularity
+from jquant.calibration.stages import Sequential
 from jquant.calibration.tokens import Given
 from jquant.jobs.fingerprint import fingerprint
-from jquant.jobs.progress import Told
+from jquant.jobs.progress import OnProgress
 from jquant.jobs.records import open_work_dir
 from jquant.jobs.report import Report
 from jquant.jobs.request import Request, Resources, aim_of
@@ -28,6 +29,7 @@ from jquant.trees.placement import transferring
 from jquant.weights.arguments import replaced
 
 
+@deprecated.keywords("quantize")
 @transferring
 def quantize(
     fn: Callable[..., Any],
@@ -38,13 +40,15 @@ def quantize(
     evidence: Mapping[str, Evidence] | None = None,
     objective: Objective | None = None,
     key: PRNGKeyArray | None = None,
-    granularity: Granularity = "weight",
+    sequential: Sequential = "weight",
     token_weights: Given = None,
     work_dir: str | os.PathLike[str] | None = None,
     budget: int | None = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> tuple[PyTree, Report]:
-    """Quantize the weights of a plan, calibrated on batches or on given evidence.
+    """The parameters with the weights of a plan quantized, and a report of each.
+
+    Roundings that need to know the weights' inputs are calibrated on batches, or on given evidence.
 
     Args:
         fn: any JAX function `fn(params, *inputs)`; not called when no evidence is to be read.
@@ -56,15 +60,17 @@ def quantize(
             batches.
         objective: what learned roundings (`DiscQuant`, `NUPES`, …) descend. None: each weight its
             own, the squared error of its outputs, from its evidence. `objectives.KL()` or any
-            `objective(found, wanted, *inputs)`: all of them together, on the outputs of the whole
-            function, after the other weights of the plan have been quantized; batches are gone over
-            again until the steps are done. `objectives.Stagewise()`: those of each stage together.
+            `objective(outputs, reference, *inputs)`: all of them together, on the outputs of the
+            whole function, after the other weights of the plan have been quantized; batches are
+            gone over again until the steps are done. `objectives.Reconstruction()`: those of each
+            stage together.
         key: randomness, required when a rounding needs it; each weight's key is derived from its
             path, so that adding a weight changes no other.
-        granularity: which weights are calibrated together, on inputs that already quantized weights
+        sequential: which weights are calibrated at a time, on inputs that already quantized weights
             have produced. "weight": those that do not depend on each other (q, k and v; gate and
             up), GPTQ's "true sequential". "block": all of a block, by the first numbered key of
-            their paths (`layers/3`) or by the layer of a scanned stack. "all": all, in one pass.
+            their paths (`layers/3`) or by the layer of a scanned stack. None: all in one pass, on
+            what the original network produces.
         token_weights: what each token of the batches counts, so that padding is left out: a
             function `(*inputs) -> array` of a batch's inputs (`lambda tokens, mask: mask`), one
             array for each batch, or a `TokenWeights`; None: each counts 1. Arrays are bool, integer
@@ -100,8 +106,9 @@ def quantize(
         >>> report.stages
         (('up',), ('down',))
     """
+    sequential = deprecated.current("quantize.sequential", sequential)
     request = Request(
-        fn, params, plan, dict(evidence or {}), key, aim_of(objective), granularity
+        fn, params, plan, dict(evidence or {}), key, aim_of(objective), sequential
     ).checked(batches, token_weights)
     return run(request, Resources(work_dir, budget, progress))
 

@@ -188,7 +188,7 @@ class Report(Mapping[str, WeightReport]):
 
 def describe(scheme: Scheme) -> str:
     """A scheme in a few words: `Uniform 4b, in 64, GPTQ`."""
-    groups = scheme.groups
+    groups = scheme.grouping
     size = "all" if groups.size is None else groups.size
     parts = "".join(f", {part.label}" for part in scheme.parts)
     return (

@@ -19,11 +19,11 @@ from jaxtyping import PRNGKeyArray, PyTree
 from jquant.calibration.cutting import Recording
 from jquant.calibration.data import Data
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.stages import Granularity
+from jquant.calibration.stages import Sequential
 from jquant.calibration.tokens import Given
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, PlanError
-from jquant.jobs.progress import Told
+from jquant.jobs.progress import OnProgress
 from jquant.layerwise.checks import (
     check_evidence,
     check_matched,
@@ -33,7 +33,7 @@ from jquant.layerwise.checks import (
 )
 from jquant.learning.checks import check_logits, check_objective, check_weighable
 from jquant.learning.descend import descent_of, is_learned
-from jquant.learning.objectives import Objective, Stagewise
+from jquant.learning.objectives import Objective, Reconstruction
 from jquant.schemes.scheme import Plan
 from jquant.trees.lazy import realize
 from jquant.weights.arguments import by_path
@@ -52,14 +52,14 @@ class Whole:
     objective: Objective
 
 
-Aim = Alone | Stagewise | Whole
+Aim = Alone | Reconstruction | Whole
 
 
 def aim_of(objective: Objective | None) -> Aim:
     """What a job with this `objective=` aims at."""
     if objective is None:
         return Alone()
-    return objective if isinstance(objective, Stagewise) else Whole(objective)
+    return objective if isinstance(objective, Reconstruction) else Whole(objective)
 
 
 class Resources(NamedTuple):
@@ -73,7 +73,7 @@ class Resources(NamedTuple):
 
     work_dir: str | os.PathLike[str] | None = None
     budget: int | None = None
-    progress: Told | None = None
+    progress: OnProgress | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class Request:
     evidence: Mapping[str, Evidence] = dataclasses.field(default_factory=dict)
     key: PRNGKeyArray | None = None
     aim: Aim = Alone()  # noqa: RUF009
-    granularity: Granularity = "weight"
+    sequential: Sequential = "weight"
     data: Data = Data()  # noqa: RUF009
 
     def checked(self, batches: Iterable[Any] | None, token_weights: Given = None) -> Request:
@@ -126,20 +126,20 @@ class Request:
                 )
             if weighed:
                 check_weighable(objective)
-        if isinstance(self.aim, Stagewise) and self.granularity == "all":
+        if isinstance(self.aim, Reconstruction) and self.sequential is None:
             raise PlanError(
-                "objectives.Stagewise() needs stages: pass granularity='weight' or 'block', or "
+                "objectives.Reconstruction() needs stages: pass sequential='weight' or 'block', or "
                 "descend its objective on the whole network"
             )
-        if self.granularity not in ("weight", "block", "all"):
+        if self.sequential not in ("weight", "block", None):
             raise PlanError(
-                f"granularity must be 'weight', 'block' or 'all', got {self.granularity!r}"
+                f"sequential must be 'weight', 'block' or None, got {self.sequential!r}"
             )
 
     def _check_plan(self, batches: bool) -> None:
         """Refuse weights, roundings and evidence that do not go together."""
         check_weights(self.plan, by_path(self.params))
-        staged = batches and self.granularity != "all"
+        staged = batches and self.sequential is not None
         check_needs(self.rounded, self.evidence, self.key, batches=batches, staged=staged)
         check_evidence(self.plan, self.evidence)
 
@@ -181,11 +181,11 @@ class Request:
         needs = frozenset[str]().union(*(scheme.needs for scheme in self.rounded.values()))
         return Recording(
             {path: self.plan.weights[path].stack_axes for path in self.rounded},
-            self.granularity,
+            self.sequential,
             given=self.rounded.keys() - set(self.unknown),
-            drift="drift" in needs and self.granularity != "all",
+            drift="drift" in needs and self.sequential is not None,
             spread="spread" in needs,
-            reconstruct=self.aim.inputs if isinstance(self.aim, Stagewise) else None,
+            reconstruct=self.aim.inputs if isinstance(self.aim, Reconstruction) else None,
         )
 
     def walk(self, budget: int | None) -> Walk:
@@ -194,7 +194,7 @@ class Request:
         Raises:
             EvidenceError: the batches do not reach a weight, or not all tokens are known.
         """
-        if not self.data.batches or not (self.unknown or isinstance(self.aim, Stagewise)):
+        if not self.data.batches or not (self.unknown or isinstance(self.aim, Reconstruction)):
             return Walk.without_data(self.fn, self.leaves, self.rounded)
         walk = Walk.start(self.fn, self.leaves, self.data, self.recording, budget)
         check_reached(walk, self.rounded)

@@ -18,12 +18,12 @@ from typing import Any
 import jax
 from jaxtyping import Array, PRNGKeyArray
 
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, WeightError
 from jquant.jobs.layers import evidence_as_layer, evidence_of_layer, places_of, put_together
-from jquant.jobs.progress import Doing, Progress, Told
+from jquant.jobs.progress import Doing, OnProgress, Progress
 from jquant.jobs.records import Record, WorkDir
 from jquant.jobs.report import WORSE, Report, WeightReport
 from jquant.jobs.request import Request, Whole
@@ -33,7 +33,7 @@ from jquant.layerwise.standin import check_tokens, stand_in
 from jquant.layerwise.weight import quantize_weight
 from jquant.learning.descend import Learned, Problem, descent_of, is_learned, learn
 from jquant.learning.network import Setting, learn_whole
-from jquant.learning.objectives import Objective, Stagewise
+from jquant.learning.objectives import Objective, Reconstruction
 from jquant.learning.trace import Trace
 from jquant.programs.straight import Piece
 from jquant.rounding.base import Rounding
@@ -59,7 +59,7 @@ class Job:
     """
 
     def __init__(
-        self, request: Request, walk: Walk, work: WorkDir | None, progress: Told | None
+        self, request: Request, walk: Walk, work: WorkDir | None, progress: OnProgress | None
     ) -> None:
         self.request, self.walk, self.work, self.progress = request, walk, work, progress
         self.plan, self.leaves = request.plan, request.leaves
@@ -106,7 +106,7 @@ class Job:
     def solve(self, stage: int) -> Record:
         """Read the inputs of a stage's weights, and round them."""
         evidence = self.read(stage)
-        together = isinstance(self.request.aim, Stagewise)
+        together = isinstance(self.request.aim, Reconstruction)
         pieces: tuple[list[Piece], list[Piece]] = [], []
         for piece in self.walk.stages[stage].pieces:
             pieces[together and is_learned(self.plan[piece.path])].append(piece)
@@ -147,7 +147,7 @@ class Job:
         for piece in pieces:
             scheme, seen = self.plan[piece.path], evidence.get(piece)
             moment = None if seen is None else id(seen.second_moment)
-            order.setdefault((scheme.rounding, scheme.groups, moment), []).append(piece)
+            order.setdefault((scheme.rounding, scheme.grouping, moment), []).append(piece)
         return [piece for alike in order.values() for piece in alike]
 
     def round(self, piece: Piece, evidence: Evidence | None) -> tuple[QTensor, Outcome]:
@@ -163,7 +163,7 @@ class Job:
         if "key" in scheme.needs and key is not None:
             own = key_of(key, str(piece))
         w = self.original(piece)
-        prepared = self.prepare(scheme.rounding, evidence, scheme.groups)
+        prepared = self.prepare(scheme.rounding, evidence, scheme.grouping)
 
         def rounded(w: Array, evidence: Any, key: PRNGKeyArray | None, prepared: Any) -> Any:
             return quantize_weight(w, scheme, layout, evidence=evidence, key=key, prepared=prepared)
@@ -192,7 +192,7 @@ class Job:
         self, stage: int, pieces: Sequence[Piece], evidence: Mapping[Piece, Evidence]
     ) -> Record:
         """Round weights of a stage together, by what the stage makes of them."""
-        assert isinstance(self.request.aim, Stagewise)
+        assert isinstance(self.request.aim, Reconstruction)
         start = time.perf_counter()
         weights = [
             Learned(
@@ -359,7 +359,7 @@ def row_of(path: str, scheme: Scheme, q: QTensor, outcome: Outcome, note: str) -
 _dequantize = jax.jit(dequantize_weight)
 
 
-def _prepare(rounding: Rounding, evidence: Evidence | None, groups: Blocks) -> Any:
+def _prepare(rounding: Rounding, evidence: Evidence | None, groups: Groups) -> Any:
     """What a rounding makes of evidence, on automatic axes."""
     return at_ease(lambda seen: prepared_for(rounding, seen, groups), evidence)
 

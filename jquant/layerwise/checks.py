@@ -78,11 +78,11 @@ def _check_uses(path: str, scheme: Scheme, weight: Weight) -> None:
     for use in weight.uses:
         if use.kind == "lookup":
             continue
-        if choice.path == "integer" and (use.kind != "dot" or not use.counted):
+        if choice.compute == "integer" and (use.kind != "dot" or not use.counted):
             product = use.kind if use.counted else f"{use.kind} over its axes {use.in_axes}"
             raise PlanError(
                 f"weight {path!r} enters a {product}, which has no product of integers; pass "
-                "Activations(path='auto')"
+                "Activations(compute='auto')"
             )
         if choice.granularity == "static" and not use.counted:
             raise PlanError(
@@ -116,7 +116,7 @@ def check_needs(
             raise EvidenceError(
                 f"weight {path!r}: {_asking(scheme)[0]}'s correction needs the drift of its "
                 "inputs, which is known where weights are quantized stage by stage: pass "
-                "granularity='weight' or 'block' and no evidence for it, or Evidence(..., drift=)"
+                "sequential='weight' or 'block' and no evidence for it, or Evidence(..., drift=)"
             )
 
 
@@ -139,7 +139,7 @@ def _asking(scheme: Scheme) -> tuple[str, str]:
     """Which part of a scheme asks for evidence, and what to pass where there is none."""
     if "moment" in scheme.rounding.needs:
         return type(scheme.rounding).__name__, "use rounding.Nearest() or keep it"
-    return "LoRC(metric='evidence')", "pass LoRC(metric='plain') or keep it"
+    return "LoRC(metric='hessian')", "pass LoRC(metric='frobenius') or keep it"
 
 
 def check_reached(walk: Walk, paths: Iterable[str]) -> None:

@@ -57,7 +57,7 @@ class Rounder(NamedTuple):
     ) -> Rounder:
         """Evidence is prepared here unless it has been before."""
         if prepared is None:
-            prepared = prepared_for(scheme.rounding, evidence, scheme.groups)
+            prepared = prepared_for(scheme.rounding, evidence, scheme.grouping)
         return Rounder(scheme, evidence, key, prepared)
 
     @property
@@ -68,7 +68,7 @@ class Rounder(NamedTuple):
     def __call__(self, w: Float[Array, "*batch out in"], turn: int = 0) -> Rounded:
         """A weight rounded; every turn of a compensation has its own randomness."""
         key = self.key if turn == 0 or self.key is None else jax.random.fold_in(self.key, turn)
-        rounding, grid, groups = self.scheme.rounding, self.scheme.grid, self.scheme.groups
+        rounding, grid, groups = self.scheme.rounding, self.scheme.grid, self.scheme.grouping
         return rounding(w, grid, groups, evidence=self.prepared, key=key)
 
 
@@ -81,7 +81,7 @@ def quantize_weight(
     key: PRNGKeyArray | None = None,
     prepared: Any = None,
 ) -> tuple[QTensor, dict[str, Array]]:
-    """Quantize one weight.
+    """One weight as its scheme says, and numbers about its error.
 
     Args:
         w: the weight, in its own shape.
@@ -91,7 +91,7 @@ def quantize_weight(
         key: randomness, for roundings that need it; later rounds of a compensation fold in their
             number.
         prepared: what the rounding has made of this evidence before, for another weight with the
-            same inputs; see `jquant.rounding.prepare.prepared_for`. Default: it is made here.
+            same inputs, by its method `prepare`. Default: it is made here.
 
     Returns:
         the quantized weight, and numbers per `[*batch]`: `error`, `nearest_error` and `power` (the
@@ -158,7 +158,7 @@ def stored(
         rounded, low, told = _compensated(canonical, rounded, rounder)
         info |= told
     q = QTensor(
-        rounded.codes, dict(rounded.params), scheme.grid, scheme.groups, layout,
+        rounded.codes, dict(rounded.params), scheme.grid, scheme.grouping, layout,
         jnp.dtype(dtype), low, quantized_inputs(scheme.activations, rounder.evidence),
     )  # fmt: skip
     if is_coarse(dtype) or ends(dtype)[1] < FAR:
@@ -216,7 +216,7 @@ def _left(
     target: Float[Array, "*batch out in"], rounded: Rounded, scheme: Scheme
 ) -> Float[Array, "*batch out in"]:
     """What codes leave of a target."""
-    grid = Grouped(scheme.grid, scheme.groups)
+    grid = Grouped(scheme.grid, scheme.grouping)
     return target.astype(jnp.float32) - grid.decode(rounded.codes, rounded.params)
 
 
@@ -253,7 +253,7 @@ def stored_bits(shape: Sequence[int], scheme: Scheme, layout: Layout | None = No
 
     Args:
         shape: of the weight.
-        scheme: grid, blocks, compensation and static ranges count, the rounding does not.
+        scheme: grid, groups, compensation and static ranges count, the rounding does not.
         layout: how the weight is read; default as `[..., out, in]`.
 
     Example:
@@ -282,7 +282,7 @@ def _abstract(shape: tuple[int, ...], scheme: Scheme, layout: Layout | None) -> 
     layout = layout or Layout.of(shape, in_axes=(rank - 1,), batch_axes=tuple(range(rank - 2)))
     choice = scheme.compensation
     if choice is not None:
-        choice = dataclasses.replace(choice, metric="plain", rounds=1)
+        choice = dataclasses.replace(choice, metric="frobenius", rounds=1)
     nearest_only = dataclasses.replace(scheme, rounding=Nearest(), compensation=choice)
     told = bool({"inputs", "spread"} & scheme.needs)
 
@@ -304,7 +304,7 @@ def _errors(
     scheme: Scheme,
 ) -> dict[str, Array]:
     """Squared errors that the rounding has not reported itself."""
-    w, grid, params = w.astype(jnp.float32), Grouped(scheme.grid, scheme.groups), rounded.params
+    w, grid, params = w.astype(jnp.float32), Grouped(scheme.grid, scheme.grouping), rounded.params
     errors = {"power": _size(w, moment)}
     if "error" not in rounded.info:
         errors["error"] = _size(_left(w, rounded, scheme), moment)
@@ -324,7 +324,7 @@ def _errors_as_kept(
 
     NaN where the `exact` ones are. In sixteen bits they stand unless a value is beyond the dtype.
     """
-    w, grid, values = w.astype(jnp.float32), Grouped(q.grid, q.blocks), canonical_weight(q)
+    w, grid, values = w.astype(jnp.float32), Grouped(q.grid, q.groups), canonical_weight(q)
 
     def of(values: Array, exact: Array) -> Array:
         error = _size(w - as_dtype(values, q.dtype).astype(jnp.float32), moment)

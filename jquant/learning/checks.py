@@ -11,7 +11,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jquant.calibration.data import Data
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError, PlanError
-from jquant.learning.objectives import KL, Fisher, Stagewise
+from jquant.learning.objectives import KL, Fisher, Reconstruction
 from jquant.rounding.relaxed import Relaxation
 from jquant.schemes.scheme import Plan, Scheme
 
@@ -22,8 +22,8 @@ def check_objective(
     """Refuse an objective that the weights of a plan cannot be learned by."""
     if not callable(objective):
         raise PlanError(
-            "objective must be a function (found, wanted, *inputs), such as objectives.KL(), got "
-            f"{objective!r}"
+            "objective must be a function (outputs, reference, *inputs), such as objectives.KL(), "
+            f"got {objective!r}"
         )
     learned = {path: s for path, s in plan.items() if isinstance(s.rounding, Relaxation)}
     if not learned:
@@ -39,7 +39,7 @@ def check_objective(
                 f"weights {first!r} and {path!r} are to be learned together, but by {rounding} and "
                 f"{scheme.rounding}; pass one rounding for both"
             )
-        if not isinstance(objective, Stagewise) and path not in evidence:
+        if not isinstance(objective, Reconstruction) and path not in evidence:
             _check_inputs(path, scheme)
         _check_compensation(path, scheme)
     if "key" in rounding.needs and key is None:
@@ -74,7 +74,7 @@ def check_weighable(objective: Any) -> None:
         raise PlanError(
             f"{objective!r} cannot be told what tokens count; beside token_weights pass "
             "objectives.KL() or objectives.Fisher(), or leave token_weights out and weigh tokens "
-            "in an objective (found, wanted, *inputs) of your own"
+            "in an objective (outputs, reference, *inputs) of your own"
         )
 
 

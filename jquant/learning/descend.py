@@ -25,7 +25,7 @@ from jaxtyping import Array, PRNGKeyArray
 from jquant.axes.layout import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.errors import ObjectiveError
-from jquant.grids.base import Params
+from jquant.grids.base import GridParams
 from jquant.grids.grouped import Grouped
 from jquant.layerwise.weight import Rounder, stored
 from jquant.learning.objectives import Objective
@@ -58,7 +58,7 @@ class State(NamedTuple):
 
     variables: list[Variables]
     optimizer: Any
-    best: list[tuple[Array, Params]]
+    best: list[tuple[Array, GridParams]]
 
 
 class Record(Protocol):
@@ -80,7 +80,7 @@ class Learned(NamedTuple):
 
     @property
     def target(self) -> Target:
-        grid, groups = self.scheme.grid, self.scheme.groups
+        grid, groups = self.scheme.grid, self.scheme.grouping
         w = self.layout.canonical(self.w).astype(jnp.float32)
         params = _fit(w, Grouped(grid, groups), second_moment(self.evidence))
         return Target(w, params, grid, groups)
@@ -163,7 +163,7 @@ def learn(
 
 
 @jax.jit(static_argnames="grid")
-def _fit(w: Array, grid: Grouped, moment: Array | None) -> Params:
+def _fit(w: Array, grid: Grouped, moment: Array | None) -> GridParams:
     return grid.fit(w, importance_of(moment))
 
 
@@ -245,7 +245,7 @@ class _Course(NamedTuple):
         """The batches on which candidates are compared."""
         return range(min(LOOKED_AT, len(self.feed)))
 
-    def loss(self, rounded: list[tuple[Array, Params]]) -> float:
+    def loss(self, rounded: list[tuple[Array, GridParams]]) -> float:
         """The mean loss of rounded weights over these."""
         values = self.programs.values(rounded, list(self.subjects.targets))
         losses = [self.programs.loss(values, self.fixed, *self.feed[n]) for n in self.looked]

@@ -1,28 +1,33 @@
 """What learned roundings descend: how far outputs of a quantized function are from the original's.
 
-An objective is any pure function `objective(found, wanted, *inputs) -> scalar` of the outputs of
-the function with the weights as they are now, those with the original weights, and the inputs of
+An objective is any pure function `objective(outputs, reference, *inputs) -> scalar` of the outputs
+of the function with the weights as they are now, those with the original weights, and the inputs of
 the batch. With p and q the two distributions and z the logits,
 
     KL       mean over tokens of  Σ_v p (log p - log q)
     Fisher   mean over tokens of  ½ (Σ_v p Δz² - (Σ_v p Δz)²),  KL to second order in Δz
-    MSE      mean squared difference, relative to the mean square of what is wanted
+    MSE      mean squared difference, relative to the mean square of the reference
 
-`Stagewise(objective)` says that it is to be descended stage by stage, on the outputs of the stage,
-not on the whole network's. Sums are float32.
+`Reconstruction(objective)` says that it is to be descended stage by stage, on the outputs of the
+stage, not on the whole network's. Sums are float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jquant import deprecated
+
 Objective = Callable[..., Array]
+
+__getattr__ = partial(deprecated.attribute, __name__)
 
 TokenWeights = Bool[Array, "*tokens"] | Float[Array, "*tokens"]  # not negative
 
@@ -31,7 +36,7 @@ TOKENS_AT_ONCE = 256  # tokens whose probabilities exist at one time, in float32
 
 @dataclass(frozen=True)
 class KL:
-    """Kullback–Leibler divergence of the found logits from the wanted, in nats per token.
+    """Kullback–Leibler divergence of the outputs from the reference, in nats per token.
 
     Outputs are one array of logits `[..., vocabulary]`; probabilities are formed for few tokens at
     a time, forward and backward. Called with `token_weights=`, bool or float of the leading axes of
@@ -53,7 +58,7 @@ class KL:
             raise ValueError(f"KL.temperature must be positive, got {self.temperature}")
 
     def __call__(
-        self, found: Any, wanted: Any, *inputs: Any, token_weights: TokenWeights | None = None
+        self, outputs: Any, reference: Any, *inputs: Any, token_weights: TokenWeights | None = None
     ) -> Float[Array, ""]:
         del inputs
 
@@ -61,12 +66,12 @@ class KL:
             log_p, log_q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
             return jnp.sum(jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * (log_p - log_q)))
 
-        return _over_tokens(one, found, wanted, 1 / self.temperature, token_weights)
+        return _over_tokens(one, outputs, reference, 1 / self.temperature, token_weights)
 
 
 @dataclass(frozen=True)
 class Fisher:
-    """Squared differences of logits, weighed by the Fisher information of the wanted distribution.
+    """Squared differences of logits, weighed by the Fisher information of the reference.
 
     The quadratic form that KL is near the original network: what the softmax does not see (a
     constant added to all logits) and words that nobody would say cost nothing. `token_weights` as
@@ -79,7 +84,7 @@ class Fisher:
     """
 
     def __call__(
-        self, found: Any, wanted: Any, *inputs: Any, token_weights: TokenWeights | None = None
+        self, outputs: Any, reference: Any, *inputs: Any, token_weights: TokenWeights | None = None
     ) -> Float[Array, ""]:
         del inputs
 
@@ -87,12 +92,12 @@ class Fisher:
             share, moved = jax.nn.softmax(p), q - p
             return 0.5 * jnp.sum(share * (moved - jnp.sum(share * moved)) ** 2)
 
-        return _over_tokens(one, found, wanted, 1.0, token_weights)
+        return _over_tokens(one, outputs, reference, 1.0, token_weights)
 
 
 @dataclass(frozen=True)
 class MSE:
-    """Mean squared difference, relative to the mean square of what is wanted; summed over outputs.
+    """Mean squared difference, relative to the mean square of the reference; summed over outputs.
 
     Outputs may be any pytree; those that are not floating do not count.
 
@@ -101,10 +106,10 @@ class MSE:
         0.10000000149011612
     """
 
-    def __call__(self, found: Any, wanted: Any, *inputs: Any) -> Float[Array, ""]:
+    def __call__(self, outputs: Any, reference: Any, *inputs: Any) -> Float[Array, ""]:
         del inputs
         total = jnp.zeros((), jnp.float32)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        for a, b in zip(jax.tree.leaves(outputs), jax.tree.leaves(reference), strict=True):
             if jnp.issubdtype(b.dtype, jnp.floating):
                 a, b = a.astype(jnp.float32), b.astype(jnp.float32)
                 power = jnp.mean(b**2)
@@ -113,12 +118,12 @@ class MSE:
 
 
 @dataclass(frozen=True)
-class Stagewise:
+class Reconstruction:
     """An objective that is descended stage by stage: reconstruction.
 
-    The weights of a stage (a block, with `granularity="block"`) are learned together, on inputs
-    which the quantized stages before it have produced; wanted is what the original network has at
-    the same place: where the stage joins the residual stream, or returns.
+    The weights of a stage (a block, with `sequential="block"`) are learned together, on inputs
+    which the quantized stages before it have produced; the reference is what the original network
+    has at the same place: where the stage joins the residual stream, or returns.
 
     Args:
         objective: of the stage's outputs, a list of arrays.
@@ -139,10 +144,12 @@ class Stagewise:
 
     def __post_init__(self) -> None:
         if self.inputs not in ("quantized", "full"):
-            raise ValueError(f"Stagewise.inputs must be 'quantized' or 'full', got {self.inputs!r}")
+            raise ValueError(
+                f"Reconstruction.inputs must be 'quantized' or 'full', got {self.inputs!r}"
+            )
 
-    def __call__(self, found: Any, wanted: Any, *inputs: Any) -> Array:
-        return self.objective(found, wanted, *inputs)
+    def __call__(self, outputs: Any, reference: Any, *inputs: Any) -> Array:
+        return self.objective(outputs, reference, *inputs)
 
 
 @dataclass(frozen=True)
@@ -151,8 +158,8 @@ class Weighed:
 
     objective: Objective
 
-    def __call__(self, found: Any, wanted: Any, token_weights: Any, *inputs: Any) -> Array:
-        return self.objective(found, wanted, *inputs, token_weights=token_weights)
+    def __call__(self, outputs: Any, reference: Any, token_weights: Any, *inputs: Any) -> Array:
+        return self.objective(outputs, reference, *inputs, token_weights=token_weights)
 
 
 def rows_of_weights(logits: Array, token_weights: Any) -> Float[Array, " tokens"]:
@@ -174,23 +181,26 @@ def rows_of_weights(logits: Array, token_weights: Any) -> Float[Array, " tokens"
 
 def _over_tokens(
     one: Callable[[Array, Array], Array],
-    found: Any,
-    wanted: Any,
+    outputs: Any,
+    reference: Any,
     factor: float,
     token_weights: Any = None,
 ) -> Float[Array, ""]:
     """The mean of `one(found, wanted)` over tokens, by their weights."""
-    (found,), (wanted,) = logits_of(found), logits_of(wanted)
+    (outputs,), (reference,) = logits_of(outputs), logits_of(reference)
     if token_weights is not None:
-        weights = rows_of_weights(wanted, token_weights)
-        real = (weights > 0).reshape(*wanted.shape[:-1], 1)
-        found, wanted = (jnp.where(real, x, jnp.zeros((), x.dtype)) for x in (found, wanted))
-    rows, vocabulary = found.size // found.shape[-1], found.shape[-1]
+        weights = rows_of_weights(reference, token_weights)
+        real = (weights > 0).reshape(*reference.shape[:-1], 1)
+        outputs, reference = (
+            jnp.where(real, x, jnp.zeros((), x.dtype)) for x in (outputs, reference)
+        )
+    rows, vocabulary = outputs.size // outputs.shape[-1], outputs.shape[-1]
     many = -(-rows // TOKENS_AT_ONCE)
     size = -(-rows // many)
     pad = ((0, many * size - rows), (0, 0))
     parts = [
-        jnp.pad(x.reshape(rows, vocabulary), pad).reshape(many, size, -1) for x in (found, wanted)
+        jnp.pad(x.reshape(rows, vocabulary), pad).reshape(many, size, -1)
+        for x in (outputs, reference)
     ]
 
     if token_weights is not None:
@@ -214,9 +224,9 @@ def logits_of(outputs: Any) -> list[Array]:
     """The one array of logits that outputs are. ValueError: they are something else."""
     leaves = jax.tree.leaves(outputs)
     if len(leaves) != 1 or leaves[0].ndim < 1 or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
-        said = ", ".join(f"{x.dtype}{list(x.shape)}" for x in leaves)
+        shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in leaves)
         raise ValueError(
-            f"this objective needs one array of logits [..., vocabulary], got {said or 'nothing'}; "
-            "wrap fn to return only those, or pass a function of your own"
+            f"this objective needs one array of logits [..., vocabulary], got "
+            f"{shapes or 'nothing'}; wrap fn to return only those, or pass a function of your own"
         )
     return leaves

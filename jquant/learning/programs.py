@@ -61,13 +61,13 @@ def programs_of(task: Task) -> Programs:
     descent = task.relaxation.descent
     steps = Steps(task.relaxation, descent.remat)
 
-    def loss(values: Any, fixed: Any, inputs: Any, wanted: Any, more: Any) -> Array:
+    def loss(values: Any, fixed: Any, inputs: Any, reference: Any, more: Any) -> Array:
         weights = [
             as_dtype(layout.original(value), dtype)
             for value, layout, dtype in zip(values, task.layouts, task.dtypes, strict=True)
         ]
         outputs = task.network(weights, fixed, inputs)
-        return task.objective(outputs, wanted, *more).astype(jnp.float32)
+        return task.objective(outputs, reference, *more).astype(jnp.float32)
 
     def gradient(variables: Any, targets: Any, fixed: Any, batch: Any, progress: Any) -> Any:
         return steps.gradient(

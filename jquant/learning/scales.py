@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.calibration.data import Data
 from jquant.errors import PlanError
-from jquant.grids.base import Grid, Params
+from jquant.grids.base import Grid, GridParams
 from jquant.grids.grouped import Grouped
 from jquant.learning.descend import Subjects, Watch, descend
 from jquant.learning.network import Feed, Network
@@ -43,10 +43,10 @@ class _Coded:
     """What `relaxed.Target` is, of a weight that is rounded already."""
 
     codes: Integer[Array, "*batch out in"]
-    params: Params
+    params: GridParams
     parts: tuple[Part, ...]  # they stay as they are
     grid: Grid = field(metadata={"static": True})
-    blocks: Blocks = field(metadata={"static": True})
+    groups: Groups = field(metadata={"static": True})
 
     @property
     def w(self) -> Float[Array, "*batch out in"]:
@@ -55,9 +55,11 @@ class _Coded:
     def nearest(self) -> Integer[Array, "*batch out in"]:
         return self.codes
 
-    def decode(self, codes: Array, params: Params | None = None) -> Float[Array, "*batch out in"]:
+    def decode(
+        self, codes: Array, params: GridParams | None = None
+    ) -> Float[Array, "*batch out in"]:
         params = self.params if params is None else params
-        values = Grouped(self.grid, self.blocks).decode(codes, params)
+        values = Grouped(self.grid, self.groups).decode(codes, params)
         for part in self.parts:
             values = part.weight(values)
         return values
@@ -93,7 +95,7 @@ class _Scales:
         del target
         return jax.tree.map(lambda d: jnp.clip(d, -0.5, 1.0), variables)  # signs and order stay
 
-    def harden(self, variables: Variables, target: _Coded) -> tuple[Array, Params]:
+    def harden(self, variables: Variables, target: _Coded) -> tuple[Array, GridParams]:
         moved = _moved(variables, target.params)
         return target.codes, {
             name: as_dtype(moved[name], leaf.dtype) for name, leaf in target.params.items()
@@ -104,7 +106,7 @@ def _learnable(leaf: Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize > 1
 
 
-def _moved(variables: Variables, params: Params) -> Params:
+def _moved(variables: Variables, params: GridParams) -> GridParams:
     moved = {name: params[name].astype(jnp.float32) * (1 + d) for name, d in variables.items()}
     return {**params, **moved}
 
@@ -119,11 +121,11 @@ def tune_scales(
     descent: Descent = Descent(200, 1e-3),
     progress: Callable[[int], None] | None = None,
 ) -> tuple[PyTree, Trace]:
-    """Train the group parameters of quantized weights; their codes stay.
+    """The quantized parameters with their group parameters trained; codes stay.
 
     Args:
         fn: any JAX function `fn(params, *inputs)`.
-        params: the original parameters: what the function gives with them is wanted.
+        params: the original parameters; the reference is what the function gives with them.
         qparams: the same with quantized weights.
         batches: each one array or a tuple of inputs; gone over again until the steps are done.
         objective: as for `quantize`, on the whole network.
@@ -168,7 +170,7 @@ def tune_scales(
         Network.of(fn, structure, leaves, quantized), _Scales(descent), objective,
         tuple(q.layout for q in quantized.values()), tuple(q.dtype for q in quantized.values()),
     )  # fmt: skip
-    targets = [_Coded(q.codes, q.params, q.parts, q.grid, q.blocks) for q in quantized.values()]
+    targets = [_Coded(q.codes, q.params, q.parts, q.grid, q.groups) for q in quantized.values()]
     fixed = [None if path in quantized else leaf for path, leaf in leaves.items()]
     feed = Feed(jax.jit(fn), params, data)
     subjects = Subjects(list(quantized), targets)

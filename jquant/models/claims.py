@@ -35,26 +35,27 @@ def only(
 
 
 def nothing_else(
-    values: Mapping[str, Any], prefix: str, known: Mapping[str, tuple[Any, ...] | None], of: str
+    values: Mapping[str, Any], prefix: str, supported: Mapping[str, tuple[Any, ...] | None], of: str
 ) -> None:
     """Refuse whatever stands under `prefix` and is not known: ignored, it would change the network.
 
     Args:
         values: the mapping; other keys in it are not looked at, and None is no value.
         prefix: what the keys begin with.
-        known: the rest of a key to the values it may have, None where another function checks it.
+        supported: the rest of a key to the values it may have, None where another function checks
+            it.
         of: what the keys are of, for the message.
     """
     for key, got in values.items():
         name = key.removeprefix(prefix)
         if not key.startswith(prefix) or got is None:
             continue
-        if name not in known:
+        if name not in supported:
             raise CheckpointError(
                 f"{key} = {str(got)[:80]!r} is not supported: {of} has no such key; supported: "
-                f"{', '.join(known)}"
+                f"{', '.join(supported)}"
             )
-        allowed = known[name]
+        allowed = supported[name]
         if allowed is not None:
             only(values, key, allowed)
 

@@ -182,20 +182,20 @@ def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     only(config, "quantization_config", (None,), default=None)
     for key, values in family.hf.allowed.items():
         only(config, key, values, default=values[0])
-    said = _filled({**family.hf.defaults, **_renamed(config, family.hf.aliases)}, _HF_USUAL)
+    settings = _filled({**family.hf.defaults, **_renamed(config, family.hf.aliases)}, _HF_USUAL)
     names = {field: key.hf for field, key in {**SIZES, **family.keys}.items()}
-    fields = _numbers(said, family, names, (None,))
+    fields = _numbers(settings, family, names, (None,))
     usual = fields["width"] // fields["heads"]
-    fields["vocab"] = integer(said, "vocab_size")
-    fields["head_dim"] = integer(said, "head_dim", usual, MAX_HEAD_DIM)
-    fields["tied"] = bool(said.get("tie_word_embeddings", False))
+    fields["vocab"] = integer(settings, "vocab_size")
+    fields["head_dim"] = integer(settings, "head_dim", usual, MAX_HEAD_DIM)
+    fields["tied"] = bool(settings.get("tie_word_embeddings", False))
     if family.biased:
-        fields["qkv_bias"] = fields["out_bias"] = bool(said.get("attention_bias", False))
+        fields["qkv_bias"] = fields["out_bias"] = bool(settings.get("attention_bias", False))
     fields |= hf_rope(config, family.rope, fields["head_dim"], fields["context"])
-    window = said.get("sliding_window") if said.get("use_sliding_window", True) else None
+    window = settings.get("sliding_window") if settings.get("use_sliding_window", True) else None
     if family.rope.window_theta is not None:  # without windows these layers would turn otherwise
-        integer(said, "sliding_window")
-    where = _Windows("sliding_window", window, said, said.get("layer_types"))
+        integer(settings, "sliding_window")
+    where = _Windows("sliding_window", window, settings, settings.get("layer_types"))
     return _build(family, family.hf, fields, where)
 
 
@@ -219,11 +219,11 @@ def from_gguf(
     dialect = family.gguf
     assert dialect is not None
     _only_done(metadata, prefix, family, dialect)
-    said = {prefix + key: value for key, value in dialect.defaults.items()} | dict(metadata)
-    said = _filled(said, {prefix + key: value for key, value in _GGUF_USUAL.items()})
+    settings = {prefix + key: value for key, value in dialect.defaults.items()} | dict(metadata)
+    settings = _filled(settings, {prefix + key: value for key, value in _GGUF_USUAL.items()})
     keys = {**SIZES, **family.keys}
     names = {field: prefix + key.gguf for field, key in keys.items() if key.gguf}
-    fields = _numbers(said, family, names, (None, 0))
+    fields = _numbers(settings, family, names, (None, 0))
     usual = fields["width"] // fields["heads"]
     head_dim = integer(metadata, f"{prefix}attention.key_length", usual, MAX_HEAD_DIM)
     only(metadata, f"{prefix}attention.value_length", (head_dim,), default=head_dim)
@@ -239,10 +239,10 @@ def from_gguf(
         "out_bias": "blk.0.attn_output.bias" in shapes,
     }
     key = f"{prefix}attention.sliding_window"
-    pattern = said.get(f"{key}_pattern")
+    pattern = settings.get(f"{key}_pattern")
     kinds = pattern if isinstance(pattern, np.ndarray) else None
     rule = {"sliding_window_pattern": pattern}
-    return _build(family, dialect, fields, _Windows(key, said.get(key), rule, kinds))
+    return _build(family, dialect, fields, _Windows(key, settings.get(key), rule, kinds))
 
 
 def _only_done(metadata: Mapping[str, Any], prefix: str, family: Family, dialect: Dialect) -> None:
@@ -269,23 +269,23 @@ def _renamed(config: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str,
     return renamed
 
 
-def _filled(said: dict[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+def _filled(settings: dict[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
     """With what is usual where nothing, or null, is said."""
-    return said | {key: value for key, value in usual.items() if said.get(key) is None}
+    return settings | {key: value for key, value in usual.items() if settings.get(key) is None}
 
 
 def _numbers(
-    said: Mapping[str, Any], family: Family, names: Mapping[str, str | None], absent: tuple
+    settings: Mapping[str, Any], family: Family, names: Mapping[str, str | None], absent: tuple
 ) -> dict[str, Any]:
     """The fields that stand in a checkpoint as numbers, by the keys that they have there."""
     fields: dict[str, Any] = {}
     for field, name in names.items():
         key = {**SIZES, **family.keys}[field]
-        got = None if name is None else said.get(name)
+        got = None if name is None else settings.get(name)
         nothing = (None,) if field in SIZES else absent
         if name is None or key.optional and not isinstance(got, np.ndarray) and got in nothing:
             continue
-        fields[field] = key.made(key.read(said, name))
+        fields[field] = key.made(key.read(settings, name))
     fields.setdefault("kv_heads", fields["heads"])
     return fields
 

@@ -148,8 +148,8 @@ def _load_directory(
     path: Path, scan_layers: bool, dtype: str, param_dtype: str, tokenizer: str | Path | None
 ) -> tuple[Decoder, dict[str, Any], Any]:
     try:
-        said = _json(path / "config.json")
-        config = from_hf(said)
+        settings = _json(path / "config.json")
+        config = from_hf(settings)
         fn = Decoder(config, scan_layers, dtype)
         files = _tensor_files(path)
     except CheckpointError as error:
@@ -173,7 +173,7 @@ def _load_directory(
     def tensor(name: str) -> Lazy:
         return _tensor(states[files[name]], name, shapes[name])
 
-    offset = HF[said["model_type"]].hf.norm_offset
+    offset = HF[settings["model_type"]].hf.norm_offset
     checkpoint = Checkpoint("hf", path.name, shapes, tensor, offset)
     params = assemble(config, checkpoint, scan_layers=scan_layers, param_dtype=param_dtype)
     tokens = tokenizer_from_hf(path) if tokenizer is None else tokenizer_named(tokenizer)

@@ -70,15 +70,15 @@ def load_quantized(
     path = Path(folder) / CHECKPOINT
     fn, expected = _decoder(path)
     qparams = load_checkpoint(path, lazy=lazy)
-    found = _shapes(qparams)
-    if found != expected:
-        unlike = sorted(p for p in expected | found if expected.get(p) != found.get(p))
+    shapes = _shapes(qparams)
+    if shapes != expected:
+        unlike = sorted(p for p in expected | shapes if expected.get(p) != shapes.get(p))
         raise CheckpointError(
             f"{path}: the parameters do not fit the decoder at {unlike[0]!r}: expected "
-            f"{expected.get(unlike[0])}, found {found.get(unlike[0])}"
+            f"{expected.get(unlike[0])}, found {shapes.get(unlike[0])}"
         )
-    found = tokenizer_from_hf(folder) if tokenizer is None else tokenizer_named(tokenizer)
-    return fn, qparams, found
+    words = tokenizer_from_hf(folder) if tokenizer is None else tokenizer_named(tokenizer)
+    return fn, qparams, words
 
 
 def _decoder(path: Path) -> tuple[Decoder, dict[str, tuple[int, ...]]]:

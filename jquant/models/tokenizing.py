@@ -159,11 +159,11 @@ def _put_around(
     sides = []
     for role, default in (("bos", begins), ("eos", False)):
         key = f"tokenizer.ggml.add_{role}_token"
-        wanted = only(metadata, key, (True, False), default=default)
+        adds = only(metadata, key, (True, False), default=default)
         token = named[role]
-        if wanted and token is None and key in metadata:
+        if adds and token is None and key in metadata:
             raise CheckpointError(f"{key} = True, and there is no tokenizer.ggml.{role}_token_id")
-        sides.append([token] if wanted and token is not None else [])
+        sides.append([token] if adds and token is not None else [])
     (first, last), around = sides, [*sides[0], *sides[1]]
     if around:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -182,15 +182,15 @@ def tokenizer_named(source: str | Path) -> Any:
     """
     path = Path(source)
     if path.is_file() and path.name not in _FILES:
-        found = tokenizer_from_gguf(read_gguf(path).metadata)
+        tokenizer = tokenizer_from_gguf(read_gguf(path).metadata)
     else:
-        found = tokenizer_from_hf(path.parent if path.is_file() else source)
-    if found is None:
+        tokenizer = tokenizer_from_hf(path.parent if path.is_file() else source)
+    if tokenizer is None:
         raise CheckpointError(
             f"{source}: there is no tokenizer; expected {', '.join(_FILES)}, or a GGUF file that "
             "has one"
         )
-    return found
+    return tokenizer
 
 
 def tokenizer_from_hf(source: str | Path) -> Any:
@@ -214,11 +214,11 @@ def _merges(metadata: Mapping[str, Any], tokens: list[str]) -> list[tuple[str, s
     merges = metadata.get("tokenizer.ggml.merges")
     if not isinstance(merges, list):
         raise CheckpointError("tokenizer.ggml.merges: expected a list of strings")
-    known = set(tokens)
+    vocabulary = set(tokens)
     pairs = []
     for merge in merges:
         left, _, right = merge.partition(" ")
-        if not {left, right, left + right} <= known:
+        if not {left, right, left + right} <= vocabulary:
             raise CheckpointError(f"tokenizer.ggml.merges: {merge[:80]!r} joins unknown tokens")
         pairs.append((left, right))
     return pairs

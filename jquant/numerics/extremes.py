@@ -61,7 +61,7 @@ def least(
 def _of(
     extreme: Callable[..., Array], x: Array, axis: Axis, initial: float | None, keepdims: bool
 ) -> Array:
-    found = extreme(x, axis=axis, initial=initial, keepdims=keepdims)
+    value = extreme(x, axis=axis, initial=initial, keepdims=keepdims)
     bad = jnp.any(jnp.isnan(x), axis=axis, keepdims=keepdims)
     # NumPy's NaN: JAX would make the constant at once, which `jax_debug_nans` takes for a result.
-    return jnp.where(bad, np.asarray(np.nan, x.dtype), found)
+    return jnp.where(bad, np.asarray(np.nan, x.dtype), value)

@@ -41,9 +41,9 @@ def as_dtype(x: Float[Array, "*s"], dtype: Any) -> Float[Array, "*s"]:
 
 def ends(dtype: Any) -> tuple[float, float]:
     """The ends of a floating dtype; the lower one is negative, or at least 2^-126."""
-    found = jnp.finfo(dtype)
-    low = float(found.min)
-    return low if low < 0 else max(low, 2.0**-126), float(found.max)
+    info = jnp.finfo(dtype)
+    low = float(info.min)
+    return low if low < 0 else max(low, 2.0**-126), float(info.max)
 
 
 def is_coarse(dtype: Any) -> bool:

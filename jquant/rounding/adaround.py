@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, PRNGKeyArray
 
-from jquant.grids.base import Params
+from jquant.grids.base import GridParams
 from jquant.rounding.descent import Descent
 from jquant.rounding.learned import learn_alone
 from jquant.rounding.relaxed import (
@@ -42,7 +42,7 @@ class AdaRound:
     """Learn up or down for every weight through a stretched sigmoid.
 
     Args:
-        weight: λ, of the penalty (10: heuristic, see the module docstring).
+        weight: λ, of the penalty (10: heuristic).
         beta: from where to where β falls (20, 2: the paper).
         free: the share of the steps without penalty (0.2: the published code).
         descent: steps, learning rate and so on (10 000 steps and 1e-3: the paper; fewer and longer
@@ -114,7 +114,7 @@ class AdaRound:
 
     def harden(
         self, variables: Variables, target: Target
-    ) -> tuple[Integer[Array, "*batch out in"], Params]:
+    ) -> tuple[Integer[Array, "*batch out in"], GridParams]:
         cell = target.cell()
         return jnp.where(_position(variables["v"]) >= 0.5, cell.hi, cell.lo), target.params
 

@@ -13,27 +13,42 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
-from jquant.grids.base import Grid, Params
+from jquant.grids.base import Grid, GridParams
 
 
 class Rounded(NamedTuple):
-    """Codes, the group parameters they refer to, and what happened (scalars per `[*batch]`).
+    """The result of a rounding.
 
-    `target` is the weight that the codes are to come near to, where that is another than the one
-    given: what makes up for their error must know.
+    Attributes:
+        codes: `[*batch, out, in]`, in the grid's code dtype.
+        params: the grid's parameters, leaves `[*batch, rows, n]` or `[*batch, rows, n, k]`.
+        info: numbers about the rounding, `[*batch]`.
+        target: the weight that the codes are to come near to, where it is not the given one: a
+            low-rank term makes up for the codes' distance from it.
     """
 
     codes: Integer[Array, "*batch out in"]
-    params: Params  # leaves [*batch, rows, n] or [*batch, rows, n, k]
+    params: GridParams  # leaves [*batch, rows, n] or [*batch, rows, n, k]
     info: Mapping[str, Array]
     target: Float[Array, "*batch out in"] | None = None
 
 
 @runtime_checkable
 class Rounding(Protocol):
-    """A rounding. See the module docstring, and `prepare.py` for a method it may bring besides."""
+    """How codes are chosen: a frozen dataclass registered static, called with a weight and a grid.
+
+    `needs` names what must be told beside the weight: "moment" (the second moment of its inputs),
+    "drift" (how far these are from the unquantized network's) and "key" (randomness). A rounding
+    may have a method `prepare(evidence, groups)`: what it returns is passed on as evidence for
+    every weight with these inputs. Papers to cite stand in an attribute `papers`, as BibTeX keys.
+
+    Example:
+        >>> from jquant.rounding import GPTQ
+        >>> sorted(GPTQ(correction="qep").needs)
+        ['drift', 'moment']
+    """
 
     @property
     def needs(self) -> frozenset[str]:
@@ -44,10 +59,10 @@ class Rounding(Protocol):
         self,
         w: Float[Array, "*batch out in"],
         grid: Grid,
-        blocks: Blocks = Blocks(),
+        groups: Groups = Groups(),
         *,
         evidence: Evidence | Float[Array, "*batch in in"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Rounded:
-        """Round `w` on `grid` in groups of `blocks`."""
+        """Round `w` on `grid` in `groups`."""
         ...

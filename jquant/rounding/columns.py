@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from jquant.axes.groups import from_blocks
-from jquant.grids.base import Params
+from jquant.axes.groups import from_groups
+from jquant.grids.base import GridParams
 from jquant.grids.grouped import Grouped
 from jquant.numerics.packed import unpacked
 from jquant.rounding.arrangement import Arrangement
@@ -52,11 +52,11 @@ class Across(NamedTuple):
         """The inverse of `of`."""
         return columns[:, :, 0].T
 
-    def table(self, params: Params) -> Params:
+    def table(self, params: GridParams) -> GridParams:
         """Parameters by group of columns, in types that can be looked up."""
         return jax.tree.map(lambda leaf: unpacked(leaf).swapaxes(0, 1), params)
 
-    def params(self, table: Params, place: Arrangement) -> Params:
+    def params(self, table: GridParams, place: Arrangement) -> GridParams:
         """Parameters from a table that was fitted on the way."""
         del place
         return self.table(table)
@@ -95,13 +95,13 @@ class Within(NamedTuple):
 
     def weights(self, columns: Shaped[Array, "in m b"]) -> Shaped[Array, "out in"]:
         """The inverse of `of`."""
-        return from_blocks(columns, self.grid.groups, self.shape[0])
+        return from_groups(columns, self.grid.groups, self.shape[0])
 
-    def table(self, params: Params) -> Params:
+    def table(self, params: GridParams) -> GridParams:
         """Parameters by column, in types that can be looked up."""
         return jax.tree.map(unpacked, params)
 
-    def params(self, table: Params, place: Arrangement) -> Params:
+    def params(self, table: GridParams, place: Arrangement) -> GridParams:
         """Parameters from a table, by place, that was fitted on the way."""
         return jax.tree.map(lambda leaf: jnp.take(leaf, place.home, axis=0), table)
 

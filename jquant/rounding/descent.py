@@ -132,7 +132,7 @@ def stored_as(inner: optax.GradientTransformation, dtype: str) -> optax.Gradient
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):
-            found, state = inner.update(updates, cast(state, jnp.float32), params, **extra)
-        return found, cast(state, dtype)
+            updates, state = inner.update(updates, cast(state, jnp.float32), params, **extra)
+        return updates, cast(state, dtype)
 
     return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)

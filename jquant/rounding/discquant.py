@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, PRNGKeyArray
 
-from jquant.grids.base import Params
+from jquant.grids.base import GridParams
 from jquant.rounding.descent import Descent
 from jquant.rounding.learned import learn_alone
 from jquant.rounding.relaxed import Between, Target, Unit, Variables
@@ -119,6 +119,6 @@ class DiscQuant:
 
     def harden(
         self, variables: Variables, target: Target
-    ) -> tuple[Integer[Array, "*batch out in"], Params]:
+    ) -> tuple[Integer[Array, "*batch out in"], GridParams]:
         cell = target.cell()
         return jnp.where(jnp.round(variables["x"]) > 0, cell.hi, cell.lo), target.params

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jquant.axes.groups import Blocks
+from jquant import deprecated
+from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError
 from jquant.grids.base import Grid, code_dtype
@@ -73,27 +74,28 @@ class Nearest:
     def needs(self) -> frozenset[str]:
         return frozenset()
 
+    @deprecated.keywords("a rounding")
     def __call__(
         self,
         w: Float[Array, "*batch out in"],
         grid: Grid,
-        blocks: Blocks = Blocks(),
+        groups: Groups = Groups(),
         *,
         evidence: Evidence | Float[Array, "*batch in in"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Rounded:
         """Codes `[*batch, out, in]` in the grid's code dtype, parameters `[*batch, rows, n, …]`."""
         del key
-        return _round(w, second_moment(evidence), grid, blocks)
+        return _round(w, second_moment(evidence), grid, groups)
 
 
-@partial(jax.jit, static_argnames=("grid", "blocks"))
+@partial(jax.jit, static_argnames=("grid", "groups"))
 def _round(
     w: Float[Array, "*batch out in"],
     moment: Float[Array, "*batch in in"] | None,
     grid: Grid,
-    blocks: Blocks,
+    groups: Groups,
 ) -> Rounded:
-    w, grouped = w.astype(jnp.float32), Grouped(grid, blocks)
+    w, grouped = w.astype(jnp.float32), Grouped(grid, groups)
     params = grouped.fit(w, importance_of(moment))
     return Rounded(grouped.nearest(w, params).astype(code_dtype(grid)), params, {})

@@ -6,7 +6,7 @@ al. 2022). `prepare` does what H alone decides, once for all weights that share 
 arranges the columns (`arrangement`) and factorises H (`factor`). A call then finds the target,
 sweeps over its columns (`substitution`), and accounts for what the codes lose. Rows are independent
 given H, so rows may be sharded; leading axes (layers, experts) are mapped over. Static: the choice,
-the grid, the blocks; arrays: weights and evidence.
+the grid, the groups; arrays: weights and evidence.
 
 Two choices matter. *Order*: columns by falling `H_jj` (activation order) or as they lie. *Groups*:
 parameters fitted to the original weights (static), or to the weights as updated when the sweep
@@ -34,10 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jquant.axes.groups import Blocks
+from jquant import deprecated
+from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError
-from jquant.grids.base import Grid, Params, code_dtype, shares
+from jquant.grids.base import Grid, GridParams, code_dtype, shares
 from jquant.grids.grouped import Grouped
 from jquant.rounding.arrangement import Arrangement, arrange, by_power
 from jquant.rounding.base import Rounded
@@ -45,7 +46,7 @@ from jquant.rounding.columns import Across, Within, columns_of
 from jquant.rounding.correction import STRENGTH, Correction, corrected
 from jquant.rounding.elementwise import moment_for
 from jquant.rounding.factor import Factor, factorise
-from jquant.rounding.substitution import Known, Solved, loss_of, substitute
+from jquant.rounding.substitution import ColumnParams, Solved, loss_of, substitute
 
 
 class Prepared(NamedTuple):
@@ -62,7 +63,8 @@ class GPTQ:
     """Second-order rounding with error feedback, on any grid.
 
     Args:
-        order: `"activation"` (columns by falling `H_jj`; default, see DESIGN) or `"natural"`.
+        order: of columns: `"activation"` (default; by falling `H_jj`, GPTQ's act-order) or
+            `"natural"`, as they lie.
         groups: `"static"` (parameters from the original weights) or `"dynamic"` (from the weights
             as updated so far; along the input axis only in natural order).
         damping: λ relative to the mean of `H_jj` over live inputs; 0.01 as in GPTQ §3.3.
@@ -138,14 +140,15 @@ class GPTQ:
         more = {None: (), "qep": ("arai2025qep",), "gptaq": ("li2025gptaq",)}[self.correction]
         return ("frantar2022gptq", *more)
 
+    @deprecated.keywords("a rounding")
     def prepare(
-        self, evidence: Evidence | Float[Array, "*batch in in"] | None, blocks: Blocks = Blocks()
+        self, evidence: Evidence | Float[Array, "*batch in in"] | None, groups: Groups = Groups()
     ) -> Prepared:
         """The factor of the second moment, which every weight with these inputs can be given.
 
         Args:
             evidence: as for a call.
-            blocks: those of the weights; dynamic groups along the input axis are swept one by one.
+            groups: those of the weights; dynamic groups along the input axis are swept one by one.
 
         Raises:
             EvidenceError: no evidence, or a correction and no drift.
@@ -159,22 +162,23 @@ class GPTQ:
         """
         moment = moment_for("GPTQ", evidence)
         drift = None if self.correction is None else _drift(evidence, moment, self.correction)
-        return _prepare(moment, drift, self, self._run(blocks, moment.shape[-1]))
+        return _prepare(moment, drift, self, self._run(groups, moment.shape[-1]))
 
-    def _run(self, blocks: Blocks, width: int) -> int:
+    def _run(self, groups: Groups, width: int) -> int:
         """How many columns are swept until parameters are fitted anew."""
-        across = self.groups == "dynamic" and blocks.axis == "in"
-        return blocks.group(width) if across else width
+        across = self.groups == "dynamic" and groups.axis == "in"
+        return groups.group(width) if across else width
 
     def _arrange(self, power: Float[Array, " in"], run: int) -> Arrangement:
         order = by_power(power) if self.order == "activation" else np.arange(len(power))
         return arrange(len(power), run, order)
 
+    @deprecated.keywords("a rounding")
     def __call__(
         self,
         w: Float[Array, "*batch out in"],
         grid: Grid,
-        blocks: Blocks = Blocks(),
+        groups: Groups = Groups(),
         *,
         evidence: Evidence | Float[Array, "*batch in in"] | Prepared | None = None,
         key: PRNGKeyArray | None = None,
@@ -184,10 +188,10 @@ class GPTQ:
         Args:
             w: weights `[*batch, out, in]`; arithmetic is float32.
             grid: any grid.
-            blocks: groups along either axis, a ragged last one included.
+            groups: along either axis, a ragged last one included.
             evidence: the second moment of the inputs, `[*batch, in, in]`, sum or mean; with a
                 correction, an `Evidence` that holds the drift too. Or what `prepare` made of it,
-                for these blocks.
+                for these groups.
             key: not used.
 
         Returns:
@@ -209,7 +213,7 @@ class GPTQ:
         if not isinstance(evidence, Prepared):
             moment_for("GPTQ", evidence, w.shape)
         if self.groups == "dynamic" and self.order == "activation":
-            if blocks.axis == "in" and blocks.count(width) > 1:
+            if groups.axis == "in" and groups.count(width) > 1:
                 raise ValueError(
                     "GPTQ cannot sweep dynamic groups along the input axis in activation order "
                     "(every column would need its group's index stored): pass order='natural' or "
@@ -220,8 +224,8 @@ class GPTQ:
                 f"GPTQ cannot fit {grid} to one group after the other, as a parameter of it stands "
                 "for several: pass groups='static'"
             )
-        prepared = evidence if isinstance(evidence, Prepared) else self.prepare(evidence, blocks)
-        return _round(w, prepared, self, Grouped(grid, blocks))
+        prepared = evidence if isinstance(evidence, Prepared) else self.prepare(evidence, groups)
+        return _round(w, prepared, self, Grouped(grid, groups))
 
 
 def _drift(
@@ -296,7 +300,7 @@ def _round_one(
         fitted = columns.params(solved.fitted, place)
         params = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), fitted, params)
 
-    def lost(codes: Array, params: Params) -> Float[Array, "m b"]:
+    def lost(codes: Array, params: GridParams) -> Float[Array, "m b"]:
         error = columns.of(w - grid.decode(codes, params))
         return loss_of(jnp.take(error, place.source, axis=0), factor)
 
@@ -314,7 +318,7 @@ def _round_one(
 
 def _sweep(
     target: Float[Array, "out in"],
-    params: Params,
+    params: GridParams,
     factor: Factor,
     place: Arrangement,
     columns: Across | Within,
@@ -327,7 +331,7 @@ def _sweep(
     return substitute(
         columns.of(target),
         place.source,
-        Known(columns.table(params), jnp.arange(width, dtype=jnp.int32) // columns.span),
+        ColumnParams(columns.table(params), jnp.arange(width, dtype=jnp.int32) // columns.span),
         factor,
         columns.grid.grid,
         place.sizes,

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from jquant.axes.groups import Blocks
+from jquant import deprecated
+from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
-from jquant.grids.base import Grid, Params, code_dtype
+from jquant.grids.base import Grid, GridParams, code_dtype
 from jquant.grids.grouped import Grouped
 from jquant.rounding.base import Rounded
 from jquant.rounding.elementwise import importance_of, moment_for, second_moment
@@ -38,11 +39,12 @@ class LearnedRounding(Relaxation, Protocol):
         ...
 
 
+@deprecated.keywords("a rounding")
 def learn_alone(
     self: LearnedRounding,
     w: Float[Array, "*batch out in"],
     grid: Grid,
-    blocks: Blocks = Blocks(),
+    groups: Groups = Groups(),
     *,
     evidence: Evidence | Float[Array, "*batch in in"] | None = None,
     key: PRNGKeyArray | None = None,
@@ -63,12 +65,12 @@ def learn_alone(
     if not data_free:
         count = jnp.ones(w.shape[:-2], jnp.float32)
         count = evidence.count if isinstance(evidence, Evidence) else count
-    return _learn(self, w, moment, count, key, Grouped(grid, blocks))
+    return _learn(self, w, moment, count, key, Grouped(grid, groups))
 
 
 class _Best(NamedTuple):
     codes: Array
-    params: Params
+    params: GridParams
     loss: Array
     step: Array
 
@@ -111,7 +113,7 @@ def _one(
         carried = jnp.matmul(moved, moment, precision=precision)
         return jnp.sum(carried * moved) / (jnp.maximum(tokens, 1.0) * w.shape[0])
 
-    def candidate(codes: Integer[Array, "out in"], params: Params, at: Array) -> _Best:
+    def candidate(codes: Integer[Array, "out in"], params: GridParams, at: Array) -> _Best:
         value = loss([target.decode(codes, params)], lax.Precision.HIGHEST)
         return _Best(codes, params, value, at)
 

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, PRNGKeyArray
 
-from jquant.grids.base import Params
+from jquant.grids.base import GridParams
 from jquant.grids.exponents import SEARCHED
 from jquant.rounding.descent import Descent
 from jquant.rounding.learned import learn_alone
@@ -144,14 +144,14 @@ class NUPES:
 
     def harden(
         self, variables: Variables, target: Target
-    ) -> tuple[Integer[Array, "*batch out in"], Params]:
+    ) -> tuple[Integer[Array, "*batch out in"], GridParams]:
         params = {
             name: leaf.astype(target.params[name].dtype)
             for name, leaf in self._params(variables, target).items()
         }
         return jnp.round(variables["v"]).astype(jnp.int32), params
 
-    def _params(self, variables: Variables, target: Target) -> Params:
+    def _params(self, variables: Variables, target: Target) -> GridParams:
         """The group parameters, with the exponent as it is now."""
         if "a" not in variables:
             return target.params

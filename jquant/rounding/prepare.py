@@ -1,7 +1,7 @@
 """What a rounding makes of evidence before it sees a weight, once for all with the same inputs.
 
 The weights of a query, a key and a value have one second moment, and so do those of a gate and what
-it is multiplied with. A rounding whose method `prepare(evidence, blocks)` does what the evidence
+it is multiplied with. A rounding whose method `prepare(evidence, groups)` does what the evidence
 alone decides (GPTQ factorises it) is called with the result in place of the evidence.
 """
 
@@ -13,25 +13,25 @@ from typing import Any
 
 import jax
 
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
 from jquant.rounding.base import Rounding
 
 
-def prepared_for(rounding: Rounding, evidence: Evidence | None, blocks: Blocks) -> Any:
+def prepared_for(rounding: Rounding, evidence: Evidence | None, groups: Groups) -> Any:
     """What a rounding makes of evidence before it sees a weight, to be passed on as evidence.
 
-    That is what its method `prepare(evidence, blocks)` returns, or the evidence itself if there is
-    no such method. It serves all weights with these inputs, this rounding and these blocks.
+    That is what its method `prepare(evidence, groups)` returns, or the evidence itself if there is
+    no such method. It serves all weights with these inputs, this rounding and these groups.
 
     Example:
         >>> from jquant.rounding import Nearest
         >>> evidence = Evidence.of(jax.numpy.ones((2, 4)))
-        >>> prepared_for(Nearest(), evidence, Blocks()) is evidence
+        >>> prepared_for(Nearest(), evidence, Groups()) is evidence
         True
     """
     own = getattr(rounding, "prepare", None)
-    return evidence if own is None or evidence is None else own(evidence, blocks)
+    return evidence if own is None or evidence is None else own(evidence, groups)
 
 
 class LastCall:

@@ -11,7 +11,7 @@ what is learned, as in NUPES, the weight may walk over the whole grid: the formu
 
 Grid points are computed from the weight and its group parameters whenever they are needed, never
 kept. A `Target` holds both; arrays are in the canonical view `[*batch, out, in]`. Static: the grid,
-the blocks, the relaxation. How the gradient steps are taken is `descent.py`'s, what they descend
+the groups, the relaxation. How the gradient steps are taken is `descent.py`'s, what they descend
 `learning/objectives.py`'s.
 """
 
@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from jquant.axes.groups import Blocks
-from jquant.grids.base import Grid, Params
+from jquant.axes.groups import Groups
+from jquant.grids.base import Grid, GridParams
 from jquant.grids.grouped import Grouped
 from jquant.rounding.descent import Descent
 
@@ -66,16 +66,18 @@ class Target:
     """A weight in the canonical view, and the grid it is to be rounded on."""
 
     w: Float[Array, "*batch out in"]
-    params: Params
+    params: GridParams
     grid: Grid = field(metadata={"static": True})
-    blocks: Blocks = field(metadata={"static": True})
+    groups: Groups = field(metadata={"static": True})
 
     @property
     def grouped(self) -> Grouped:
         """The grid, of whole weights."""
-        return Grouped(self.grid, self.blocks)
+        return Grouped(self.grid, self.groups)
 
-    def decode(self, codes: Array, params: Params | None = None) -> Float[Array, "*batch out in"]:
+    def decode(
+        self, codes: Array, params: GridParams | None = None
+    ) -> Float[Array, "*batch out in"]:
         """Values of codes `[*batch, out, in]`; on other group parameters if given."""
         return self.grouped.decode(codes, self.params if params is None else params)
 
@@ -83,7 +85,7 @@ class Target:
         """The nearest codes, int32."""
         return self.grouped.nearest(self.w, self.params)
 
-    def cell(self, params: Params | None = None) -> Cell:
+    def cell(self, params: GridParams | None = None) -> Cell:
         """The neighbours of the weights; differentiable in other group parameters, if given."""
         params, grid = self.params if params is None else params, self.grouped
         lo, hi = grid.bracket(self.w, jax.lax.stop_gradient(params))
@@ -134,7 +136,7 @@ class Relaxation(Protocol):
 
     def harden(
         self, variables: Variables, target: Any
-    ) -> tuple[Integer[Array, "*batch out in"], Params]:
+    ) -> tuple[Integer[Array, "*batch out in"], GridParams]:
         """Codes (int32) and the group parameters they refer to."""
         ...
 

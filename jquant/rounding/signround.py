@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, PRNGKeyArray
 
-from jquant.grids.base import Params
+from jquant.grids.base import GridParams
 from jquant.grids.ranges import MinMax
 from jquant.rounding.descent import Descent
 from jquant.rounding.learned import learn_alone
@@ -102,11 +102,11 @@ class SignRound:
 
     def harden(
         self, variables: Variables, target: Target
-    ) -> tuple[Integer[Array, "*batch out in"], Params]:
+    ) -> tuple[Integer[Array, "*batch out in"], GridParams]:
         cell, params = self._cell(variables, target)
         return jnp.where(cell.y + variables["v"] > 0.5, cell.hi, cell.lo), params
 
-    def _cell(self, variables: Variables, target: Target) -> tuple[Cell, Params]:
+    def _cell(self, variables: Variables, target: Target) -> tuple[Cell, GridParams]:
         """The neighbours within the ranges as they are now."""
         if not self.ranges:
             return target.cell(), target.params

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from jquant.grids.base import Params
+from jquant.grids.base import GridParams
 from jquant.rounding.relaxed import Relaxation, Unit, Variables
 
 Targets = Sequence[Any]  # what the relaxation takes of every weight
@@ -84,7 +84,7 @@ class Steps:
 
     def harden(
         self, variables: list[Variables], targets: Targets
-    ) -> list[tuple[Integer[Array, "*batch out in"], Params]]:
+    ) -> list[tuple[Integer[Array, "*batch out in"], GridParams]]:
         """Codes (int32) and the group parameters they refer to."""
         pairs = zip(variables, targets, strict=True)
         return [self.relaxation.harden(v, target) for v, target in pairs]

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from jquant.axes.groups import Blocks
+from jquant import deprecated
+from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
-from jquant.grids.base import Grid, Params, code_dtype
+from jquant.grids.base import Grid, GridParams, code_dtype
 from jquant.grids.grouped import Grouped
 from jquant.numerics import noise, require
 from jquant.numerics.narrow import ends
@@ -42,7 +43,7 @@ class Stochastic:
     `Nearest`. Needs a key: `quantize(..., key=)` derives one per path.
 
     Args:
-        source: where random words come from, see `jquant.numerics.noise`; `"hash"` or `"threefry"`.
+        source: of random words: `"hash"` (default, the faster) or `"threefry"`, JAX's own.
 
     Raises:
         ValueError: there is no such source; when called, without a key.
@@ -69,11 +70,12 @@ class Stochastic:
     def papers(self) -> tuple[str, ...]:
         return ("croci2022stochastic",)
 
+    @deprecated.keywords("a rounding")
     def __call__(
         self,
         w: Float[Array, "*batch out in"],
         grid: Grid,
-        blocks: Blocks = Blocks(),
+        groups: Groups = Groups(),
         *,
         evidence: Evidence | Float[Array, "*batch in in"] | None = None,
         key: PRNGKeyArray | None = None,
@@ -81,19 +83,19 @@ class Stochastic:
         """Codes `[*batch, out, in]` in the grid's code dtype, parameters `[*batch, rows, n, …]`."""
         if key is None:
             raise ValueError("Stochastic rounding needs randomness: pass key=jax.random.key(...)")
-        return _round(w, second_moment(evidence), key, self, grid, blocks)
+        return _round(w, second_moment(evidence), key, self, grid, groups)
 
 
-@partial(jax.jit, static_argnames=("choice", "grid", "blocks"))
+@partial(jax.jit, static_argnames=("choice", "grid", "groups"))
 def _round(
     w: Float[Array, "*batch out in"],
     moment: Float[Array, "*batch in in"] | None,
     key: PRNGKeyArray,
     choice: Stochastic,
     grid: Grid,
-    blocks: Blocks,
+    groups: Groups,
 ) -> Rounded:
-    w, grouped = w.astype(jnp.float32), Grouped(grid, blocks)
+    w, grouped = w.astype(jnp.float32), Grouped(grid, groups)
     params = grouped.fit(w, importance_of(moment))
     luck = noise.uniform(key, w.shape, choice.source)
     codes = _either(w, luck, grouped, params)
@@ -101,7 +103,7 @@ def _round(
 
 
 def _either(
-    w: Float[Array, "*s"], luck: Float[Array, "*s"], grid: Grid, params: Params
+    w: Float[Array, "*s"], luck: Float[Array, "*s"], grid: Grid, params: GridParams
 ) -> Shaped[Array, "*s"]:
     """The upper code where luck, uniform in `[0, 1)`, is below the number's share of the step."""
     lo, hi = grid.bracket(w, params)
@@ -113,7 +115,7 @@ def _either(
 def stochastic_round(
     key: PRNGKeyArray, x: Shaped[Array, ...], to: Any, *, source: noise.Source = "hash"
 ) -> Shaped[Array, ...]:
-    """Round an array to a dtype or onto a grid, up or down at random, without bias.
+    """The array in a dtype or on a grid, each number rounded up or down at random, without bias.
 
     Args:
         key: randomness; use a new one for every call (`jax.random.fold_in(key, step)`).

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
-from jquant.grids.base import Grid, Params, code_dtype, nearest
+from jquant.grids.base import Grid, GridParams, code_dtype, nearest
 from jquant.numerics.packed import unpacked, whole_bytes
 from jquant.rounding.factor import Factor
 
@@ -30,13 +30,13 @@ EXACT = lax.Precision.HIGHEST
 CHUNK = 256  # earlier columns per matrix product; see docs/notes/gptq-solver.md
 
 
-class Known(NamedTuple):
+class ColumnParams(NamedTuple):
     """Parameters of all columns: a table, and every column's entry in it."""
 
-    table: Params  # leaves [units, m, …]; [1, m, …] where one serves all units
+    table: GridParams  # leaves [units, m, …]; [1, m, …] where one serves all units
     entry: Integer[Array, " in"]
 
-    def at(self, source: Integer[Array, " n"]) -> Params:
+    def at(self, source: Integer[Array, " n"]) -> GridParams:
         entry = jnp.take(self.entry, source)
 
         def pick(leaf: Array) -> Array:
@@ -59,13 +59,13 @@ class Solved(NamedTuple):
 
     codes: Integer[Array, "n m b"]  # whole bytes: XLA slices no smaller ones
     plain: Float[Array, "n m b"]  # errors of nearest rounding with the static parameters
-    fitted: Params | None  # leaves [units, m, …], if parameters were fitted on the way
+    fitted: GridParams | None  # leaves [units, m, …], if parameters were fitted on the way
 
 
 def substitute(
     columns: Float[Array, "in m b"],
     source: Integer[Array, " n"],
-    static: Known,
+    static: ColumnParams,
     factor: Factor,
     grid: Grid,
     sizes: tuple[int, ...],
@@ -91,7 +91,7 @@ def substitute(
     everyone = jnp.zeros(len(columns), jnp.int32)
     byte = whole_bytes(code_dtype(grid))
 
-    def fit(w: Array, pull: Array, inner: Array, edges: Array) -> Params:
+    def fit(w: Array, pull: Array, inner: Array, edges: Array) -> GridParams:
         """Parameters of one unit, from its weights as moved by earlier columns: `w + G⁻¹ pull`."""
         n = w.shape[0]
         moved = lax.linalg.triangular_solve(
@@ -105,19 +105,19 @@ def substitute(
         return jax.tree.map(unpacked, grid.fit(group.transpose(1, 0, 2).reshape(m, n * b)))
 
     def solve(
-        run: Run, pull: Array, inner: Array, known: Known | None, sizes: tuple[int, ...]
+        run: Run, pull: Array, inner: Array, fitted: ColumnParams | None, sizes: tuple[int, ...]
     ) -> tuple[Array, Array, Solved]:
         """A block of `sizes[0]` places; `pull` is what all columns before it do to them."""
-        if known is None and sizes[0] == unit:
+        if fitted is None and sizes[0] == unit:
             w = jnp.take(columns, run.source, axis=0)
             table = jax.tree.map(lambda leaf: leaf[None], fit(w, pull, inner, run.edge))
-            error, loss, solved = solve(run, pull, inner, Known(table, everyone), sizes)
+            error, loss, solved = solve(run, pull, inner, ColumnParams(table, everyone), sizes)
             return error, loss, solved._replace(fitted=table)
         if sizes[0] == 1:
             # Single rows, here and in `at`: XLA's gather of many is slower by an order.
             w = jnp.take(columns, run.source, axis=0)
             moved = w + pull
-            params = (known or static).at(run.source)
+            params = (fitted or static).at(run.source)
             codes = nearest(grid, moved, params)
             value = grid.decode(codes, params)
             error = w - value
@@ -135,7 +135,7 @@ def substitute(
             rows = cut(inner)
             more = cut(pull) + prefix_product(rows, done, at)
             here = jax.tree.map(cut, run)
-            error, loss, solved = solve(here, more, cut(rows, 1), known, sizes[1:])
+            error, loss, solved = solve(here, more, cut(rows, 1), fitted, sizes[1:])
             return (lax.dynamic_update_slice_in_dim(done, error, at, axis=0), total + loss), solved
 
         starts = jnp.arange(0, sizes[0], sizes[1], jnp.int32)
@@ -146,9 +146,9 @@ def substitute(
 
     edge = jnp.arange(sizes[0], dtype=jnp.int32) % (unit or sizes[0]) if edge is None else edge
     run = Run(source, edge, factor.pivots, factor.penalty)
-    known = static if unit is None else None
+    fitted = static if unit is None else None
     still = jnp.zeros((sizes[0], m, b), jnp.float32)
-    _, loss, solved = solve(run, still, factor.gain, known, sizes)
+    _, loss, solved = solve(run, still, factor.gain, fitted, sizes)
     return loss, solved
 
 

@@ -21,7 +21,7 @@ def cite(choice: Plan | Scheme | Any) -> str:
     """BibTeX for what a plan does, and for jquant.
 
     Args:
-        choice: a plan, a scheme, or any part of one: a grid, a rounding, blocks; or what a plan
+        choice: a plan, a scheme, or any part of one: a grid, a rounding, groups; or what a plan
             was made by: a sensitivity, an allocation; or what `jq.emulate` returned; or the module
             `jq.distances`.
 
@@ -58,6 +58,6 @@ def _papers(choice: Any) -> Iterator[str]:
 def entries() -> Mapping[str, str]:
     """All entries, by key."""
     text = (Path(__file__).parent / "papers.bib").read_text(encoding="utf-8")
-    found = re.findall(r"^@\w+\{(.+?),\n(?:.*\n)*?\}$", text, re.MULTILINE)
+    keys = re.findall(r"^@\w+\{(.+?),\n(?:.*\n)*?\}$", text, re.MULTILINE)
     bodies = re.findall(r"^@\w+\{.+?,\n(?:.*\n)*?\}$", text, re.MULTILINE)
-    return dict(zip(found, bodies, strict=True))
+    return dict(zip(keys, bodies, strict=True))

@@ -5,7 +5,7 @@ and `S` a root of the metric, `S Sᵀ = H`, the term
 
     L = U_r U_rᵀ E = left @ right        minimises  ‖(E - L) S‖² = tr((E - L) H (E - L)ᵀ)
 
-over all terms of rank r (Eckart and Young), and leaves `Σ_{i>r} σ_i²` of it. In the plain metric,
+over all terms of rank r (Eckart and Young), and leaves `Σ_{i>r} σ_i²` of it. By Frobenius,
 `S = I`, this is LoRC (ZeroQuant-V2, Yao et al. 2023): `left = U_r Σ^½`, `right = Σ^½ V_rᵀ`. With
 `H = Σ x xᵀ` over the inputs it is QERA's closed form `SVD_r(E H^½) H^-½` (Zhang et al. 2024; EoRA,
 Liu et al. 2024): it minimises the error of the outputs. No inverse of `S` is needed, since
@@ -18,7 +18,7 @@ times its mean: inputs never seen count that little, but they count. Both are wh
 from zero.
 
 *What it is worth.* Nearest codes leave an error that is nearly white: of independent Gaussian 768 ×
-768 weights, rank 8 takes away 4 % of the squared error in the plain metric, at 2 to 4 bits, per row
+768 weights, rank 8 takes away 4 % of the squared error in that metric, at 2 to 4 bits, per row
 and in groups of 64, for bits that would pay for smaller groups. Real inputs are not white, so in
 their metric it takes away more, and neither are the errors that GPTQ leaves. Compare at equal bytes
 (`benchmarks/lorc.py`): with one scale per row smaller groups are the better buy beside GPTQ, in
@@ -38,7 +38,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jquant.axes.groups import Blocks
+from jquant import deprecated
+from jquant.axes.groups import Groups
 from jquant.axes.layout import Layout
 from jquant.calibration.evidence import Evidence
 from jquant.errors import EvidenceError, PlanError
@@ -66,10 +67,10 @@ class LoRC:
 
     Without data it gains little: errors of nearest rounding are nearly white, and of those of
     Gaussian 768 × 768 weights rank 8 takes away 4 %. The large gains in ZeroQuant-V2 are at 2 and 3
-    bits with one scale per row. Take `metric="evidence"` where there is data, and compare with
+    bits with one scale per row. Take `metric="hessian"` where there is data, and compare with
     smaller groups of the same size in bytes. SmolLM2 at 3 bits, KL on held-out text, without a
-    term, plain, evidence, smaller groups: in groups of 64 nearest 1.22, 1.11, 0.47, 1.10 and GPTQ
-    0.51, 0.34, 0.32, 0.46; with one scale per row GPTQ 1.38, 0.99, 0.96, 0.54.
+    term, by Frobenius, by the Hessian, with smaller groups: in groups of 64 nearest 1.22, 1.11,
+    0.47, 1.10 and GPTQ 0.51, 0.34, 0.32, 0.46; with one scale per row GPTQ 1.38, 0.99, 0.96, 0.54.
 
     Args:
         rank: of the term, at least 1 and at most the shorter side of the weight. ZeroQuant-V2
@@ -77,8 +78,9 @@ class LoRC:
         factor_grid: what to round the factors to, with parameters per column of `left` and per row
             of `right` (in groups of the size that the grid's format fixes, if it does):
             `Uniform(8, symmetric=True)` loses nothing in ZeroQuant-V2. None: floats of `dtype`.
-        metric: `"plain"` (LoRC's, the error of the weight; needs nothing), or `"evidence"`
-            (QERA's, the error of its outputs; needs the second moment of its inputs).
+        metric: `"frobenius"` (default; LoRC's: the squared error of the weight; needs nothing), or
+            `"hessian"` (QERA's: the squared error of its outputs; needs the second moment of its
+            inputs).
         rounds: how often to round what the term leaves of the weight, and to compute the term anew
             (LoftQ, Li et al. 2023). Codes and term of the round with the least
             reported error are kept, by itself for each layer of a stack, so more rounds are never
@@ -120,12 +122,13 @@ class LoRC:
 
     rank: int
     factor_grid: Grid | None = None
-    metric: Literal["plain", "evidence"] = "plain"
+    metric: Literal["frobenius", "hessian"] = "frobenius"
     rounds: int = 1
     method: Literal["exact", "randomized", "auto"] = "auto"
     dtype: str = "float16"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "metric", deprecated.current("LoRC.metric", self.metric))
         for name in ("rank", "rounds"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -133,7 +136,7 @@ class LoRC:
         if self.factor_grid is not None and not isinstance(self.factor_grid, Grid):
             raise ValueError(f"LoRC.factor_grid must be a grid or None, got {self.factor_grid!r}")
         for name, allowed in (
-            ("metric", ("plain", "evidence")),
+            ("metric", ("frobenius", "hessian")),
             ("method", ("exact", "randomized", "auto")),
             ("dtype", _DTYPES),
         ):
@@ -144,18 +147,18 @@ class LoRC:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset() if self.metric == "plain" else frozenset({"moment"})
+        return frozenset() if self.metric == "frobenius" else frozenset({"moment"})
 
     @property
     def label(self) -> str:
         return f"LoRC {self.rank}"
 
-    def check(self, grid: Grid, blocks: Blocks) -> None:
+    def check(self, grid: Grid, groups: Groups) -> None:
         """A low-rank term is of any grid and groups."""
 
     @property
     def papers(self) -> tuple[str, ...]:
-        weighed = ("zhang2024qera", "liu2024eora") if self.metric == "evidence" else ()
+        weighed = ("zhang2024qera", "liu2024eora") if self.metric == "hessian" else ()
         return ("yao2023zeroquantv2", *weighed, *(("li2023loftq",) if self.rounds > 1 else ()))
 
     def __call__(
@@ -167,7 +170,7 @@ class LoRC:
 
         Args:
             error: what is to be made up for, `[*batch, out, in]`; arithmetic is float32.
-            evidence: the second moment of the inputs, sum or mean; only for `metric="evidence"`.
+            evidence: the second moment of the inputs, sum or mean; only for `metric="hessian"`.
 
         Returns:
             The factors `[*batch, out, rank]` and `[*batch, rank, in]`, as they are stored.
@@ -183,8 +186,9 @@ class LoRC:
         error: Float[Array, "*batch out in"],
         evidence: Evidence | Float[Array, "*batch in in"] | None = None,
     ) -> Float[Array, "*batch rank"]:
-        """How much of `tr(E H Eᵀ)` (plain: `|E|²`) each further rank takes away, falling: `σ_i²`.
+        """What each further rank takes away of the squared error, falling: `σ_i²`.
 
+        That error is `tr(E H Eᵀ)`, or by Frobenius `|E|²`.
         Arguments and errors are those of a call. Factors are taken as exact.
 
         Example:
@@ -205,13 +209,13 @@ class LoRC:
                 f"LoRC of rank {self.rank} on a weight of {out} × {width}: pass a rank of at most "
                 f"{min(out, width)}"
             )
-        if self.metric == "plain":
+        if self.metric == "frobenius":
             return None
         moment = evidence.second_moment if isinstance(evidence, Evidence) else evidence
         if moment is None:
             raise EvidenceError(
-                "LoRC(metric='evidence') needs the second moment of the inputs: pass evidence=, or "
-                "metric='plain'"
+                "LoRC(metric='hessian') needs the second moment of the inputs: pass evidence=, or "
+                "metric='frobenius'"
             )
         if moment.shape != (*batch, width, width):
             raise EvidenceError(
@@ -316,9 +320,9 @@ def _stored(
     grid = choice.factor_grid
     if grid is None:
         return as_dtype(factor, choice.dtype)
-    blocks, rank = Blocks(axis, getattr(grid, "group", None)), factor.ndim
-    grouped = Grouped(grid, blocks)
+    groups, rank = Groups(axis, getattr(grid, "group", None)), factor.ndim
+    grouped = Grouped(grid, groups)
     params = grouped.fit(factor)
     codes = grouped.nearest(factor, params).astype(code_dtype(grid))
     layout = Layout.of(factor.shape, in_axes=(rank - 1,), batch_axes=tuple(range(rank - 2)))
-    return QTensor(codes, dict(params), grid, blocks, layout, jnp.dtype(jnp.float32))
+    return QTensor(codes, dict(params), grid, groups, layout, jnp.dtype(jnp.float32))

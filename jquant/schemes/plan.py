@@ -21,7 +21,7 @@ Choice = Scheme | Keep | None
 def plan(
     weights: Mapping[str, Weight], rules: Mapping[str, Choice] | Callable[[Weight], Choice]
 ) -> Plan:
-    """Choose a scheme per weight.
+    """A scheme for every weight of a function, by rules.
 
     Args:
         weights: what `find_weights` returned.

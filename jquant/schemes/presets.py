@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.errors import near
 from jquant.grids import MSE, MX, NF4, NV, Float, MinMax, Power, Uniform
 from jquant.rounding import GPTQ, NUPES, AdaRound, DiscQuant, Nearest, SignRound
@@ -139,7 +139,7 @@ def int4_per_input(group: int | None = 128) -> Scheme:
     Which axis is better is a matter of the weight: `jq.allocation.adadim` finds out.
     """
     grid = Uniform(4, convention="A2", scale_dtype="float16")
-    return Scheme(grid, Blocks("out", group), GPTQ(groups="dynamic"))
+    return Scheme(grid, Groups("out", group), GPTQ(groups="dynamic"))
 
 
 def w8a8(group: int | None = None) -> Scheme:
@@ -217,7 +217,7 @@ def int4_adaround(group: int | None = 64) -> Scheme:
 def int4_signround(group: int | None = 64) -> Scheme:
     """SignRound, AutoRound's algorithm: shifts and ranges learned by signs of gradients.
 
-    Meant for blocks: `quantize(..., objective=objectives.Stagewise(), granularity="block")`.
+    Meant for blocks: `quantize(..., objective=objectives.Reconstruction(), sequential="block")`.
     """
     return Scheme(_affine(4), group, SignRound())
 
@@ -249,18 +249,18 @@ def named(name: str, group: int | None = None) -> Scheme:
             that fixes the size of its groups.
 
     Example:
-        >>> named("int4-gptq", 128).blocks
-        Blocks(axis='in', size=128)
+        >>> named("int4-gptq", 128).groups
+        Groups(axis='in', size=128)
     """
-    known = presets()
-    found = known.get(name.replace("_", "-"))
-    if found is None:
-        raise ValueError(f"no preset is called {name!r}; did you mean {near(name, known)}?")
+    by_name = presets()
+    preset = by_name.get(name.replace("_", "-"))
+    if preset is None:
+        raise ValueError(f"no preset is called {name!r}; did you mean {near(name, by_name)}?")
     if group is None:
-        return found()
-    if "group" not in inspect.signature(found).parameters:
+        return preset()
+    if "group" not in inspect.signature(preset).parameters:
         raise ValueError(
-            f"{name} has groups of {found().groups.size}, which its format fixes; leave out the "
+            f"{name} has groups of {preset().grouping.size}, which its format fixes; leave out the "
             f"group size {group}"
         )
-    return found(group)
+    return preset(group)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, fields
 
 import jax
 
-from jquant.axes.groups import Blocks
+from jquant import deprecated
+from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.find import Weight
 from jquant.errors import EvidenceError
@@ -24,6 +25,7 @@ from jquant.weights.activations import Activations
 from jquant.weights.parts import Choice, Transform
 
 
+@deprecated.keywords("Scheme")
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Scheme:
@@ -31,9 +33,9 @@ class Scheme:
 
     Args:
         grid: the values a weight may take, e.g. `grids.Uniform(4)`.
-        blocks: groups that share grid parameters: None (the group size the grid's format fixes, as
+        groups: weights that share grid parameters: None (the group size the grid's format fixes, as
             of MX and NV; else the whole input axis, one group per output channel), an int (groups
-            along the input axis) or `Blocks(axis, size)`.
+            of that size along the input axis) or `Groups(axis, size)`. Read, they are `Groups`.
         rounding: how codes are chosen, e.g. `rounding.GPTQ()`.
         compensation: what makes up for the error that is left, `LoRC(rank)`, or None.
         activations: how the inputs of the weight's products are quantized, `Activations(grid)`, or
@@ -46,17 +48,17 @@ class Scheme:
 
     Raises:
         ValueError: `grid`, `compensation`, `activations` or a transform is something else.
-        PlanError: `activations` ask for a product of integers that grid and blocks do not have; a
+        PlanError: `activations` ask for a product of integers that grid and groups do not have; a
             transform refuses these.
 
     Example:
         >>> from jquant.grids import Uniform
-        >>> Scheme(Uniform(4), 64).blocks
-        Blocks(axis='in', size=64)
+        >>> Scheme(Uniform(4), 64).groups
+        Groups(axis='in', size=64)
     """
 
     grid: Grid
-    blocks: Blocks | int | None = None
+    groups: Groups | int | None = None
     rounding: Rounding = Nearest()
     compensation: LoRC | None = None
     activations: Activations | None = None
@@ -69,10 +71,9 @@ class Scheme:
                 "Scheme.grid must be a grid, as grids.Uniform(4), grids.MX() or grids.NF4 are, got "
                 f"{self.grid!r}" + ("; call it" if callable(self.grid) else "")
             )
-        if self.blocks is None:
-            object.__setattr__(self, "blocks", Blocks("in", getattr(self.grid, "group", None)))
-        elif not isinstance(self.blocks, Blocks):
-            object.__setattr__(self, "blocks", Blocks("in", self.blocks))
+        if not isinstance(self.groups, Groups):
+            size = getattr(self.grid, "group", None) if self.groups is None else self.groups
+            object.__setattr__(self, "groups", Groups("in", size))
         if not isinstance(self.compensation, LoRC | None):
             raise ValueError(
                 f"Scheme.compensation must be a jq.LoRC or None, got {self.compensation!r}"
@@ -87,7 +88,7 @@ class Scheme:
                 f"{self.transforms!r}"
             )
         for part in self.parts:
-            part.check(self.grid, self.groups)
+            part.check(self.grid, self.grouping)
 
     def __repr__(self) -> str:
         """As it is made, transforms left out where there are none."""
@@ -95,10 +96,10 @@ class Scheme:
         return f"Scheme({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @property
-    def groups(self) -> Blocks:
-        """The blocks, as `Blocks`."""
-        assert isinstance(self.blocks, Blocks)
-        return self.blocks
+    def grouping(self) -> Groups:
+        """The field `groups`, which may be given as a size, by its type when it is read."""
+        assert isinstance(self.groups, Groups)
+        return self.groups
 
     @property
     def needs(self) -> frozenset[str]:
@@ -142,9 +143,16 @@ keep = Keep()
 
 @dataclass(frozen=True)
 class Plan(Mapping[str, Scheme]):
-    """Path → `Scheme` for every weight that is to be quantized, with what is known of the weights.
+    """Path → `Scheme` for every weight that is to be quantized.
 
-    Weights that are kept are in `weights` but not in the mapping.
+    Attributes:
+        schemes: the mapping.
+        weights: path → `Weight`, of the weights that are kept too.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> list(Plan({"w": Scheme(Uniform(4))}, {}))
+        ['w']
     """
 
     schemes: Mapping[str, Scheme]

@@ -30,15 +30,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
-from jquant import grids
-from jquant.axes.groups import Blocks
+from jquant import deprecated, grids
+from jquant.axes.groups import Groups
 from jquant.errors import PlanError
-from jquant.grids import MSE, Grid, MinMax, Params, Uniform, nearest
+from jquant.grids import MSE, Grid, GridParams, MinMax, Uniform, nearest
 from jquant.numerics.extremes import all_finite
 
 Granularity = Literal["token", "tensor", "static"]
-Path = Literal["auto", "integer", "simulated"]
-Way = Literal["integer", "float", "simulated"]
+Compute = Literal["auto", "integer", "fake_quant"]
+Way = Literal["integer", "float", "fake_quant"]
 
 
 @jax.tree_util.register_static
@@ -52,6 +52,10 @@ class Percentile:
 
     Raises:
         ValueError: `percent` is out of its set.
+
+    Example:
+        >>> Activations(Uniform(8), "static", range=Percentile(99.9)).range
+        Percentile(percent=99.9)
     """
 
     percent: float = 99.99
@@ -61,19 +65,26 @@ class Percentile:
             raise ValueError(f"Percentile.percent must be in (50, 100], got {self.percent!r}")
 
 
+@deprecated.keywords("Activations")
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Activations:
-    """How the inputs of a weight's matrix products are quantized: see the module.
+    """How the inputs of a weight's matrix products are quantized.
+
+    Inputs are rounded to nearest on a grid whose parameters fit a range, from the smallest to the
+    largest input. A token that holds NaN or infinity gives NaN, and leaves the others as they are.
 
     Args:
-        grid: of the inputs: `grids.Uniform`, or `grids.Float` without blocks of its own.
-        granularity: "token", "tensor" or "static". ZeroQuant's is "token".
+        grid: of the inputs: `grids.Uniform`, or `grids.Float` without groups of its own.
+        granularity: what has a range of its own. "token": each token, taken while the function
+            runs, so that a token's result does not depend on the others (ZeroQuant's, the default);
+            "tensor": all tokens of a call together, likewise; "static": each weight, from
+            calibration.
         range: of "static" alone: `MinMax()`, `MSE()`, or `Percentile(99.99)`. Default: MinMax.
-        path: "integer": `int8 × int8 → int32` products of codes, refused where grids or groups have
-            none; "simulated": inputs rounded, then multiplied with the decoded weight as ever;
-            "auto": integer where possible, else products of narrow floats where both grids have
-            exact ones (FP8), else simulated. All give the same up to the rounding of sums.
+        compute: "integer": `int8 × int8 → int32` products of codes, refused where grids or groups
+            have none; "fake_quant": float products of the rounded inputs and the decoded weight;
+            "auto": integers where possible, else products of narrow floats where both grids have
+            exact ones (FP8), else "fake_quant". Results differ by the rounding of sums alone.
 
     Raises:
         ValueError: an argument is out of its set, or they contradict each other.
@@ -86,10 +97,12 @@ class Activations:
     grid: Grid
     granularity: Granularity = "token"
     range: MinMax | MSE | Percentile = MinMax()
-    path: Path = "auto"
+    compute: Compute = "auto"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("granularity", Granularity), ("path", Path)):
+        compute = deprecated.current("Activations.compute", self.compute)
+        object.__setattr__(self, "compute", compute)
+        for name, allowed in (("granularity", Granularity), ("compute", Compute)):
             got = getattr(self, name)
             if got not in get_args(allowed):
                 raise ValueError(
@@ -111,17 +124,17 @@ class Activations:
         if not fine:
             raise ValueError(
                 "Activations.grid must be a grids.Uniform or a grids.Float, with range=MinMax() "
-                f"and without blocks of its own, got {grid!r}"
+                f"and without groups of its own, got {grid!r}"
             )
         if self.granularity == "static" and getattr(grid, "scale", "") is None:
             raise ValueError(
                 "Activations.granularity='static' is of grids with a scale; pass "
                 f"scale='float32', or granularity='token', got {grid!r}"
             )
-        if self.path == "integer" and not isinstance(grid, Uniform):
+        if self.compute == "integer" and not isinstance(grid, Uniform):
             raise ValueError(
-                f"Activations.path='integer' needs a grid of integers, grids.Uniform, got {grid!r};"
-                " pass path='auto'"
+                f"Activations.compute='integer' needs a grid of integers, grids.Uniform, got "
+                f"{grid!r}; pass compute='auto'"
             )
 
     @property
@@ -141,35 +154,35 @@ class Activations:
     def label(self) -> str:
         return f"inputs {type(self.grid).__name__} {self.grid.bits}b {self.granularity}"
 
-    def check(self, grid: Grid, blocks: Blocks) -> None:
-        """Refuse what `way` refuses."""
-        self.way(grid, blocks)
+    def check(self, grid: Grid, groups: Groups) -> None:
+        """Raise PlanError if no product is computed as `compute` says."""
+        self.way(grid, groups)
 
-    def way(self, grid: Grid, blocks: Blocks) -> Way:
-        """How products with a weight on `grid` in `blocks` are computed.
+    def way(self, grid: Grid, groups: Groups) -> Way:
+        """How products with a weight on `grid` in `groups` are computed.
 
         Raises:
-            PlanError: `path="integer"`, and there is no such product.
+            PlanError: `compute="integer"`, and there is no such product.
         """
-        if self.path == "simulated":
-            return "simulated"
-        way: Way = "simulated"
-        if blocks.axis == "in":
+        if self.compute == "fake_quant":
+            return "fake_quant"
+        way: Way = "fake_quant"
+        if groups.axis == "in":
             both = {_kind(self.grid), _kind(grid)}
-            way = "integer" if both == {"integer"} else "simulated" if None in both else "float"
-        if self.path == "integer" and way != "integer":
+            way = "integer" if both == {"integer"} else "fake_quant" if None in both else "float"
+        if self.compute == "integer" and way != "integer":
             why = (
                 f"{type(grid).__name__} has no integers"
-                if blocks.axis == "in"
+                if groups.axis == "in"
                 else "scales of groups along the output axis stand inside the sum"
             )
             raise PlanError(
-                f"Activations.path='integer' with a weight on {grid!r} in {blocks!r}: {why}; pass "
-                "grids.Uniform in blocks along the input axis, or path='auto'"
+                f"Activations.compute='integer' with a weight on {grid!r} in {groups!r}: {why}; "
+                "pass grids.Uniform in groups along the input axis, or compute='auto'"
             )
         return way
 
-    def fit(self, low: Float[Array, "*r"], high: Float[Array, "*r"]) -> Params:
+    def fit(self, low: Float[Array, "*r"], high: Float[Array, "*r"]) -> GridParams:
         """The grid's parameters for ranges `[low, high]`, one for each."""
         return self.grid.fit(jnp.stack([low, high], axis=-1).astype(jnp.float32))
 
@@ -191,8 +204,8 @@ def _kind(grid: Grid) -> str | None:
 
 
 def encode(
-    x: Float[Array, "*batch tokens in"], choice: Activations, static: Params | None
-) -> tuple[Integer[Array, "*batch tokens in"], Params, Float[Array, "*batch tokens"]]:
+    x: Float[Array, "*batch tokens in"], choice: Activations, static: GridParams | None
+) -> tuple[Integer[Array, "*batch tokens in"], GridParams, Float[Array, "*batch tokens"]]:
     """The codes of an input, int32, on the grid of its range.
 
     Args:
@@ -226,7 +239,7 @@ def encode(
 
 
 def rounded(
-    x: Float[Array, "*batch tokens in"], choice: Activations, static: Params | None
+    x: Float[Array, "*batch tokens in"], choice: Activations, static: GridParams | None
 ) -> Float[Array, "*batch tokens in"]:
     """The input as its codes say, float32; gradients pass as if nothing had been rounded.
 
@@ -237,7 +250,7 @@ def rounded(
     """
 
     @jax.custom_jvp
-    def run(x: Array, static: Params | None) -> Array:
+    def run(x: Array, static: GridParams | None) -> Array:
         codes, params, sound = encode(x, choice, static)
         return choice.grid.decode(codes, params) * sound[..., None]
 

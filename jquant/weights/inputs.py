@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jquant.grids.base import Params
+from jquant.grids.base import GridParams
 from jquant.weights.activations import Activations, rounded
 from jquant.weights.parts import Part
 
@@ -26,7 +26,7 @@ class Inputs:
     """
 
     choice: Activations = field(metadata={"static": True})
-    params: Params | None = None
+    params: GridParams | None = None
 
     @property
     def alters(self) -> bool:
@@ -65,7 +65,7 @@ class Inputs:
             raise ValueError("ranges of inputs do not fit their grid")
         if whole is None:
             return
-        self.choice.check(whole.grid, whole.blocks)
+        self.choice.check(whole.grid, whole.groups)
         batch = whole.codes.shape[:-2]
         if any(leaf.shape != batch for leaf in jax.tree.leaves(self.params)):
             raise ValueError(f"its inputs' ranges do not fit codes {whole.codes.shape}")

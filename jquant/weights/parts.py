@@ -27,7 +27,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
-from jquant.axes.groups import Blocks
+from jquant.axes.groups import Groups
 from jquant.grids.base import Grid
 
 
@@ -94,7 +94,7 @@ class Choice(Protocol):
         """The choice in a few words, as reports show it."""
         ...
 
-    def check(self, grid: Grid, blocks: Blocks) -> None:
+    def check(self, grid: Grid, groups: Groups) -> None:
         """Refuse grids and groups that the part cannot be of.
 
         Raises:
@@ -113,7 +113,7 @@ class Transform(Protocol):
     @property
     def label(self) -> str: ...
 
-    def check(self, grid: Grid, blocks: Blocks) -> None: ...
+    def check(self, grid: Grid, groups: Groups) -> None: ...
 
     def apart(
         self, w: Float[Array, "*batch out in"], evidence: Any

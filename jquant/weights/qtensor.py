@@ -2,7 +2,7 @@
 
 `QTensor` holds integer codes `[*batch, out, in]` in the narrowest JAX type (XLA packs int2 and int4
 on every backend; `nbytes` does not know), and the grid's parameters per group. Static: the grid,
-the blocks, the layout that leads back to the original array, and the dtype it had. None of them
+the groups, the layout that leads back to the original array, and the dtype it had. None of them
 stores a batch size, so a `QTensor` may be sliced by `scan`, `vmap` or `jax.tree.map(lambda a: a[0],
 q)`. Codes of 2 bits are joined by `packed.joined` and never as they are. A weight with a low-rank
 `compensation` stands for the sum of both; its factors have the same batch axes, so they are sliced
@@ -24,9 +24,10 @@ from jax.sharding import NamedSharding
 from jax.tree_util import GetAttrKey
 from jaxtyping import Array, Float, Integer
 
-from jquant.axes.groups import Blocks
+from jquant import deprecated
+from jquant.axes.groups import Groups
 from jquant.axes.layout import Layout
-from jquant.grids.base import Grid, Params
+from jquant.grids.base import Grid, GridParams
 from jquant.grids.grouped import Grouped
 from jquant.numerics.distortion import bits_per_weight
 from jquant.numerics.narrow import as_dtype
@@ -38,20 +39,31 @@ from jquant.weights.refusal import no_array
 _CHILDREN = ("codes", "params", "compensation", "activations")
 
 
+@deprecated.keywords("QTensor")
 @no_array
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
 class QTensor:
     """A weight on a grid. `shape`, `ndim` and `dtype` are those of the array it stands for.
 
-    Used as an array itself it raises `QuantizedWeightError`, a `TypeError`: `apply` runs a function
-    on it, `dequantize` gives the array.
+    A `QTensor` used as an array raises `QuantizedWeightError`, a `TypeError`: `apply` runs a
+    function on it, `dequantize` gives the array.
+
+    Attributes:
+        codes: `[*batch, out, in]`, in the narrowest integer dtype that holds the grid's codes.
+        params: the grid's parameters, leaves `[*batch, rows, n]` or `[*batch, rows, n, k]`: n
+            groups in each of the rows, which are `out` for groups along "in", else `in`.
+        grid, groups, layout: how values, groups and the array's own axes are made of these.
+        dtype: of the array.
+        compensation: a low-rank term that is added to the values, or None.
+        activations: how the inputs of its products are quantized, or None.
+        transforms: other parts of the weight, in the order in which they were taken off.
     """
 
     codes: Integer[Array, "*batch out in"]
-    params: Params
+    params: GridParams
     grid: Grid = field(metadata={"static": True})
-    blocks: Blocks = field(metadata={"static": True})
+    groups: Groups = field(metadata={"static": True})
     layout: Layout = field(metadata={"static": True})
     dtype: Any = field(metadata={"static": True})
     compensation: LowRank | None = None
@@ -82,14 +94,14 @@ class QTensor:
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
         children = [(GetAttrKey(name), getattr(self, name)) for name in _CHILDREN]
         children += [(GetAttrKey(f"transforms_{k}"), t) for k, t in enumerate(self.transforms)]
-        return children, (self.grid, self.blocks, self.layout, self.dtype)
+        return children, (self.grid, self.groups, self.layout, self.dtype)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], children: Sequence[Any]) -> QTensor:
         codes, params, compensation, activations, *transforms = children
-        grid, blocks, layout, dtype = static
+        grid, groups, layout, dtype = static
         parts = compensation, activations, tuple(transforms)
-        return cls(codes, params, grid, blocks, layout, dtype, *parts)
+        return cls(codes, params, grid, groups, layout, dtype, *parts)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -185,7 +197,7 @@ def tree_map_weights(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def canonical_weight(q: QTensor) -> Float[Array, "*batch out in"]:
     """The array a `QTensor` stands for in its canonical view, float32."""
-    values = Grouped(q.grid, q.blocks).decode(q.codes, q.params)
+    values = Grouped(q.grid, q.groups).decode(q.codes, q.params)
     for part in q.parts:
         values = part.weight(values)
     return values
@@ -223,7 +235,7 @@ def placed(q: QTensor, like: Any) -> QTensor:
     if entries is None:
         return q
     *batch, rows, inner = q.layout.canonical_marks(entries)
-    groups = (rows, inner) if q.blocks.axis == "in" else (inner, rows)
+    groups = (rows, inner) if q.groups.axis == "in" else (inner, rows)
 
     def put_as(marks: Sequence[Any]) -> Callable[[Array], Array]:
         return lambda leaf: put(leaf, like.sharding.mesh, marks)
@@ -237,10 +249,10 @@ def placed(q: QTensor, like: Any) -> QTensor:
 
 
 def dequantize(qparams: Any) -> Any:
-    """Every `QTensor` of a pytree as the array it stands for; other leaves are left as they are.
+    """The pytree with an array in place of every `QTensor`; other leaves are left as they are.
 
-    Quantized inputs are nothing of a weight's: `fn(dequantize(qparams), x)` has them in full
-    precision, `apply(fn)(qparams, x)` has not.
+    The arrays say nothing of quantized inputs: `fn(dequantize(qparams), x)` takes x in full
+    precision, where `apply(fn)(qparams, x)` rounds what enters the weights that ask for it.
 
     Example:
         >>> import jquant as jq
@@ -268,7 +280,7 @@ def weight_bits(q: QTensor) -> float:
         >>> layout = Layout.of((4, 8), in_axes=(1,))
         >>> params = {"scale": jnp.ones((4, 1), jnp.float16)}
         >>> low = LowRank(jnp.ones((4, 1), jnp.float16), jnp.ones((1, 8), jnp.float16))
-        >>> q = QTensor(jnp.zeros((4, 8), jnp.int4), params, Uniform(4, True), Blocks(), layout,
+        >>> q = QTensor(jnp.zeros((4, 8), jnp.int4), params, Uniform(4, True), Groups(), layout,
         ...             jnp.dtype("float32"), low)
         >>> weight_bits(q)  # 4, a float16 for 8 of them, 12 float16 for 32 of them
         12.0
@@ -304,7 +316,7 @@ def weight_bytes(q: QTensor) -> int:
     Example:
         >>> from jquant.grids import Uniform
         >>> params = {"scale": jnp.ones((1, 1), jnp.float16)}
-        >>> q = QTensor(jnp.zeros((1, 3), jnp.int4), params, Uniform(3, True), Blocks(),
+        >>> q = QTensor(jnp.zeros((1, 3), jnp.int4), params, Uniform(3, True), Groups(),
         ...             Layout.of((1, 3), in_axes=(1,)), jnp.dtype("float32"))
         >>> weight_bytes(q)  # 9 bits of codes, 16 of the scale
         4
