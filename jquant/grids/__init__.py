@@ -3,6 +3,7 @@
 from jquant.grids.base import Grid, Params, code_dtype, nearest
 from jquant.grids.codebook import AF4, NF4, Codebook
 from jquant.grids.floating import MX, NV, Float
+from jquant.grids.gguf import GGUF
 from jquant.grids.hqq import HQQ
 from jquant.grids.kmeans import KMeans
 from jquant.grids.power import Power
@@ -11,6 +12,7 @@ from jquant.grids.uniform import Uniform
 
 __all__ = [
     "AF4",
+    "GGUF",
     "HQQ",
     "MSE",
     "MX",

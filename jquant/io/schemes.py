@@ -4,7 +4,8 @@ A choice is a frozen dataclass of plain values, so it is written as `{"ClassName
 a tuple as a list, a dtype as `{"dtype": name}`, and scalars as they are. Reading looks the name up
 in a fixed table (the grids jquant exports, the classes of `axes/` and `weights/activations.py`): a
 file can name a class only if it stands there, and can only call it with values of the kinds above.
-Every field is written, defaults too, so a file means the same when a default changes.
+Every field is written, defaults too, so a file means the same when a default changes; but for those
+that a class has got later (`ADDED`), whose value in older files is known.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from jquant.axes.layout import Factor, Layout
 from jquant.errors import CheckpointError, near
 from jquant.io.leaves import JAX_DTYPES
 from jquant.weights.activations import Activations, Percentile
+
+# Fields that files of version 1 may lack, with what they mean then.
+ADDED: Mapping[str, Mapping[str, Any]] = {"Float": {"negative_zero": False}}
 
 FLOATS = tuple(name for name, dtype in JAX_DTYPES.items() if jnp.issubdtype(dtype, jnp.floating))
 
@@ -59,7 +63,10 @@ def to_json(value: Any) -> Any:
         return {"dtype" if isinstance(value, np.dtype) else "scalar": jnp.dtype(value).name}
     kind = type(value)
     if classes().get(kind.__name__) is kind:
-        return {kind.__name__: {name: to_json(getattr(value, name)) for name in _fields(kind)}}
+        added = ADDED.get(kind.__name__, {})
+        fields = {name: getattr(value, name) for name in _fields(kind)}
+        said = {n: to_json(v) for n, v in fields.items() if n not in added or added[n] != v}
+        return {kind.__name__: said}
     if isinstance(value, tuple) and kind is tuple:
         return [to_json(item) for item in value]
     raise ValueError(
@@ -89,6 +96,7 @@ def from_json(data: Any) -> Any:
     if name not in classes() or not isinstance(value, dict):
         raise _no_class(name)
     kind = classes()[name]
+    value = {**ADDED.get(name, {}), **value}
     if set(value) != set(_fields(kind)):
         raise CheckpointError(
             f"{name} has the fields {list(_fields(kind))}, the file has {sorted(value)[:16]}"
