@@ -11,7 +11,7 @@ state. Weights are `[out, in]`, as checkpoints have them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -25,6 +25,7 @@ from jquant.grids import Float, Grid, Uniform
 from jquant.io.leaves import within
 from jquant.numerics.packed import whole_bytes
 from jquant.trees.lazy import Lazy, Window, read
+from jquant.weights.inputs import Inputs
 from jquant.weights.qtensor import QTensor
 
 Shape = tuple[int, int]  # (out, in)
@@ -190,8 +191,9 @@ class Codec:
         return not getattr(self.storage, "ragged", False)
 
     def _check_held(self, q: QTensor) -> None:
-        if q.parts:
-            kinds = ", ".join(type(part).__name__ for part in q.parts)
+        # How inputs are quantized is said elsewhere in a checkpoint, if it is.
+        if parts := [part for part in q.parts if not isinstance(part, Inputs)]:
+            kinds = ", ".join(type(part).__name__ for part in parts)
             raise self._refusal(f"parts besides the codes ({kinds})", "codes and parameters alone")
         if q.codes.ndim != 2 or len(q.shape) != 2:
             raise self._refusal(
@@ -232,8 +234,3 @@ def plain(array: np.ndarray) -> np.ndarray:
 
 
 _SMALL = ("int2", "int4", "uint2", "uint4")
-
-
-def turned(q: QTensor) -> QTensor:
-    """A weight `[out, in]` as the kernel `[in, out]`, with the same codes."""
-    return replace(q, layout=Layout.of(q.shape[::-1], in_axes=(0,)))

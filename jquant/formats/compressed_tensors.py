@@ -20,7 +20,7 @@ from typing import Literal
 from jquant.axes.groups import Blocks
 from jquant.errors import FormatError
 from jquant.formats.base import Codec
-from jquant.formats.by_tensor import ByTensor, Row, Size, WeightShape
+from jquant.formats.by_tensor import ByTensor, GroupIndex, Row, Size, WeightShape
 from jquant.formats.steps import (
     Patterns,
     Repeated,
@@ -44,6 +44,7 @@ def pack_quantized(
     group: int | None = 128,
     symmetric: bool = True,
     scale_dtype: str = "bfloat16",
+    index: bool = False,
 ) -> Codec:
     """The codec of `pack-quantized`: `weight_packed`, `weight_scale`, `weight_shape`, and of
     asymmetric weights `weight_zero_point`.
@@ -54,6 +55,7 @@ def pack_quantized(
         group: inputs that share a scale, for "group" alone.
         symmetric: whether there are no zero points.
         scale_dtype: "float32", "float16" or "bfloat16".
+        index: whether there is a tensor `weight_g_idx`; it must be in order.
 
     Raises:
         FormatError: an argument is out of its set, or they contradict each other.
@@ -77,7 +79,8 @@ def pack_quantized(
         else:
             zero = (Transposed(), Stream(bits), Transposed())
         rows.append(Row("zero", "weight_zero_point", sizes, dtype, zero))
-    return _codec("pack-quantized", grid, groups, rows, told=(WeightShape(),))
+    told = (WeightShape(), *((GroupIndex(group, "weight_g_idx"),) if index else ()))
+    return _codec("pack-quantized", grid, groups, rows, told=told)
 
 
 def int_quantized(
