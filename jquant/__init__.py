@@ -8,7 +8,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from jquant import allocation, deprecated, errors, evaluate, grids, io, rounding
+from jquant import allocation, deprecated, errors, evaluate, formats, grids, io, rounding
 from jquant.allocation import plan
 from jquant.arithmetic import distances, emulate
 from jquant.axes import Groups, Layout
@@ -62,6 +62,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "find_weights",
+    "formats",
     "grids",
     "io",
     "keep",

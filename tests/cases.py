@@ -9,7 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.axes.groups import Groups
-from jquant.grids import AF4, HQQ, MSE, MX, NF4, NV, Codebook, Float, Grid, KMeans, Power, Uniform
+from jquant.grids import (
+    AF4,
+    GGUF,
+    HQQ,
+    MSE,
+    MX,
+    NF4,
+    NV,
+    Codebook,
+    Float,
+    Grid,
+    KMeans,
+    Power,
+    Uniform,
+)
 from jquant.rounding import (
     GPTQ,
     NUPES,
@@ -64,7 +78,10 @@ TABLES: dict[str, Grid] = {
     "kmeans-7": KMeans(7, iterations=3),
     "codebook-97": Codebook(tuple(float(k * abs(k)) for k in range(-48, 49))),
 }
-GRIDS: dict[str, Grid] = {**UNIFORM, **FLOATING, **POWER, **TABLES}
+BLOCK_TYPES: dict[str, Grid] = {
+    f"gguf-{kind}": GGUF(kind) for kind in ("Q4_1", "Q2_K", "Q3_K", "Q4_K", "Q6_K")
+}
+GRIDS: dict[str, Grid] = {**UNIFORM, **FLOATING, **POWER, **TABLES, **BLOCK_TYPES}
 
 ROUNDINGS: dict[str, Rounding] = {
     "nearest": Nearest(),

@@ -276,7 +276,7 @@ def edited(folder: Path, **changes: Any) -> None:
         (dict(model_type=...), r"model_type is missing"),
         (dict(hidden_act="gelu"), r"hidden_act"),
         (dict(mlp_bias=True), r"mlp_bias"),
-        (dict(quantization_config={"bits": 4}), r"quantization_config"),
+        (dict(quantization_config={"bits": 4}), r"quantization_config.quant_method"),
         (dict(sliding_window=16), r"sliding_window = '16'"),
         (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1.0}), r"rope_type = 'yarn'"),
         (dict(rope_parameters={"full_attention": {}}), r"rope_parameters"),

@@ -18,7 +18,7 @@ from jquant.rounding import Nearest
 PRODUCT = [
     *((r, "A1-4", b) for r, b in itertools.product(ROUNDINGS, BLOCKS)),
     *(("nearest", g, "in-ragged") for g in GRIDS),
-    *(("gptq", g, "in-8") for g in ("A1-4-mse", "A3-3", "S1-4", "S3-5-bf16")),
+    *(("gptq", g, "in-8") for g in ("A1-4-mse", "A3-3", "S1-4", "S3-5-bf16", "gguf-Q4_K")),
     *itertools.product(LEARNED, ("A4-4-hqq", "nv", "power-4", "nf4", "kmeans-2-bf16"), ("in-8",)),
 ]
 

@@ -21,6 +21,7 @@ RANKS = (
     ("weights", "arithmetic"),
     ("calibration", "inference"),
     ("rounding", "io", "evaluate"),
+    ("formats",),
     ("schemes", "models"),
     ("layerwise",),
     ("learning",),

@@ -6,6 +6,7 @@ from jquant import deprecated
 from jquant.grids.base import Grid, GridParams, code_dtype, nearest
 from jquant.grids.codebook import AF4, NF4, Codebook
 from jquant.grids.floating import MX, NV, Float
+from jquant.grids.gguf import GGUF
 from jquant.grids.hqq import HQQ
 from jquant.grids.kmeans import KMeans
 from jquant.grids.power import Power
@@ -14,6 +15,7 @@ from jquant.grids.uniform import Uniform
 
 __all__ = [
     "AF4",
+    "GGUF",
     "HQQ",
     "MSE",
     "MX",

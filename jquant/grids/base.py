@@ -101,6 +101,22 @@ def shares(grid: Grid) -> bool:
     return any(leaf.shape[:2] != groups for leaf in jax.tree.leaves(fitted))
 
 
+def spread(grid: Grid, params: GridParams) -> GridParams:
+    """The parameters, with a number for every group where the grid keeps one for several.
+
+    Axes of size one stay.
+
+    Example:
+        >>> from jquant.grids import GGUF
+        >>> grid = GGUF("Q4_K")
+        >>> params = grid.fit(jnp.ones((16, 32)))
+        >>> params["scale"].shape, spread(grid, params)["scale"].shape
+        ((2,), (16,))
+    """
+    own = getattr(grid, "spread", None)
+    return params if own is None else own(params)
+
+
 def code_dtype(grid: Grid) -> jnp.dtype:
     """The narrowest JAX integer type that holds the grid's codes; XLA packs the sub-byte ones."""
     lo, hi = grid.codes

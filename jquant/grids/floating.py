@@ -60,6 +60,8 @@ class Float:
             compressed-tensors does), "ceil" the least that clips nothing.
         range: `MinMax()`, or `MSE()` to search for a scale that clips on purpose.
         group: the group size that a `Scheme` without groups takes.
+        negative_zero: whether there is a code for -0, below the smallest number's. Files have it,
+            rounding never chooses it.
 
     Raises:
         ValueError: an argument is out of its set, or they contradict each other.
@@ -83,6 +85,7 @@ class Float:
     scale_rule: Rule = "floor"
     range: MinMax | MSE = MinMax()
     group: int | None = None
+    negative_zero: bool = False
 
     def __post_init__(self) -> None:
         row = self.format
@@ -92,6 +95,9 @@ class Float:
         require.one_of("Float.scale", self.scale, (None, *SCALES))
         require.one_of("Float.scale_rule", self.scale_rule, get_args(Rule))
         require.made_by("Float.range", self.range, MinMax, MSE)
+        require.boolean("Float.negative_zero", self.negative_zero)
+        if self.negative_zero and not self.signed:
+            raise ValueError("Float.negative_zero=True has no sign to be of; pass signed=True")
         size = self.group
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"Float.group must be a positive int or None, got {size!r}")
@@ -123,7 +129,7 @@ class Float:
     def codes(self) -> tuple[int, int]:
         """The smallest and the largest code, both included."""
         top = self.format.top
-        return -top if self.signed else 0, top
+        return -top - self.negative_zero if self.signed else 0, top
 
     def round(self, x: Real[Array, "*s"]) -> Real[Array, "*s"]:
         """Every number as the nearest one of the format, ties to even; the scale has no part.
@@ -180,7 +186,9 @@ class Float:
         if self.scale is None:
             return None  # not 1: dividing by it would flush float32's subnormals to zero
         scale = params["scale"].astype(jnp.float32)
-        return (scale * params["tensor"] if self.scale == "e4m3" else scale)[..., None]
+        if "divisor" in params:  # a file may keep one, whose inverse is no float32
+            scale = scale / params["divisor"]
+        return (scale * params["tensor"] if "tensor" in params else scale)[..., None]
 
     def _numbers(self, w: Real[Array, "*g b"], params: GridParams) -> Float32[Array, "*g b"]:
         w, scale = w.astype(jnp.float32), self._scale(params)
@@ -213,10 +221,17 @@ class Float:
 
     def decode(self, codes: Integer[Array, "*g b"], params: GridParams) -> Float32[Array, "*g b"]:
         """`scale * number`, float32."""
-        codes, scale = codes.astype(jnp.int32), self._scale(params)
-        value = self.format.magnitude(jnp.abs(codes))
-        value = jnp.where(codes < 0, -value, value)
+        value, scale = self.numbers(codes), self._scale(params)
         return value if scale is None else scale * value
+
+    def numbers(self, codes: Integer[Array, "*s"]) -> Float32[Array, "*s"]:
+        """The numbers of the format that codes of any integer type stand for, float32."""
+        codes = codes.astype(jnp.int32)
+        rank = jnp.abs(codes)
+        if self.negative_zero:
+            rank = jnp.where(rank > self.format.top, 0, rank)
+        value = self.format.magnitude(rank)
+        return jnp.where(codes < 0, -value, value)
 
 
 def MX(

@@ -4,7 +4,8 @@ A choice is a frozen dataclass of plain values, so it is written as `{"ClassName
 a tuple as a list, a dtype as `{"dtype": name}`, and scalars as they are. Reading looks the name up
 in a fixed table (the grids jquant exports, the classes of `axes/` and `weights/activations.py`): a
 file can name a class only if it stands there, and can only call it with values of the kinds above.
-Every field is written, defaults too, so a file means the same when a default changes.
+Every field is written, defaults too, so a file means the same when a default changes; but for those
+that a class has got later (`ADDED`), whose value in older files is known.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ _WORDS = {
     "Groups": "Blocks", "groups": "blocks", "compute": "path", "fake_quant": "simulated",
 }  # fmt: skip
 _NAMES = {word: name for name, word in _WORDS.items()}
+
+# Fields that files of version 1 may lack, with what they mean then.
+ADDED: Mapping[str, Mapping[str, Any]] = {"Float": {"negative_zero": False}}
 
 FLOATS = tuple(name for name, dtype in JAX_DTYPES.items() if jnp.issubdtype(dtype, jnp.floating))
 
@@ -74,7 +78,10 @@ def to_json(value: Any) -> Any:
     kind = type(value)
     name = word(kind.__name__)
     if classes().get(name) is kind:
-        return {name: {word(field): to_json(getattr(value, field)) for field in _fields(kind)}}
+        added = ADDED.get(name, {})
+        fields = {field: getattr(value, field) for field in _fields(kind)}
+        told = {f: v for f, v in fields.items() if f not in added or added[f] != v}
+        return {name: {word(field): to_json(own) for field, own in told.items()}}
     if isinstance(value, tuple) and kind is tuple:
         return [to_json(item) for item in value]
     raise ValueError(
@@ -104,6 +111,7 @@ def from_json(data: Any) -> Any:
     if name not in classes() or not isinstance(value, dict):
         raise _no_class(name)
     kind = classes()[name]
+    value = {**ADDED.get(name, {}), **value}
     names = {word(field): field for field in _fields(kind)}
     if set(value) != set(names):
         raise CheckpointError(

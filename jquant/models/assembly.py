@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from jquant.errors import CheckpointError, near
+from jquant.models.coded import Leaf, cast, checked, kernel, stacked
 from jquant.models.config import DecoderConfig
-from jquant.trees.lazy import Lazy, stack
 
 Format = Literal["gguf", "hf"]
 
@@ -160,15 +160,15 @@ class Checkpoint(NamedTuple):
         form: whose names they have.
         origin: what to call the checkpoint in errors.
         shapes: name to shape of every tensor.
-        tensor: gives one tensor as float32, as stored (`[out, in]`), rows in rotary half-split
-            order.
+        tensor: gives one tensor as float32, or as codes, as stored (`[out, in]`), rows in rotary
+            half-split order.
         norm_offset: what to add to the stored scales of norms.
     """
 
     form: Format
     origin: str
     shapes: Mapping[str, tuple[int, ...]]
-    tensor: Callable[[str], Lazy]
+    tensor: Callable[[str], Leaf]
     norm_offset: float = 0.0
 
 
@@ -179,13 +179,14 @@ def assemble(
     scan_layers: bool = False,
     param_dtype: str = "float32",
 ) -> dict[str, Any]:
-    """The parameters of `Decoder(config, scan_layers)`, every leaf `Lazy`.
+    """The parameters of `Decoder(config, scan_layers)`, every leaf `Lazy`, also inside a `QTensor`.
 
     A window of a stack reads only its layers' tensors. Reading a leaf raises `CheckpointError` if
     a tensor holds NaN or infinity.
 
     Raises:
-        CheckpointError: a tensor is missing, misshapen or left over.
+        CheckpointError: a tensor is missing, misshapen or left over, or layers that are to be
+            stacked are quantized differently.
     """
     form, origin, shapes, tensor, offset = checkpoint
     left = dict(shapes)
@@ -208,39 +209,29 @@ def assemble(
             f"{origin}: {len(left)} tensors that this decoder has no place for, such as "
             f"{min(left)!r}; the model is of another architecture than its configuration says"
         )
-    leaves: dict[str, list[Lazy]] = {}
-    experts: list[Lazy] = []
+    leaves: dict[str, list[Leaf]] = {}
+    experts: list[Leaf] = []
     dtype = jax.dtypes.canonicalize_dtype(param_dtype)
     for source in needed:
-        leaf = _finite(tensor(source.name), f"{origin}: tensor {source.name!r}")
-        leaf = leaf.mT if source.leaf.endswith("/kernel") else leaf
+        leaf = checked(tensor(source.name), f"{origin}: tensor {source.name!r}")
+        leaf = kernel(leaf) if source.leaf.endswith("/kernel") else leaf
         if offset and source.leaf.endswith("/scale"):
             leaf = leaf.map(lambda scale: scale + np.float32(offset), leaf.dtype, f"+ {offset}")
-        leaf = leaf.astype(dtype)
+        leaf = cast(leaf, dtype)
         if source.expert is not None:
             experts.append(leaf)
             if source.expert < config.experts - 1:
                 continue
-            leaf, experts = stack(experts), []
+            leaf, experts = stacked(experts, f"{origin}: {source.leaf}"), []
         path = source.leaf
         if not scan_layers:
             path = path.replace("layers/", f"layers/{source.layer}/", 1)
         leaves.setdefault(path, []).append(leaf)
+    stacks = {path: scan_layers and path.startswith("layers/") for path in leaves}
     return _nested({
-        path: stack(parts) if scan_layers and path.startswith("layers/") else parts[0]
+        path: stacked(parts, f"{origin}: {path}") if stacks[path] else parts[0]
         for path, parts in leaves.items()
     })  # fmt: skip
-
-
-def _finite(leaf: Lazy, what: str) -> Lazy:
-    """The leaf, refused when it is read if a value is none."""
-
-    def check(value: np.ndarray) -> np.ndarray:
-        if not np.isfinite(value).all():
-            raise CheckpointError(f"{what} holds NaN or infinity")
-        return value
-
-    return leaf.map(check, leaf.dtype, "finite")
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:

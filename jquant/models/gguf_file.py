@@ -24,11 +24,14 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from jquant.errors import CheckpointError
-from jquant.io.files import FileState
+from jquant.formats import gguf
+from jquant.formats.block_types import KINDS, TENSOR
+from jquant.io.files import FileState, naming
 from jquant.trees.lazy import Lazy, Window, span
+from jquant.weights.qtensor import QTensor
 
 VERSIONS = (2, 3)
 # No vocabulary, merge list or network comes near these; a larger count is an attack or damage.
@@ -39,6 +42,7 @@ _SCALARS = {  # GGUF value type to the struct format of its little-endian bytes
     12: "<d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
+_NUMBERS = tuple(GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16"))
 
 
 @dataclass(frozen=True)
@@ -76,16 +80,45 @@ class GGUFFile:
             info.shape, np.dtype(np.float32), read, f"{self.state.identity}, tensor {name!r}"
         )
 
-    def _rows(self, info: TensorInfo, window: Window) -> Float[np.ndarray, " ..."]:
-        """A window along all axes but the innermost, along which blocks run."""
-        row = info.nbytes // math.prod(info.shape[:-1])
-        first, block, inner = span((*info.shape[:-1], row), (*window, slice(0, row)))
+    def codes(self, name: str) -> Lazy | QTensor:
+        """The tensor `name` as a weight of lazy codes; as `tensor` has it if it is not quantized.
+
+        Raises:
+            CheckpointError: its type has no codec.
+        """
+        info = self.tensors[name]
+        if info.kind in _NUMBERS or len(info.shape) != 2:
+            return self.tensor(name)
+        if info.kind.name not in KINDS:
+            raise CheckpointError(
+                f"tensor {name!r} has type {info.kind.name}, which cannot be kept as codes; kept "
+                f"are {', '.join(KINDS)}; pass quantized='dequantize'"
+            )
+        stored = (info.shape[0], info.nbytes // info.shape[0])
+
+        def read(window: Window) -> np.ndarray:
+            return self._bytes(info, window, stored)
+
+        identity = f"{self.state.identity}, tensor {name!r}"
+        return gguf(info.kind.name).lazy({TENSOR: Lazy(stored, np.dtype(np.uint8), read, identity)})
+
+    def _bytes(
+        self, info: TensorInfo, window: Window, stored: tuple[int, ...]
+    ) -> UInt8[np.ndarray, " ..."]:
+        """A window of a tensor's bytes, rows of which `stored` has."""
+        first, block, inner = span(stored, window)
         with self.state.open() as file:
             raw = np.empty(block, np.uint8)
             file.seek(info.start + first)
             if file.readinto(raw.data) != raw.size:
                 raise CheckpointError(f"tensor {info.name!r}: the file ended while it was read")
-            raw = np.ascontiguousarray(raw[inner])
+        return np.ascontiguousarray(raw[inner])
+
+    def _rows(self, info: TensorInfo, window: Window) -> Float[np.ndarray, " ..."]:
+        """A window along all axes but the innermost, along which blocks run."""
+        row = info.nbytes // math.prod(info.shape[:-1])
+        raw = self._bytes(info, (*window, slice(0, row)), (*info.shape[:-1], row))
+        with naming(self.state.path):
             if info.kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
                 dtype = "<f4" if info.kind == GGMLQuantizationType.F32 else "<f2"
                 return raw.view(dtype).astype(np.float32)

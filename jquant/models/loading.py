@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import huggingface_hub
 import numpy as np
@@ -19,8 +20,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from jquant.errors import CheckpointError
-from jquant.io.files import FileState
+from jquant.formats.base import Spec
+from jquant.formats.config import quantized_modules
+from jquant.io.files import FileState, naming
 from jquant.models.assembly import Checkpoint, assemble
+from jquant.models.coded import Leaf, dequantized, in_halves, tensors_of
 from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf, from_hf
 from jquant.models.decoder import Decoder
 from jquant.models.families import GGUF, HF
@@ -28,6 +32,9 @@ from jquant.models.gguf_file import GGUFFile, read_gguf
 from jquant.models.quantized import CHECKPOINT, is_quantized, load_quantized
 from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_from_hf, tokenizer_named
 from jquant.trees.lazy import Lazy, Window, realize
+from jquant.weights.inputs import Inputs
+
+Quantized = Literal["dequantize", "keep"]
 
 _DTYPES = ("F32", "F16", "BF16")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -41,6 +48,7 @@ def load(
     param_dtype: str = "float32",
     tokenizer: str | Path | None = None,
     lazy: bool = False,
+    quantized: Quantized = "dequantize",
 ) -> tuple[Decoder, dict[str, Any], Any]:
     """`(fn, params, tokenizer)` with `fn(params, tokens[B, T]) -> logits[B, T, V]` (float32).
 
@@ -55,6 +63,10 @@ def load(
         lazy: leave the parameters in their files: each leaf is a `Lazy`, and of a stack `[L, ...]`
             the window `[l]` reads one layer's tensor. Names and shapes are verified now, bytes when
             they are read; the files must stay as they are until then.
+        quantized: what becomes of weights that the checkpoint holds as codes: "dequantize" gives
+            the arrays they stand for, "keep" a `QTensor` each, with the codes and scales of the
+            file (see `jquant.formats`), to be run by `jquant.apply(fn)`. How inputs are quantized
+            is kept with them, and left out of arrays.
 
     Returns:
         The decoder, its parameters as a nested dict, and a `transformers` tokenizer; None in its
@@ -62,11 +74,14 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, incomplete or of an unsupported kind,
-            or no tokenizer is where `tokenizer` says.
+            or no tokenizer is where `tokenizer` says; or weights are to be kept whose format has no
+            codec, or whose layers are to be stacked and differ.
             Reading a lazy leaf raises it if the values are damaged, or the file has changed.
 
     Example: `fn, params, tokenizer = load("model.gguf", dtype="bfloat16")`
     """
+    if quantized not in get_args(Quantized):
+        raise ValueError(f"quantized must be one of {get_args(Quantized)}, got {quantized!r}")
     path = Path(source)
     if path.name == CHECKPOINT and path.is_file():
         path = path.parent
@@ -74,18 +89,20 @@ def load(
         return load_quantized(path, tokenizer, lazy=lazy)
     if path.is_file() and path.suffix in (".safetensors", ".json", ".bin", ".pth", ".pt"):
         raise CheckpointError(f"{source}: a file of a Hugging Face model; pass its folder")
+    keep = quantized == "keep"
     if path.is_file():
-        loaded = _load_gguf(path, scan_layers, dtype, param_dtype, tokenizer)
+        config, checkpoint, tokens = _open_gguf(path, tokenizer, keep)
     else:
         folder = path if path.is_dir() else _download(str(source))
-        loaded = _load_directory(folder, scan_layers, dtype, param_dtype, tokenizer)
-    fn, params, tokens = loaded
+        config, checkpoint, tokens = _open_directory(folder, tokenizer, keep)
+    params = assemble(config, checkpoint, scan_layers=scan_layers, param_dtype=param_dtype)
+    fn = Decoder(config, scan_layers, dtype)
     return fn, params if lazy else realize(params), tokens
 
 
-def _load_gguf(
-    path: Path, scan_layers: bool, dtype: str, param_dtype: str, tokenizer: str | Path | None
-) -> tuple[Decoder, dict[str, Any], Any]:
+def _open_gguf(
+    path: Path, tokenizer: str | Path | None, keep: bool
+) -> tuple[DecoderConfig, Checkpoint, Any]:
     file = read_gguf(path)
     try:
         if (parts := file.metadata.get("split.count", 1)) != 1:
@@ -97,11 +114,10 @@ def _load_gguf(
         )
     except CheckpointError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
-    fn = Decoder(config, scan_layers, dtype)
-    tensor = _unpermuted(file, config) if _is_permuted(file) else file.tensor
-    checkpoint = Checkpoint("gguf", path.name, shapes, tensor)
-    params = assemble(config, checkpoint, scan_layers=scan_layers, param_dtype=param_dtype)
-    return fn, params, tokens
+    tensor: Callable[[str], Leaf] = file.codes if keep else file.tensor
+    if _is_permuted(file):
+        tensor = _unpermuted(tensor, config)
+    return config, Checkpoint("gguf", path.name, shapes, tensor), tokens
 
 
 def _rope_tensors(file: GGUFFile, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -121,39 +137,85 @@ def _is_permuted(file: GGUFFile) -> bool:
     return dialect is not None and dialect.permuted
 
 
-def _unpermuted(file: GGUFFile, config: DecoderConfig) -> Callable[[str], Lazy]:
+def _unpermuted(tensors: Callable[[str], Leaf], config: DecoderConfig) -> Callable[[str], Leaf]:
     """The tensors of a file with llama.cpp's reordering of the rows of q and k undone.
 
     For this architecture llama.cpp rotates neighbouring channels (2i, 2i+1) where the decoder
     rotates halves (i, i + d/2), and its converter sorts the rows of each head to match.
     """
 
-    def tensor(name: str) -> Lazy:
-        stored = file.tensor(name)
-        stem = name.rsplit(".", 2)[1]
+    def tensor(name: str) -> Leaf:
+        stored, stem = tensors(name), name.rsplit(".", 2)[1]
         if stem not in ("attn_q", "attn_k"):
             return stored
-        heads = config.heads if stem == "attn_q" else config.kv_heads
-
-        def read(window: Window) -> np.ndarray:
-            pairs = stored[...].reshape(heads, config.head_dim // 2, 2, *stored.shape[1:])
-            return pairs.swapaxes(1, 2).reshape(stored.shape)[window]
-
-        return Lazy(stored.shape, stored.dtype, read, f"{stored.identity}, rows in rotary halves")
+        return in_halves(stored, config.heads if stem == "attn_q" else config.kv_heads)
 
     return tensor
 
 
-def _load_directory(
-    path: Path, scan_layers: bool, dtype: str, param_dtype: str, tokenizer: str | Path | None
-) -> tuple[Decoder, dict[str, Any], Any]:
+def _open_directory(
+    path: Path, tokenizer: str | Path | None, keep: bool
+) -> tuple[DecoderConfig, Checkpoint, Any]:
     try:
-        settings = _json(path / "config.json")
+        settings = dict(_json(path / "config.json"))
+        quantization = settings.pop("quantization_config", None)
         config = from_hf(settings)
-        fn = Decoder(config, scan_layers, dtype)
+        offset = HF[settings["model_type"]].hf.norm_offset
         files = _tensor_files(path)
+        if quantization is not None:
+            tensors = _coded(path, files, quantization, keep)
+            shapes = {name: leaf.shape for name, leaf in tensors.items()}
+            checkpoint = Checkpoint(
+                "hf", path.name, _needed(shapes, config), tensors.__getitem__, offset
+            )
     except CheckpointError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
+    if quantization is None:
+        checkpoint = _plain(path, files, config)._replace(norm_offset=offset)
+    tokens = tokenizer_from_hf(path) if tokenizer is None else tokenizer_named(tokenizer)
+    return config, checkpoint, tokens
+
+
+def _needed(
+    shapes: Mapping[str, tuple[int, ...]], config: DecoderConfig
+) -> dict[str, tuple[int, ...]]:
+    """The tensors without those that a decoder makes itself."""
+    # Older files carry the rotary table, tied ones may repeat the head.
+    left = {n: s for n, s in shapes.items() if not n.endswith("rotary_emb.inv_freq")}
+    if config.tied:
+        left.pop("lm_head.weight", None)
+    return left
+
+
+def _coded(path: Path, files: Mapping[str, str], quantization: Any, keep: bool) -> dict[str, Leaf]:
+    """The tensors of a folder with quantized modules; each weight as codes or dequantized."""
+    stored: dict[str, Lazy] = {}
+    for file in sorted(set(files.values())):
+        _open(path / file)  # says in words what is missing
+        stored |= tensors_of(path / file)
+    if missing := sorted(set(files) - set(stored)):
+        raise CheckpointError(f"tensor {missing[0]!r} is missing; the index says it is there")
+    specs = {name: Spec(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
+    leaves: dict[str, Leaf] = {}
+    for name, module in quantized_modules(quantization, specs).items():
+        with naming(f"module {name!r}"):
+            if keep and module.refusal:
+                raise CheckpointError(f"{module.refusal}; pass quantized='dequantize'")
+            q = module.codec.lazy({own: stored.pop(full) for own, full in module.tensors.items()})
+            if module.inputs is not None:
+                q = replace(q, activations=Inputs(module.inputs))
+        leaves[f"{name}.weight"] = q if keep else dequantized(q)
+        for unused in module.unused:
+            stored.pop(unused)
+    for name, leaf in stored.items():
+        if leaf.dtype.name not in ("float32", "float16", "bfloat16"):
+            raise CheckpointError(f"tensor {name!r} has dtype {leaf.dtype}, and no module needs it")
+        leaves[name] = leaf.astype(np.float32)
+    return leaves
+
+
+def _plain(path: Path, files: Mapping[str, str], config: DecoderConfig) -> Checkpoint:
+    """The tensors of a folder of floats."""
     states: dict[str, FileState] = {}
     handles: dict[str, Any] = {}
     held: dict[str, set[str]] = {}
@@ -166,18 +228,11 @@ def _load_directory(
         if name not in held[file]:
             raise CheckpointError(f"{file}: tensor {name!r} is missing; the index says it is there")
         shapes[name] = _shape(handles[file], name, file)
-    for name in list(shapes):  # older files carry the rotary table, tied ones may repeat the head
-        if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
-            del shapes[name]
 
     def tensor(name: str) -> Lazy:
         return _tensor(states[files[name]], name, shapes[name])
 
-    offset = HF[settings["model_type"]].hf.norm_offset
-    checkpoint = Checkpoint("hf", path.name, shapes, tensor, offset)
-    params = assemble(config, checkpoint, scan_layers=scan_layers, param_dtype=param_dtype)
-    tokens = tokenizer_from_hf(path) if tokenizer is None else tokenizer_named(tokenizer)
-    return fn, params, tokens
+    return Checkpoint("hf", path.name, _needed(shapes, config), tensor)
 
 
 def _tensor(state: FileState, name: str, shape: tuple[int, ...]) -> Lazy:

@@ -7,9 +7,9 @@ arrays over the trailing axes; leading axes are batches.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -49,11 +49,11 @@ def sqnr_db(
     return 10.0 * jnp.log10(power / mse(signal, approximation))
 
 
-def bits_per_weight(codes: Any, params: Any, bits: int) -> float:
+def bits_per_weight(codes: Any, params: Mapping[str, Any], bits: int) -> float:
     """Stored bits per weight: codes at `bits`, and every parameter.
 
-    Integer parameters (zero points) are stored at `bits` as codes are; float ones at the width of
-    their dtype. Works on all that has a shape and a dtype.
+    Zero points that are integers are stored at `bits` as codes are; other parameters at the width
+    of their dtype. Works on all that has a shape and a dtype.
 
     Example:
         >>> params = {"scale": jnp.ones((4, 1), jnp.float16), "zero": jnp.zeros((4, 1), jnp.uint4)}
@@ -61,7 +61,8 @@ def bits_per_weight(codes: Any, params: Any, bits: int) -> float:
         6.0
     """
     total = codes.size * bits
-    for leaf in jax.tree.leaves(params):
+    for name, leaf in params.items():
         integer = jnp.issubdtype(leaf.dtype, jnp.integer)
-        total += leaf.size * (bits if integer else jnp.finfo(leaf.dtype).bits)
+        own = (jnp.iinfo if integer else jnp.finfo)(leaf.dtype).bits
+        total += leaf.size * (bits if integer and name == "zero" else own)
     return total / codes.size

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from jquant.axes.groups import from_groups
-from jquant.grids.base import GridParams
+from jquant.grids.base import GridParams, spread
 from jquant.grids.grouped import Grouped
 from jquant.numerics.packed import unpacked
 from jquant.rounding.arrangement import Arrangement
@@ -54,7 +54,8 @@ class Across(NamedTuple):
 
     def table(self, params: GridParams) -> GridParams:
         """Parameters by group of columns, in types that can be looked up."""
-        return jax.tree.map(lambda leaf: unpacked(leaf).swapaxes(0, 1), params)
+        each = spread(self.grid.grid, params)
+        return jax.tree.map(lambda leaf: unpacked(leaf).swapaxes(0, 1), each)
 
     def params(self, table: GridParams, place: Arrangement) -> GridParams:
         """Parameters from a table that was fitted on the way."""

@@ -275,9 +275,7 @@ def numbers(grid: Grid, codes: Integer[Array, "*s"], dtype: Any) -> tuple[Array,
         ([-128, 127], 128)
     """
     if not isinstance(grid, Uniform):
-        codes = codes.astype(jnp.int32)
-        size = grid.format.magnitude(jnp.abs(codes))  # type: ignore[attr-defined]
-        return jnp.where(codes < 0, -size, size).astype(dtype), 0
+        return grid.numbers(codes).astype(dtype), 0  # type: ignore[attr-defined]
     if dtype == jnp.int8 and grid.codes[1] > 127:
         if codes.dtype == jnp.uint8:  # a byte for a byte
             return lax.bitcast_convert_type(codes ^ jnp.uint8(128), jnp.int8), 128

@@ -1,0 +1,203 @@
+"""GGUF's affine blocks: `value = scale * code - offset`, scales themselves quantized in K-quants.
+
+A K-quant has two levels. Its groups of 16 or 32 weights have small integers for scale and offset,
+and 8 or 16 neighbouring groups, a super-block of 256 weights, share the float16 numbers that these
+multiply:
+
+    value = (scale * scale_code) * code - (offset * offset_code)
+
+    kind  bits  group  together  scale_code  offset_code  bits per weight
+    Q4_1   4     32       1          -            -            5
+    Q5_1   5     32       1          -            -            6
+    Q2_K   2     16      16       0 .. 15      0 .. 15         2.625
+    Q3_K   3     16      16     -32 .. 31         -            3.4375
+    Q4_K   4     32       8       0 .. 63      0 .. 63         4.5
+    Q5_K   5     32       8       0 .. 63      0 .. 63         5.5
+    Q6_K   6     16      16    -128 .. 127        -            6.5625
+
+All products are exact in float32 (11 bits of a float16, at most 7 and 5 of the integers), so values
+are those of llama.cpp bit for bit, whether a compiler fuses the difference or not. The other block
+types are other grids: Q4_0, Q5_0 and Q8_0 are `Uniform(b, symmetric=True, scale_dtype="float16")`
+in groups of 32, MXFP4 is `MX()`. A file may hold scales that are zero or negative; `fit` makes
+none. Static: the kind; arrays: the parameters.
+
+References: llama.cpp, `ggml/src/ggml-quants.c` (blocks); https://github.com/ggml-org/llama.cpp/pull/1684
+(K-quants).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from jquant.grids.base import GridParams
+from jquant.grids.ranges import LEAST_SCALE
+from jquant.numerics import require
+from jquant.numerics.extremes import largest, least
+
+
+class Kind(NamedTuple):
+    """One row of the table in the module docstring."""
+
+    bits: int
+    group: int
+    together: int = 1  # groups that share a float16 scale
+    scale_codes: tuple[int, int] | None = None
+    scale_dtype: str = ""
+    has_offset: bool = True
+
+
+KINDS: dict[str, Kind] = {
+    "Q4_1": Kind(4, 32),
+    "Q5_1": Kind(5, 32),
+    "Q2_K": Kind(2, 16, 16, (0, 15), "uint4"),
+    "Q3_K": Kind(3, 16, 16, (-32, 31), "int8", has_offset=False),
+    "Q4_K": Kind(4, 32, 8, (0, 63), "uint8"),
+    "Q5_K": Kind(5, 32, 8, (0, 63), "uint8"),
+    "Q6_K": Kind(6, 16, 16, (-128, 127), "int8", has_offset=False),
+}
+
+# A step below 2^-16 of the offset would leave float32 too few bits to tell codes apart.
+_LEAST_STEP = 2.0**-16
+_HALF = float(jnp.finfo(jnp.float16).max)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class GGUF:
+    """The points of an affine GGUF block type.
+
+    Args:
+        kind: "Q4_1", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K" or "Q6_K".
+
+    Raises:
+        ValueError: it is another one.
+
+    Example:
+        >>> grid = GGUF("Q4_1")
+        >>> params = grid.fit(jnp.array([[-1.0, 0.0, 2.75]]))
+        >>> sorted(params), grid.decode(jnp.array([[0, 15]]), params).tolist()
+        (['offset', 'scale'], [[-1.0, 2.75]])
+        >>> sorted(GGUF("Q4_K").fit(jnp.ones((16, 32))))
+        ['offset', 'offset_code', 'scale', 'scale_code']
+    """
+
+    kind: str
+
+    def __post_init__(self) -> None:
+        require.one_of("GGUF.kind", self.kind, tuple(KINDS))
+
+    @property
+    def row(self) -> Kind:
+        """What the table says of the kind."""
+        return KINDS[self.kind]
+
+    @property
+    def bits(self) -> int:
+        """Bits a stored code takes."""
+        return self.row.bits
+
+    @property
+    def group(self) -> int:
+        """Weights that share a scale and an offset."""
+        return self.row.group
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """The smallest and the largest code, both included."""
+        half = 2 ** (self.bits - 1)
+        return (0, 2 * half - 1) if self.row.has_offset else (-half, half - 1)
+
+    def fit(
+        self, w: Float[Array, "*g b"], importance: Float[Array, "*#g #b"] | None = None
+    ) -> GridParams:
+        """`scale` and, where the kind has one, `offset`, float16: `[*g]`, or in a K-quant one for
+        each super-block along the last of these axes; there also `scale_code` and `offset_code`,
+        `[*g]`.
+
+        Ranges are those of the weights, with zero inside in K-quants; `importance` has no part.
+        Finite weights give finite parameters, positive scales and values that increase; weights
+        beyond what float16 scales reach are clipped. A group that holds NaN has a scale of NaN.
+        """
+        w = w.astype(jnp.float32)
+        row, zero_inside = self.row, 0.0 if self.row.scale_codes else None
+        low = least(w, axis=-1, initial=zero_inside)
+        high = largest(w, axis=-1, initial=zero_inside)
+        if not row.has_offset:
+            top = jnp.maximum(high, -low)
+            return self._levels("scale", 2.0 * top / (2**row.bits - 1), floor=1)
+        low = jnp.clip(low, -_HALF, _HALF)
+        if row.scale_codes is None:
+            offset = (-low).astype(jnp.float16)
+            step = jnp.maximum(high - low, 0.0) / (2**row.bits - 1)
+            floor = jnp.maximum(LEAST_SCALE["float16"], jnp.abs(low) * _LEAST_STEP)
+            step = jnp.where((high == 0) & (low == 0), 1.0, jnp.clip(step, floor, _HALF))
+            return {"scale": step.astype(jnp.float16), "offset": offset}
+        steps = self._levels("scale", (high - low) / (2**row.bits - 1), floor=1)
+        return {**steps, **self._levels("offset", -low, floor=0)}
+
+    def _levels(self, name: str, x: Float[Array, "*g"], floor: int) -> GridParams:
+        """Positive numbers as float16 ones of super-blocks and integers that these multiply."""
+        row = self.row
+        assert row.scale_codes is not None
+        most = row.scale_codes[1]
+        count = x.shape[-1]
+        pad = [(0, 0)] * (x.ndim - 1) + [(0, -count % row.together)]
+        blocks = jnp.pad(x, pad).reshape(*x.shape[:-1], -1, row.together)
+        top = largest(blocks, axis=-1)
+        unit = jnp.clip(top / most, LEAST_SCALE["float16"], _HALF)
+        unit = jnp.where(top == 0, 1.0, unit).astype(jnp.float16)
+        code = jnp.round(blocks / unit.astype(jnp.float32)[..., None])
+        code = jnp.clip(code, floor, most).reshape(*x.shape[:-1], -1)[..., :count]
+        return {name: unit, f"{name}_code": code.astype(jnp.int32).astype(row.scale_dtype)}
+
+    def spread(self, params: GridParams) -> GridParams:
+        """Parameters of which none stands for more than one group: `scale` and `offset` `[*g]`."""
+        if self.row.scale_codes is None:
+            return params
+        count = params["scale_code"].shape[-1]
+
+        def each(name: str) -> Array:
+            leaf = params[name]
+            if name.endswith("_code") or leaf.shape[-1] == count:
+                return leaf
+            return jnp.repeat(leaf, self.row.together, axis=-1)[..., :count]
+
+        return {name: each(name) for name in params}
+
+    def _affine(self, params: GridParams) -> tuple[Array, Array | float]:
+        """The step and the offset of every group as float32, with an axis for its weights."""
+        params = {n: leaf.astype(jnp.float32) for n, leaf in self.spread(params).items()}
+        step = params["scale"] * params.get("scale_code", 1.0)
+        if not self.row.has_offset:
+            return step[..., None], 0.0
+        return step[..., None], (params["offset"] * params.get("offset_code", 1.0))[..., None]
+
+    def _position(self, w: Float[Array, "*g b"], params: GridParams) -> Float[Array, "*g b"]:
+        """Where weights lie among the codes, as real numbers; zero where a file's step is zero."""
+        step, offset = self._affine(params)
+        some = step != 0
+        return jnp.where(some, (w + offset) / jnp.where(some, step, 1.0), 0.0)
+
+    def bracket(
+        self, w: Float[Array, "*g b"], params: GridParams
+    ) -> tuple[Integer[Array, "*g b"], Integer[Array, "*g b"]]:
+        """The neighbouring int32 codes; equal where the weight is outside the grid's range."""
+        below = jnp.floor(self._position(w, params))
+        lo, hi = jnp.clip(below, *self.codes), jnp.clip(below + 1.0, *self.codes)
+        return lo.astype(jnp.int32), hi.astype(jnp.int32)
+
+    def nearest(self, w: Float[Array, "*g b"], params: GridParams) -> Integer[Array, "*g b"]:
+        """The code of the nearest value; ties go to even codes."""
+        code = jnp.clip(jnp.round(self._position(w, params)), *self.codes)
+        return code.astype(jnp.int32)
+
+    def decode(self, codes: Integer[Array, "*g b"], params: GridParams) -> Float[Array, "*g b"]:
+        """`step * code - offset`, float32."""
+        step, offset = self._affine(params)
+        values = step * codes.astype(jnp.float32)
+        return values - offset if self.row.has_offset else values

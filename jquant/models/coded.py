@@ -1,0 +1,134 @@
+"""Weights that a checkpoint holds as codes, on their way into a parameter tree.
+
+Such a weight is a `QTensor` whose arrays are `Lazy`, or, dequantized, one `Lazy`. What happens to a
+tensor between a file and a leaf (rows sorted, transposed, cast, stacked) happens to both here:
+codes and parameters have the weight's outputs as rows, and the rest is a matter of the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jquant.axes.layout import Layout
+from jquant.errors import CheckpointError
+from jquant.io.container import DTYPES, Entry, read_container
+from jquant.io.files import FileState, naming
+from jquant.trees.lazy import Lazy, Window, realize, stack
+from jquant.weights.qtensor import QTensor, dequantize_weight, is_qtensor
+
+Leaf = Lazy | QTensor
+
+
+def dequantized(q: QTensor) -> Lazy:
+    """The array that a weight of lazy arrays stands for, float32, dequantized when it is read."""
+    codes: Any = q.codes
+
+    def values(window: Window) -> np.ndarray:
+        whole = replace(q.only(lambda part: False), dtype=np.dtype(np.float32))
+        return np.asarray(dequantize_weight(realize(whole)))[window]
+
+    return Lazy(q.shape, np.dtype(np.float32), values, f"{codes.identity}, dequantized")
+
+
+def checked(leaf: Leaf, what: str) -> Leaf:
+    """The leaf, refused by name when it is read if its values are none."""
+    if isinstance(leaf, QTensor):
+        return jax.tree.map(lambda array: _named(array, what), leaf)
+
+    def check(value: np.ndarray) -> np.ndarray:
+        if not np.isfinite(value).all():
+            raise CheckpointError(f"{what} holds NaN or infinity")
+        return value
+
+    return leaf.map(check, leaf.dtype, "finite")
+
+
+def _named(leaf: Lazy, what: str) -> Lazy:
+    """The same array; what is wrong with it begins with its name."""
+
+    def values(window: Window) -> np.ndarray:
+        with naming(what):
+            return leaf[window]
+
+    return Lazy(leaf.shape, leaf.dtype, values, leaf.identity)
+
+
+def in_halves(leaf: Leaf, heads: int) -> Leaf:
+    """Rows that are neighbouring channels (2i, 2i+1) of each head, sorted to (i, i + d/2)."""
+    if isinstance(leaf, QTensor):
+        return jax.tree.map(lambda array: in_halves(array, heads), leaf)
+
+    def values(window: Window) -> np.ndarray:
+        pairs = leaf[...].reshape(heads, -1, 2, *leaf.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(leaf.shape)[window]
+
+    return Lazy(leaf.shape, leaf.dtype, values, f"{leaf.identity}, rows in rotary halves")
+
+
+def kernel(leaf: Leaf) -> Leaf:
+    """A weight `[*batch, out, in]` as `[*batch, in, out]`; codes stay where they are."""
+    if isinstance(leaf, QTensor):
+        *batch, rows, inner = leaf.shape
+        at = len(batch)
+        shape = (*batch, inner, rows)
+        return replace(leaf, layout=Layout.of(shape, batch_axes=range(at), in_axes=(at,)))
+    return leaf.mT
+
+
+def cast(leaf: Leaf, dtype: Any) -> Leaf:
+    """The leaf in another dtype; of codes, the dtype of the array they stand for."""
+    return replace(leaf, dtype=dtype) if isinstance(leaf, QTensor) else leaf.astype(dtype)
+
+
+def stacked(leaves: Sequence[Any], what: str) -> Leaf:
+    """Leaves along a new first axis.
+
+    Raises:
+        CheckpointError: they are not alike: some are codes and others are not, or of another type.
+    """
+    if not any(map(is_qtensor, leaves)):
+        return stack(leaves)
+    structures = {jax.tree.structure(leaf) for leaf in leaves}
+    if len(structures) > 1:
+        kinds = sorted({str(getattr(leaf, "grid", "an array")) for leaf in leaves})
+        raise CheckpointError(
+            f"{what}: layers differ ({', '.join(kinds)}), so their codes are no stack; pass "
+            "scan_layers=False, or quantized='dequantize'"
+        )
+    whole = jax.tree.map(lambda *arrays: stack(arrays), *leaves)
+    roles = ["batch", *(factors[0].role for factors in leaves[0].layout.axes)]
+    batch, inner = ([k for k, own in enumerate(roles) if own == role] for role in ("batch", "in"))
+    shape = (len(leaves), *leaves[0].shape)
+    return replace(whole, layout=Layout.of(shape, batch_axes=batch, in_axes=inner))
+
+
+def tensors_of(path: Path) -> dict[str, Lazy]:
+    """The tensors of a safetensors file as they are stored, of all its dtypes.
+
+    Raises:
+        CheckpointError: the file is not what its header claims.
+    """
+    with path.open("rb") as file, naming(path.name):
+        _, entries = read_container(file)
+        state = FileState.of(path, file)
+    return {name: _stored(state, name, entry) for name, entry in entries.items()}
+
+
+def _stored(state: FileState, name: str, entry: Entry) -> Lazy:
+    dtype = np.dtype(DTYPES[entry.dtype][0])
+
+    def values(window: Window) -> np.ndarray:
+        raw = np.empty(entry.end - entry.begin, np.uint8)
+        with state.open() as file:
+            file.seek(entry.begin)
+            if file.readinto(raw.data) != raw.size:
+                raise CheckpointError(f"tensor {name!r}: the file ended while it was read")
+        return raw.view(dtype).reshape(entry.shape)[window]
+
+    return Lazy(entry.shape, dtype, values, f"{state.identity}, tensor {name!r}")
