@@ -8,28 +8,26 @@ together as `Lazy` leaves; to load is to read them all, unless the caller would 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
 
 from jquant.errors import CheckpointError
-from jquant.io.files import FileState
 from jquant.models.assembly import Checkpoint, assemble
 from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf, from_hf
 from jquant.models.decoder import Decoder
 from jquant.models.gguf_file import GGUFFile, read_gguf
+from jquant.models.hf_folder import HFFolder, read_json
 from jquant.models.quantized import CHECKPOINT, is_quantized, load_quantized
 from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_from_hf, tokenizer_named
 from jquant.trees.lazy import Lazy, Window, realize
 
 _ROPE_FACTORS = "rope_freqs.weight"
-_DTYPES = ("F32", "F16", "BF16")
+_HEAD = "lm_head.weight"
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -140,94 +138,22 @@ def _load_directory(
     path: Path, scan_layers: bool, dtype: str, param_dtype: str, tokenizer: str | Path | None
 ) -> tuple[Decoder, dict[str, Any], Any]:
     try:
-        config = from_hf(_json(path / "config.json"))
+        claims = read_json(path / "config.json")
+        config = from_hf(claims)
         fn = Decoder(config, scan_layers, dtype)
-        files = _tensor_files(path)
     except CheckpointError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
-    states: dict[str, FileState] = {}
-    handles: dict[str, Any] = {}
-    held: dict[str, set[str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, file in files.items():
-        if file not in handles:
-            handles[file] = _open(path / file)
-            states[file] = FileState.of(path / file)
-            held[file] = set(handles[file].keys())
-        if name not in held[file]:
-            raise CheckpointError(f"{file}: tensor {name!r} is missing; the index says it is there")
-        shapes[name] = _shape(handles[file], name, file)
-    for name in list(shapes):  # older files carry the rotary table, tied ones may repeat the head
-        if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
-            del shapes[name]
-
-    def tensor(name: str) -> Lazy:
-        return _tensor(states[files[name]], name, shapes[name])
-
-    checkpoint = Checkpoint("hf", path.name, shapes, tensor)
+    folder = HFFolder.open(path, claims)
+    shapes = {
+        name: shape
+        for name, shape in folder.shapes.items()
+        # older files carry the rotary table, tied ones may repeat the head
+        if not name.endswith("rotary_emb.inv_freq") and not (config.tied and name == _HEAD)
+    }
+    checkpoint = Checkpoint("hf", folder.name, shapes, folder.tensor)
     params = assemble(config, checkpoint, scan_layers=scan_layers, param_dtype=param_dtype)
     tokens = tokenizer_from_hf(path) if tokenizer is None else tokenizer_named(tokenizer)
     return fn, params, tokens
-
-
-def _tensor(state: FileState, name: str, shape: tuple[int, ...]) -> Lazy:
-    """A tensor of a safetensors file, as float32."""
-
-    def read(window: Window) -> np.ndarray:
-        with state.open():  # only to see that it is still the same file
-            return np.asarray(_open(Path(state.path)).get_slice(name)[window], np.float32)
-
-    return Lazy(shape, np.dtype(np.float32), read, f"{state.identity}, tensor {name!r}")
-
-
-def _tensor_files(path: Path) -> dict[str, str]:
-    """Tensor name to the file in `path` that holds it."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        files = _json(index).get("weight_map")
-        if not isinstance(files, dict) or not files:
-            raise CheckpointError(f"{index.name}: 'weight_map' is missing or no object")
-        for file in set(map(str, files.values())):
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{index.name}: {file!r} is no file of this directory")
-        return files
-    if not (path / "model.safetensors").exists():
-        pickled = " (pickled weights are never read)" if any(path.glob("*.bin")) else ""
-        raise CheckpointError(
-            "neither model.safetensors nor model.safetensors.index.json is there" + pickled
-        )
-    return dict.fromkeys(_open(path / "model.safetensors").keys(), "model.safetensors")
-
-
-def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent.name}: {path.name} is missing")
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path.name}: not a readable safetensors file: {error}") from error
-
-
-def _shape(handle: Any, name: str, file: str) -> tuple[int, ...]:
-    view = handle.get_slice(name)
-    if view.get_dtype() not in _DTYPES:
-        supported = ", ".join(_DTYPES)
-        raise CheckpointError(
-            f"{file}: tensor {name!r} has dtype {view.get_dtype()}; supported: {supported}"
-        )
-    return tuple(view.get_shape())
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path.name} is missing; expected a Hugging Face model directory")
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name}: expected an object, got {type(value).__name__}")
-    return value
 
 
 def _download(name: str) -> Path:
