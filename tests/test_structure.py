@@ -36,7 +36,7 @@ DOORS = ("jquant", "jquant.__main__")
 OPTIONAL = {
     "beartype", "chex", "cyclopts", "equinox", "flax", "gguf", "haiku", "huggingface_hub",
     "hypothesis", "jinja2", "matplotlib", "optax", "orbax", "ot", "ott", "pandas", "pytest", "rich",
-    "safetensors", "scipy", "tensorstore", "tokenizers", "torch", "transformers",
+    "safetensors", "scipy", "tensorstore", "tokenizers", "torch", "torchax", "transformers",
 }  # fmt: skip
 WHEN_USED = {
     "models": {"flax", "gguf", "huggingface_hub", "safetensors", "tokenizers"},

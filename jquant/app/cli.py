@@ -27,6 +27,16 @@ from jquant.app.budgets import Model, share_bits
 from jquant.app.console import Narrator, summary
 from jquant.app.demo import run_demo
 from jquant.app.listing import listing
+from jquant.app.options import (
+    Backend,
+    Length,
+    Quiet,
+    Recipe,
+    Samples,
+    Source,
+    Text,
+    Tokenizer,
+)
 from jquant.app.quantizing import (
     Chosen,
     need_foreseeable,
@@ -36,7 +46,17 @@ from jquant.app.quantizing import (
     write_report,
 )
 from jquant.app.recipes import Aim, in_batches, objective_of, plan_of, read_rules
-from jquant.app.texts import asked, need_known, need_tokenizer, need_unquantized, some, windows_of
+from jquant.app.texts import (
+    as_loaded,
+    asked,
+    need_known,
+    need_language_model,
+    need_text,
+    need_tokenizer,
+    need_unquantized,
+    some,
+    windows_of,
+)
 from jquant.calibration import find_weights
 from jquant.calibration.stages import Granularity
 from jquant.evaluate import compare, perplexity
@@ -66,32 +86,14 @@ app = cyclopts.App(
         jquant evaluate model-w4 --against path/to/model.gguf
         jquant generate model-w4 --prompt "Once upon a time"
 
-    A model is a GGUF file, a Hugging Face folder or hub id (Llama, Mistral and Qwen2 families), or
-    a folder that `jquant quantize` wrote. Each command has its own --help.
+    A model is a GGUF file of the Llama, Mistral and Qwen2 families, a Hugging Face folder or hub id
+    (of these, or with the extra `torch` any), or a folder that `jquant quantize` wrote. Each
+    command has its own --help.
     """,
     version=_version,
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,  # `run` says that it stopped
 )
-
-Source = Annotated[str, Parameter(help="A GGUF file, a folder, or a hub id.")]
-Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], negative="", help="Only the result.")]
-RECIPES = f"One of {', '.join(presets())}: see `jquant recipes`."
-Recipe = Annotated[str, Parameter(name=["--recipe", "-r"], help=RECIPES)]
-Samples = Annotated[int, Parameter(help="How many windows of text.")]
-Length = Annotated[
-    int | None,
-    Parameter(help="Tokens per window; default: 512, or the model's context if it is shorter."),
-]
-Tokenizer = Annotated[
-    str | None, Parameter(help="A folder, GGUF file or hub id to take the tokenizer from instead.")
-]
-Text = Annotated[
-    Path | None,
-    Parameter(
-        help="A UTF-8 text file; default: Python's own help. 80 % calibrates, 20 % measures."
-    ),
-]
 
 
 @app.command
@@ -125,6 +127,7 @@ def quantize_model(
     length: Length = None,
     text: Text = None,
     tokenizer: Tokenizer = None,
+    backend: Backend = "auto",
     force: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     granularity: Granularity = "weight",
@@ -180,7 +183,8 @@ def quantize_model(
     need_free(output, force)
     need_unquantized(source)
     narrator.say(f"loading {source}")
-    fn, params, words = models.load(source, lazy=True, tokenizer=tokenizer)
+    fn, params, words = models.load(source, lazy=True, tokenizer=tokenizer, backend=backend)
+    need_text(fn, source)
     windows, _ = windows_of(fn, words, length, text)
     windows = some(windows, samples)
     weights = find_weights(fn, params, jax.ShapeDtypeStruct(windows[:1].shape, np.int32))
@@ -241,6 +245,7 @@ def evaluate(
     length: Length = None,
     text: Text = None,
     tokenizer: Tokenizer = None,
+    backend: Backend = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Measure a model on held-out text: its perplexity, or its distance to the model it was.
@@ -256,7 +261,8 @@ def evaluate(
     """
     narrator = Narrator(quiet)
     narrator.say(f"loading {source}")
-    fn, params, words = models.load(source, tokenizer=tokenizer)
+    fn, params, words = models.load(source, tokenizer=tokenizer, backend=backend)
+    need_language_model(fn, source)
     _, windows = windows_of(fn, words, length, text)
     windows = some(windows, samples)
     batches = [window[None] for window in windows]
@@ -267,7 +273,7 @@ def evaluate(
         table.add_row("perplexity", f"{found:.4f}")
     else:
         narrator.say(f"loading {against}")
-        full_fn, full, _ = models.load(against, tokenizer=tokenizer)
+        full_fn, full, _ = models.load(against, tokenizer=tokenizer, **as_loaded(fn))
         if full_fn.config != fn.config:
             raise ValueError(f"{against} is another network than {source}: their sizes differ")
         with narrator.stage("evaluating", windows.size) as update:
@@ -312,6 +318,7 @@ def generate(
     seed: int = 0,
     chat: bool = True,
     tokenizer: Tokenizer = None,
+    backend: Backend = "auto",
 ) -> None:
     """Let a model write.
 
@@ -331,7 +338,8 @@ def generate(
     chat
         Ask in the model's chat format, where its tokenizer has one.
     """
-    fn, params, words = models.load(source, tokenizer=tokenizer)
+    fn, params, words = models.load(source, tokenizer=tokenizer, backend=backend)
+    need_language_model(fn, source)
     need_tokenizer(words, source)
     start = np.asarray(asked(words, prompt, chat), np.int32)
     need_known(fn, start)

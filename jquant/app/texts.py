@@ -15,11 +15,13 @@ from jquant.errors import CheckpointError
 from jquant.models import smollm2
 from jquant.models.quantized import CHECKPOINT
 
+Function = models.Decoder | models.TorchFunction
+TOKENS = ("input_ids",)
 LENGTH = 512  # tokens per window, where the model's context has so many
 
 
 def windows_of(
-    fn: models.Decoder, tokenizer: Any, length: int | None, text: Path | None
+    fn: Function, tokenizer: Any, length: int | None, text: Path | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Windows `[N, length]` to calibrate and to measure with, of a file or of Python's help.
 
@@ -85,7 +87,34 @@ def need_tokenizer(tokenizer: Any, source: str) -> None:
         )
 
 
-def need_known(fn: models.Decoder, tokens: np.ndarray) -> None:
+def as_loaded(fn: Function) -> dict[str, Any]:
+    """What `models.load` is told for another checkpoint of the same function."""
+    if isinstance(fn, models.TorchFunction):
+        return {"backend": "torch", "architecture": fn.config.architecture}
+    return {}
+
+
+def need_text(fn: Function, source: str) -> None:
+    """ValueError: a model takes other things than the tokens of one text."""
+    inputs = fn.inputs if isinstance(fn, models.TorchFunction) else TOKENS
+    if inputs != TOKENS:
+        raise ValueError(
+            f"{source} takes {', '.join(inputs)}, and this command has only text; use "
+            "jquant.models.load and jquant.quantize from Python"
+        )
+
+
+def need_language_model(fn: Function, source: str) -> None:
+    """ValueError: a model does not say how likely each next token is."""
+    need_text(fn, source)
+    if isinstance(fn, models.TorchFunction) and not fn.config.is_causal:
+        raise ValueError(
+            f"{source} is a {fn.config.architecture}, and this command needs a language model that "
+            "predicts each next token; jquant.evaluate.compare takes any function from Python"
+        )
+
+
+def need_known(fn: Function, tokens: np.ndarray) -> None:
     """ValueError: there are tokens that a model does not have."""
     if tokens.size and (most := int(tokens.max())) >= fn.config.vocab:
         raise ValueError(

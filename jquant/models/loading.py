@@ -1,9 +1,9 @@
-"""`load(source)`: a decoder, its parameters and its tokenizer from wherever they lie.
+"""`load(source)`: a function, its parameters and its tokenizer from wherever they lie.
 
-A GGUF file, a Hugging Face directory of safetensors (one file or shards with an index), or a hub
-id, which is downloaded to such a directory first. Each ends in the same three things. Nothing here
-unpickles, and nothing is returned unless all of it was there and fitted. Parameters are put
-together as `Lazy` leaves; to load is to read them all, unless the caller would rather do that.
+A GGUF file, a Hugging Face directory (`hf_loading`), or a hub id, which is downloaded to such a
+directory first. Each ends in the same three things. Nothing here unpickles, and nothing is returned
+unless all of it was there and fitted. Parameters are put together as `Lazy` leaves; to load is to
+read them all, unless the caller would rather do that.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from jquant.errors import CheckpointError
 from jquant.models.assembly import Checkpoint, assemble
-from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf, from_hf
+from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf
 from jquant.models.decoder import Decoder
 from jquant.models.gguf_file import GGUFFile, read_gguf
-from jquant.models.hf_folder import HFFolder, read_json
+from jquant.models.hf_loading import Backend, Choices, load_folder
 from jquant.models.quantized import CHECKPOINT, is_quantized, load_quantized
-from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_from_hf, tokenizer_named
+from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_named
 from jquant.trees.lazy import Lazy, Window, realize
 
 _ROPE_FACTORS = "rope_freqs.weight"
-_HEAD = "lm_head.weight"
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -39,7 +38,9 @@ def load(
     param_dtype: str = "float32",
     tokenizer: str | Path | None = None,
     lazy: bool = False,
-) -> tuple[Decoder, dict[str, Any], Any]:
+    backend: Backend = "auto",
+    architecture: str | None = None,
+) -> tuple[Any, dict[str, Any], Any]:
     """`(fn, params, tokenizer)` with `fn(params, tokens[B, T]) -> logits[B, T, V]` (float32).
 
     Args:
@@ -53,15 +54,25 @@ def load(
         lazy: leave the parameters in their files: each leaf is a `Lazy`, and of a stack `[L, ...]`
             the window `[l]` reads one layer's tensor. Names and shapes are verified now, bytes when
             they are read; the files must stay as they are until then.
+        backend: "jax" is the reference decoder, which knows the families of Llama, Mistral and
+            Qwen2 and needs no PyTorch. "torch" is the model's own code in `transformers`, for any
+            directory or hub id whose architecture `transformers` has. "auto" is the reference
+            decoder where it serves, else "torch".
+        architecture: the class of `transformers` to run (then by "torch"), such as "BertModel";
+            default: the one `config.json` names. Tensors that the class has no place for are left
+            out if it is given, and refused if not.
 
     Returns:
-        The decoder, its parameters as a nested dict, and a `transformers` tokenizer; None in its
-        place if the checkpoint holds none.
+        The function, its parameters, and a `transformers` tokenizer; None in its place if the
+        checkpoint holds none. The reference decoder is a `Decoder`, its parameters a nested dict.
+        A model's own code is a `TorchFunction`, its parameters a flat dict under Hugging Face's
+        names; what it takes and returns depends on the architecture, see there.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, incomplete or of an unsupported kind,
             or no tokenizer is where `tokenizer` says.
             Reading a lazy leaf raises it if the values are damaged, or the file has changed.
+        ImportError: `backend="torch"` without the extra `torch`.
 
     Example: `fn, params, tokenizer = load("model.gguf", dtype="bfloat16")`
     """
@@ -73,10 +84,16 @@ def load(
     if path.is_file() and path.suffix in (".safetensors", ".json", ".bin", ".pth", ".pt"):
         raise CheckpointError(f"{source}: a file of a Hugging Face model; pass its folder")
     if path.is_file():
+        if backend == "torch" or architecture is not None:
+            raise CheckpointError(
+                f"{source}: a GGUF file is for the reference decoder; pass the model's Hugging "
+                "Face folder for its own PyTorch code"
+            )
         loaded = _load_gguf(path, scan_layers, dtype, param_dtype, tokenizer)
     else:
         folder = path if path.is_dir() else _download(str(source))
-        loaded = _load_directory(folder, scan_layers, dtype, param_dtype, tokenizer)
+        choices = Choices(scan_layers, dtype, param_dtype, tokenizer, backend, architecture)
+        loaded = load_folder(folder, choices)
     fn, params, tokens = loaded
     return fn, params if lazy else realize(params), tokens
 
@@ -132,28 +149,6 @@ def _unpermuted(file: GGUFFile, config: DecoderConfig) -> Callable[[str], Lazy]:
         return Lazy(stored.shape, stored.dtype, read, f"{stored.identity}, rows in rotary halves")
 
     return tensor
-
-
-def _load_directory(
-    path: Path, scan_layers: bool, dtype: str, param_dtype: str, tokenizer: str | Path | None
-) -> tuple[Decoder, dict[str, Any], Any]:
-    try:
-        claims = read_json(path / "config.json")
-        config = from_hf(claims)
-        fn = Decoder(config, scan_layers, dtype)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path.name}: {error}") from error
-    folder = HFFolder.open(path, claims)
-    shapes = {
-        name: shape
-        for name, shape in folder.shapes.items()
-        # older files carry the rotary table, tied ones may repeat the head
-        if not name.endswith("rotary_emb.inv_freq") and not (config.tied and name == _HEAD)
-    }
-    checkpoint = Checkpoint("hf", folder.name, shapes, folder.tensor)
-    params = assemble(config, checkpoint, scan_layers=scan_layers, param_dtype=param_dtype)
-    tokens = tokenizer_from_hf(path) if tokenizer is None else tokenizer_named(tokenizer)
-    return fn, params, tokens
 
 
 def _download(name: str) -> Path:
