@@ -23,11 +23,11 @@ pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("torchax")
 
-from tests.zoo import ZOO, inputs_of, linear_names, torch_output, zoo_model  # noqa: E402
+from tests.zoo import inputs_of, linear_names, torch_output, zoo, zoo_model  # noqa: E402
 
 TIED = "lm_head.weight"  # where it is the embedding, it is one leaf under another name
 FAST = ("Qwen3ForCausalLM", "BertModel", "MixtralForCausalLM")
-ALL = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
+ALL = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in zoo()]
 
 
 @pytest.fixture(scope="module")
