@@ -280,3 +280,33 @@ def test_a_saved_lie_is_refused(folder_of: Callable[[str], Path], tmp_path: Path
     models.save_quantized(tmp_path, lie, params)
     with pytest.raises(CheckpointError, match="malformed torch: architectures = 'os.system'"):
         models.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_every_command(
+    folder_of: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+
+    from jquant.app import cli
+
+    folder, out = folder_of("Qwen3ForCausalLM"), tmp_path / "w4"
+    words = Tokenizer(WordLevel({f"w{k}": k for k in range(64)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{k * k % 61}" for k in range(2000)))
+
+    def run(*arguments: object) -> str:
+        assert cli.run([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    options = ("--text", text, "--length", 32, "--samples", 4)
+    assert "14 weights" in run("quantize", folder, "-o", out, "--group", 8, *options, "-q")
+    assert "Qwen3ForCausalLM" in run("inspect", out)
+    assert "KL, nats per token" in run("evaluate", out, "--against", folder, *options, "-q")
+    assert run("generate", out, "-p", "w3 w4", "--tokens", 2, "--no-chat").startswith("w")
+    status = cli.run(["evaluate", str(folder_of("BertModel")), "-q", "--tokenizer", str(out)])
+    assert status == 1
+    assert "BertModel, and this command needs a language model" in capsys.readouterr().err
