@@ -9,8 +9,9 @@ parameter, and of what shape, is known from headers; what must be put together i
 from __future__ import annotations
 
 import copy
+import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +111,24 @@ def _checked(
 
 
 def _recipes(config: TorchConfig, tensors: Iterable[str]) -> tuple[dict[str, _Recipe], list[str]]:
-    """Parameter → how it is made, and the tensors of which nothing is made.
+    """Parameter → how it is made, and the tensors of which nothing is made but should be."""
+    from transformers.core_model_loading import dot_natural_key
+
+    named = _naming(config)
+    recipes: dict[str, _Recipe] = {}
+    left: list[str] = []
+    for tensor in sorted(tensors, key=dot_natural_key):
+        name, pattern, rule = named(tensor)
+        if name in parameter_shapes(config) or _is_alias(config, name):
+            recipe = recipes.setdefault(name, _Recipe(rule))
+            recipe.tensors.setdefault(pattern or tensor, []).append(tensor)
+        else:
+            left.append(tensor)
+    return recipes, [tensor for tensor in left if not _is_computed(config, tensor)]
+
+
+def _naming(config: TorchConfig) -> Callable[[str], tuple[str, str | None, Any]]:
+    """For each tensor the parameter that it belongs to, by which pattern of which rule, if any.
 
     As `transformers.core_model_loading.convert_and_load_state_dict_in_model` goes about it.
     """
@@ -118,7 +136,6 @@ def _recipes(config: TorchConfig, tensors: Iterable[str]) -> tuple[dict[str, _Re
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
-        dot_natural_key,
         rename_source_key,
     )
 
@@ -128,26 +145,28 @@ def _recipes(config: TorchConfig, tensors: Iterable[str]) -> tuple[dict[str, _Re
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     rules = [rule for rule in mapping if isinstance(rule, WeightConverter)]
     of_pattern = {pattern: rule for rule in rules for pattern in rule.source_patterns}
-    whole = {name for name, value in state.items() if not value.is_floating_point()}
-    recipes: dict[str, _Recipe] = {}
-    left: list[str] = []
-    for tensor in sorted(tensors, key=dot_natural_key):
+
+    def named(tensor: str) -> tuple[str, str | None, Any]:
         name, pattern = rename_source_key(tensor, renamings, rules, prefix, state)
         if name not in state and tensor in state:
             name, pattern = rename_source_key(tensor, [], [], prefix, state)
-        if name not in state or name in whole:
-            left.append(tensor)
-            continue
-        recipe = recipes.setdefault(name, _Recipe(None if pattern is None else of_pattern[pattern]))
-        recipe.tensors.setdefault(pattern or tensor, []).append(tensor)
-    computed = {name for name, _ in module.named_buffers()} - parameter_shapes(config).keys()
+        return name, pattern, None if pattern is None else of_pattern[pattern]
+
+    return named
+
+
+def _is_computed(config: TorchConfig, tensor: str) -> bool:
+    """Whether a tensor is a table that the module computes, or that its class says to leave out."""
+    module = torch_module(config)
+    names = {tensor, f"{module.base_model_prefix}.{tensor}"}
     ignored = [*_COMPUTED, *(module._keys_to_ignore_on_load_unexpected or ())]
-    return recipes, [
-        tensor
-        for tensor in left
-        if not any(re.search(pattern, tensor) for pattern in ignored)
-        and not {tensor, f"{prefix}.{tensor}"} & computed
-    ]
+    return any(name in names for name, _ in module.named_buffers()) or any(
+        re.search(pattern, tensor) for pattern in ignored
+    )
+
+
+def _is_alias(config: TorchConfig, name: str) -> bool:
+    return any(name == alias for _, alias in _aliases(config))
 
 
 def _leaves(config: TorchConfig, folder: HFFolder, name: str, recipe: _Recipe) -> dict[str, Lazy]:
@@ -184,6 +203,7 @@ def _leaves(config: TorchConfig, folder: HFFolder, name: str, recipe: _Recipe) -
     return {target: leaf(target, tuple(value.shape)) for target, value in shapes.items()}
 
 
+@functools.lru_cache(maxsize=8)
 def _aliases(config: TorchConfig) -> list[tuple[str, str]]:
     """(name, another name) of tied parameters."""
     module = torch_module(config)
