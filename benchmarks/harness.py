@@ -23,7 +23,7 @@ def machine() -> dict[str, Any]:
         fields = {key.strip(): value.strip() for key, value in fields.items()}
         name, flags = fields.get("model name", name), fields.get("flags", "")
     versions = {}
-    for package in ("jax", "jaxlib", "flax", "numpy", "torch", "transformers"):
+    for package in ("jax", "jaxlib", "flax", "numpy", "torch", "torchax", "transformers"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS
-from benchmarks.sections import arithmetic, choices, learned, listings, quality, speed
+from benchmarks.sections import (
+    architectures,
+    arithmetic,
+    choices,
+    learned,
+    listings,
+    quality,
+    speed,
+)
 
 ROOT = Path(__file__).parents[1]
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
@@ -48,6 +56,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "capture": of("capture", speed.capture),
     "encode": of("encode", speed.encode),
     "arithmetic": of("arithmetic", arithmetic.arithmetic),
+    "architectures": of("architectures", architectures.architectures),
     "recipes": listings.recipes,
 }
 

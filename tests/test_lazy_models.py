@@ -18,7 +18,7 @@ import jquant as jq
 from jquant import models
 from jquant.errors import CheckpointError
 from jquant.grids import Uniform
-from jquant.models import loading
+from jquant.models import hf_folder as reading
 from jquant.models.assembly import sources
 from jquant.trees.lazy import is_lazy, realize
 
@@ -166,7 +166,7 @@ def test_a_layer_of_a_safetensors_stack_is_read_alone(
 
     class Spy:
         def __init__(self, *args: Any, **options: Any):
-            self.inner = loading_open(*args, **options)
+            self.inner = folder_open(*args, **options)
 
         def keys(self) -> Any:
             return self.inner.keys()
@@ -174,8 +174,8 @@ def test_a_layer_of_a_safetensors_stack_is_read_alone(
         def get_slice(self, name: str) -> Slice:
             return Slice(name, self.inner.get_slice(name))
 
-    loading_open = loading.safe_open
-    monkeypatch.setattr(loading, "safe_open", Spy)
+    folder_open = reading.safe_open
+    monkeypatch.setattr(reading, "safe_open", Spy)
     _, params, _ = models.load(path, scan_layers=True, lazy=True)
     assert not log
     up = params["layers"]["mlp"]["up"]["kernel"]

@@ -37,7 +37,8 @@ DOORS = ("jquant", "jquant.__main__")
 OPTIONAL = {
     "beartype", "chex", "cyclopts", "equinox", "flax", "gguf", "haiku", "huggingface_hub",
     "hypothesis", "jinja2", "matplotlib", "optax", "orbax", "ot", "ott", "pandas", "pyarrow",
-    "pytest", "rich", "safetensors", "scipy", "tensorstore", "tokenizers", "torch", "transformers",
+    "pytest", "rich", "safetensors", "scipy", "tensorstore", "tokenizers", "torch", "torchax",
+    "transformers",
 }  # fmt: skip
 WHEN_USED = {
     "models": {"flax", "gguf", "huggingface_hub", "safetensors", "tokenizers"},

@@ -29,6 +29,7 @@ from jquant.app.demo import run_demo
 from jquant.app.examples import Examples, calibration, held_out, one_by_one
 from jquant.app.listing import listing
 from jquant.app.measuring import alone, beside, described, full_and_quantized
+from jquant.app.options import Backend, Orbax, Quiet, Recipe, Source, Tokenizer
 from jquant.app.quantizing import (
     Chosen,
     Granularity,
@@ -41,7 +42,13 @@ from jquant.app.quantizing import (
 )
 from jquant.app.recipes import Aim, objective_of, plan_of, read_rules
 from jquant.app.sources import opened
-from jquant.app.texts import asked, need_known, need_tokenizer, need_unquantized
+from jquant.app.texts import (
+    asked,
+    need_known,
+    need_language_model,
+    need_tokenizer,
+    need_unquantized,
+)
 from jquant.calibration import find_weights
 from jquant.calibration.stages import Sequential
 from jquant.io import read_header
@@ -71,29 +78,15 @@ app = cyclopts.App(
         jquant evaluate model-w4 --against path/to/model.gguf
         jquant generate model-w4 --prompt "Once upon a time"
 
-    A model is a GGUF file, a Hugging Face folder or hub id (Llama, Mistral and Qwen2 families), a
-    folder that `jquant quantize` wrote, or package.module:make, where make() returns (fn, params)
-    or (fn, params, batches). Each command has its own --help.
+    A model is a GGUF file, a Hugging Face folder or hub id (of the Llama, Gemma, Qwen and other
+    families, or with the extra `torch` of any), a folder that `jquant quantize` wrote, or
+    package.module:make, where make() returns (fn, params) or (fn, params, batches). Each command
+    has its own --help.
     """,
     version=_version,
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,  # `run` says that it stopped
 )
-
-Source = Annotated[str, Parameter(help="A GGUF file, a folder, a hub id, or package.module:make.")]
-Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], negative="", help="Only the result.")]
-RECIPES = f"One of {', '.join(presets())}: see `jquant recipes`."
-Recipe = Annotated[str, Parameter(name=["--recipe", "-r"], help=RECIPES)]
-Orbax = Annotated[
-    Path | None,
-    Parameter(
-        help="Folder of an Orbax checkpoint (or of a manager, or one of its steps) with the "
-        "parameters of a model that code makes."
-    ),
-]
-Tokenizer = Annotated[
-    str | None, Parameter(help="A folder, GGUF file or hub id to take the tokenizer from instead.")
-]
 
 
 @app.command
@@ -126,6 +119,7 @@ def quantize_model(
     examples: Examples = Examples(),
     params: Orbax = None,
     tokenizer: Tokenizer = None,
+    backend: Backend = "auto",
     force: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     sequential: Sequential = "weight",
@@ -183,7 +177,7 @@ def quantize_model(
     need_free(output, force)
     need_unquantized(source)
     narrator.say(f"loading {source}")
-    model = opened(source, params=params, tokenizer=tokenizer, lazy=True)
+    model = opened(source, params=params, tokenizer=tokenizer, backend=backend, lazy=True)
     batches = calibration(model, examples)
     weights = find_weights(model.fn, model.params, *inputs_of(batches[0]))
     plan, chosen = plan_of(weights, default, rules, lorc), Chosen()
@@ -242,6 +236,7 @@ def evaluate(
     examples: Examples = Examples(),
     params: Orbax = None,
     tokenizer: Tokenizer = None,
+    backend: Backend = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Measure a model on held-out text: its perplexity, or its distance to the model it was.
@@ -260,12 +255,12 @@ def evaluate(
     narrator = Narrator(quiet)
     if against is None:
         narrator.say(f"loading {source}")
-        model = opened(source, params=params, tokenizer=tokenizer)
+        model = opened(source, params=params, tokenizer=tokenizer, backend=backend)
         batches = held_out(model, examples)
         rows = alone(model, batches, narrator)
     else:
         full, qparams = full_and_quantized(
-            against, source, narrator, params=params, tokenizer=tokenizer
+            against, source, narrator, params=params, tokenizer=tokenizer, backend=backend
         )
         batches = held_out(full, examples)
         rows = beside(full, qparams, batches, narrator)
@@ -308,6 +303,7 @@ def generate(
     seed: int = 0,
     chat: bool = True,
     tokenizer: Tokenizer = None,
+    backend: Backend = "auto",
 ) -> None:
     """Let a model write.
 
@@ -327,7 +323,8 @@ def generate(
     chat
         Ask in the model's chat format, where its tokenizer has one.
     """
-    fn, params, words = models.load(source, tokenizer=tokenizer)
+    fn, params, words = models.load(source, tokenizer=tokenizer, backend=backend)
+    need_language_model(fn, source)
     need_tokenizer(words, source)
     start = np.asarray(asked(words, prompt, chat), np.int32)
     need_known(fn, start)

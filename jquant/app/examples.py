@@ -21,7 +21,7 @@ from cyclopts import Parameter
 
 from jquant.app.recipes import in_batches
 from jquant.app.sources import Model, called, names_maker
-from jquant.app.texts import some, windows_of
+from jquant.app.texts import need_text, some, windows_of
 
 AT_ONCE = 32  # examples in a batch, at most
 
@@ -135,6 +135,7 @@ def _given(model: Model, asked: Examples) -> list[Any] | None:
 
 def _windows(model: Model, asked: Examples, part: int) -> np.ndarray:
     """Windows `[N, length]` of text: of part 0 of it, to calibrate on, or of 1, to measure on."""
+    need_text(model.fn, model.source)
     windows = windows_of(model.fn, model.tokenizer, asked.length, asked.text)[part]
     usual = (CALIBRATION, MEASURED)[part]
     return some(windows, usual if asked.samples is None else asked.samples)

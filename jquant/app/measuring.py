@@ -11,8 +11,10 @@ import numpy as np
 from jquant.app.console import Narrator
 from jquant.app.examples import count_examples, count_tokens
 from jquant.app.sources import Model, names_maker, opened
+from jquant.app.texts import as_loaded
 from jquant.evaluate import compare, output_error, perplexity
 from jquant.inference import apply
+from jquant.models import TorchFunction
 from jquant.weights.arguments import inputs_of, shape_of
 
 Rows = list[tuple[str, str]]
@@ -62,14 +64,17 @@ def full_and_quantized(
     if names_maker(against):
         full = opened(against, **options)
         return full, full.parameters(source)
-    model, full = opened(source, **options), opened(against)
+    model = opened(source, **options)
+    full = opened(against, **as_loaded(model.fn))
     if full.fn.config != model.fn.config:
         raise ValueError(f"{against} is another network than {source}: their sizes differ")
     return replace(full, tokenizer=model.tokenizer), model.params
 
 
 def has_logits(model: Model, batches: list[Any]) -> bool:
-    """Whether a function takes tokens `[B, T]` first, and returns floats `[B, T, V]`."""
+    """Whether a function takes tokens `[B, T]` first, and returns a logit for each next one."""
+    if isinstance(model.fn, TorchFunction):
+        return model.fn.config.is_causal and model.fn.output == "logits"
     inputs = inputs_of(batches[0])
     first = inputs[0]
     if np.ndim(first) != 2 or not np.issubdtype(first.dtype, np.integer):

@@ -23,7 +23,7 @@ from jquant.schemes.lorc import LoRC
 from jquant.schemes.presets import named
 from jquant.schemes.scheme import Keep, Plan, Scheme, keep
 
-KEPT = "embed.*|head.*"  # what small models can least spare, unless a rule says otherwise
+HEAD = r"head.*|lm_head\..*"  # what the reference decoder and Hugging Face call the output head
 
 Rules = dict[str, Scheme | Keep]
 Aim = Literal["own", "stage", "kl"]
@@ -65,7 +65,9 @@ def read_rules(given: Sequence[str]) -> Rules:
 def plan_of(
     weights: Mapping[str, Weight], default: Scheme, rules: Rules, lorc: int | None = None
 ) -> Plan:
-    """`default` for every weight that no rule matches, except those of `KEPT` and lookup tables.
+    """`default` for every weight that no rule matches, except embeddings and the output head.
+
+    These small models can least spare.
 
     With `lorc`, every scheme gets a compensation of that rank: in the metric of the inputs, or for
     weights that are only looked up in the Frobenius one; with factors of 8 bits.
@@ -76,7 +78,7 @@ def plan_of(
     """
     # Only the user's own rules can be mistakes, so ours are left out where they decide nothing.
     left = [path for path in weights if not any(re.fullmatch(rule, path) for rule in rules)]
-    spared = [p for p in left if re.fullmatch(KEPT, p) or not weights[p].has_inputs]
+    spared = [path for path in left if _is_spared(path, weights[path])]
     ours: Rules = {"|".join(map(re.escape, spared)): keep} if spared else {}
     if len(spared) < len(left):
         ours[".*"] = default
@@ -90,6 +92,11 @@ def plan_of(
         for path, scheme in chosen.items()
     }
     return Plan(schemes, chosen.weights)
+
+
+def _is_spared(path: str, weight: Weight) -> bool:
+    looked_up = any(use.kind == "lookup" for use in weight.uses)
+    return looked_up or re.fullmatch(HEAD, path) is not None
 
 
 def in_batches(windows: np.ndarray, most: int = 4) -> list[np.ndarray]:

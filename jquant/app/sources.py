@@ -72,6 +72,7 @@ def opened(
     params: Path | None = None,
     tokenizer: str | None = None,
     lazy: bool = False,
+    **choices: Any,
 ) -> Model:
     """The model of a name, file or folder.
 
@@ -81,6 +82,7 @@ def opened(
             lazily into the tree that the code makes, which may hold shapes alone.
         tokenizer: take the tokenizer from this instead.
         lazy: leave parameters in their files.
+        choices: what else `models.load` is told.
 
     Raises:
         CheckpointError, TreeError: files are missing, damaged, or do not fit.
@@ -90,7 +92,7 @@ def opened(
     if not names_maker(source):
         if params is not None:
             raise ValueError(f"--params is for models that code makes; {source} has its own")
-        return Model(source, *models.load(source, lazy=lazy, tokenizer=tokenizer))
+        return Model(source, *models.load(source, lazy=lazy, tokenizer=tokenizer, **choices))
     fn, made, batches = _made(source)
     if params is not None:
         made = lazy_orbax(params, like=made)

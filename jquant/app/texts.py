@@ -17,6 +17,7 @@ from jquant.errors import CheckpointError
 from jquant.models import smollm2
 from jquant.models.quantized import CHECKPOINT
 
+TOKENS = ("input_ids",)
 LENGTH = 512  # tokens per window, where the model's context has so many
 
 
@@ -82,6 +83,33 @@ def need_tokenizer(tokenizer: Any, source: str) -> None:
         raise ValueError(
             f"{source} has no tokenizer beside it; name one with --tokenizer: a folder, a GGUF "
             "file or a hub id"
+        )
+
+
+def as_loaded(fn: Any) -> dict[str, Any]:
+    """What `models.load` is told for another checkpoint of the same function."""
+    if isinstance(fn, models.TorchFunction):
+        return {"backend": "torch", "architecture": fn.config.architecture}
+    return {}
+
+
+def need_text(fn: Any, source: str) -> None:
+    """ValueError: a model takes other things than the tokens of one text."""
+    inputs = fn.inputs if isinstance(fn, models.TorchFunction) else TOKENS
+    if inputs != TOKENS:
+        raise ValueError(
+            f"{source} takes {', '.join(inputs)}, and this command has only text; pass its "
+            "inputs as --batches FILE.npz"
+        )
+
+
+def need_language_model(fn: Any, source: str) -> None:
+    """ValueError: a model does not say how likely each next token is."""
+    need_text(fn, source)
+    if isinstance(fn, models.TorchFunction) and not fn.config.is_causal:
+        raise ValueError(
+            f"{source} is a {fn.config.architecture}, and this command needs a language model that "
+            "predicts each next token; jquant.evaluate.compare takes any function from Python"
         )
 
 

@@ -1,9 +1,10 @@
-"""Reference decoders, their loaders and the demo's model.
+"""Functions of models, their loaders and the demo's model.
 
 `load(source)` turns a GGUF file, a Hugging Face directory or a hub id into `(fn, params,
-tokenizer)`. The function is a `Decoder`: a frozen value, pure in its parameters, so everything else
-in jquant treats it like any other function. Nothing in the library depends on this package; the
-command line, the notebooks and the benchmarks do.
+tokenizer)`. The function is a `Decoder`, or a `TorchFunction`, which runs the code of
+`transformers`: frozen values, pure in their parameters, so everything else in jquant treats them
+like any other function. Nothing in the library depends on this package; the command line, the
+notebooks and the benchmarks do.
 """
 
 from jquant.errors import extra
@@ -15,12 +16,16 @@ with extra("models"):
     from jquant.models.generation import generate, stream
     from jquant.models.loading import load
     from jquant.models.quantized import is_quantized, load_quantized, save_quantized
+    from jquant.models.torch_function import TorchFunction
+    from jquant.models.torch_module import TorchConfig
 
 __all__ = [
     "CachedStep",
     "Decoder",
     "DecoderConfig",
     "Llama",
+    "TorchConfig",
+    "TorchFunction",
     "generate",
     "is_quantized",
     "load",

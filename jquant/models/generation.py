@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from jquant.inference import apply
 from jquant.models.decoder import Cache, CachedStep, Decoder, Params
+from jquant.models.torch_function import TextStep, TorchFunction
 
 PROMPT_MULTIPLE = 64
 
@@ -39,7 +40,7 @@ class NextToken:
     `last` is the place among the T tokens whose logits count.
     """
 
-    step: CachedStep
+    step: CachedStep | TextStep
 
     def __call__(
         self,
@@ -58,7 +59,7 @@ class NextToken:
 
 
 def stream(
-    fn: Decoder,
+    fn: Decoder | TorchFunction,
     params: Params,
     prompt_tokens: Int[Array | np.ndarray, "b t"],
     max_new_tokens: int,
@@ -70,7 +71,8 @@ def stream(
     """Yield the new tokens, int32 `[B]`, as they come; a row that has ended repeats its end token.
 
     Args:
-        fn: the decoder; its `step` is run.
+        fn: the decoder; its `step` is run. A model's own PyTorch code keeps no keys and values: its
+            whole text is run again for each token.
         params: its parameters, quantized or not.
         prompt_tokens: `[B, T]` or `[T]`, rows of equal length.
         max_new_tokens: at most so many tokens; fewer once every row has met one of `eos`.
@@ -88,7 +90,7 @@ def stream(
 
 
 def generate(
-    fn: Decoder,
+    fn: Decoder | TorchFunction,
     params: Params,
     prompt_tokens: Int[Array | np.ndarray, "b t"],
     max_new_tokens: int,
@@ -115,7 +117,7 @@ def generate(
 
 
 def _stream(
-    fn: Decoder,
+    fn: Decoder | TorchFunction,
     params: Params,
     prompt: np.ndarray,
     count: int,
@@ -140,7 +142,7 @@ def _stream(
 
 
 def _checked(
-    fn: Decoder,
+    fn: Decoder | TorchFunction,
     prompt_tokens: Int[Array | np.ndarray, "b t"],
     max_new_tokens: int,
     temperature: float,

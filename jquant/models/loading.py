@@ -1,42 +1,33 @@
-"""`load(source)`: a decoder, its parameters and its tokenizer from wherever they lie.
+"""`load(source)`: a function, its parameters and its tokenizer from wherever they lie.
 
-A GGUF file, a Hugging Face directory of safetensors (one file or shards with an index), or a hub
-id, which is downloaded to such a directory first. Each ends in the same three things. Nothing here
-unpickles, and nothing is returned unless all of it was there and fitted. Parameters are put
-together as `Lazy` leaves; to load is to read them all, unless the caller would rather do that.
+A GGUF file, a Hugging Face directory (`hf_loading`), or a hub id, which is downloaded to such a
+directory first. Each ends in the same three things. Nothing here unpickles, and nothing is returned
+unless all of it was there and fitted. Parameters are put together as `Lazy` leaves; to load is to
+read them all, unless the caller would rather do that.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import huggingface_hub
 import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
 
 from jquant.errors import CheckpointError
-from jquant.formats.base import Spec
-from jquant.formats.config import quantized_modules
-from jquant.io.files import FileState, naming
 from jquant.models.assembly import Checkpoint, assemble
-from jquant.models.coded import Leaf, dequantized, in_halves, tensors_of
-from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf, from_hf
+from jquant.models.coded import Leaf, in_halves
+from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf
 from jquant.models.decoder import Decoder
-from jquant.models.families import GGUF, HF
+from jquant.models.families import GGUF
 from jquant.models.gguf_file import GGUFFile, read_gguf
+from jquant.models.hf_loading import Backend, Choices, Quantized, load_folder
 from jquant.models.quantized import CHECKPOINT, is_quantized, load_quantized
-from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_from_hf, tokenizer_named
-from jquant.trees.lazy import Lazy, Window, realize
-from jquant.weights.inputs import Inputs
+from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_named
+from jquant.trees.lazy import realize
 
-Quantized = Literal["dequantize", "keep"]
-
-_DTYPES = ("F32", "F16", "BF16")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -49,7 +40,9 @@ def load(
     tokenizer: str | Path | None = None,
     lazy: bool = False,
     quantized: Quantized = "dequantize",
-) -> tuple[Decoder, dict[str, Any], Any]:
+    backend: Backend = "auto",
+    architecture: str | None = None,
+) -> tuple[Any, dict[str, Any], Any]:
     """`(fn, params, tokenizer)` with `fn(params, tokens[B, T]) -> logits[B, T, V]` (float32).
 
     Args:
@@ -67,16 +60,26 @@ def load(
             the arrays they stand for, "keep" a `QTensor` each, with the codes and scales of the
             file (see `jquant.formats`), to be run by `jquant.apply(fn)`. How inputs are quantized
             is kept with them, and left out of arrays.
+        backend: "jax" is the reference decoder, which knows the families of Llama, Mistral and
+            Qwen2 and needs no PyTorch. "torch" is the model's own code in `transformers`, for any
+            directory or hub id whose architecture `transformers` has. "auto" is the reference
+            decoder where it serves, else "torch".
+        architecture: the class of `transformers` to run (then by "torch"), such as "BertModel";
+            default: the one `config.json` names. Tensors that the class has no place for are left
+            out if it is given, and refused if not.
 
     Returns:
-        The decoder, its parameters as a nested dict, and a `transformers` tokenizer; None in its
-        place if the checkpoint holds none.
+        The function, its parameters, and a `transformers` tokenizer; None in its place if the
+        checkpoint holds none. The reference decoder is a `Decoder`, its parameters a nested dict.
+        A model's own code is a `TorchFunction`, its parameters a flat dict under Hugging Face's
+        names; what it takes and returns depends on the architecture, see there.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, incomplete or of an unsupported kind,
             or no tokenizer is where `tokenizer` says; or weights are to be kept whose format has no
             codec, or whose layers are to be stacked and differ.
             Reading a lazy leaf raises it if the values are damaged, or the file has changed.
+        ImportError: `backend="torch"` without the extra `torch`.
 
     Example: `fn, params, tokenizer = load("model.gguf", dtype="bfloat16")`
     """
@@ -89,14 +92,21 @@ def load(
         return load_quantized(path, tokenizer, lazy=lazy)
     if path.is_file() and path.suffix in (".safetensors", ".json", ".bin", ".pth", ".pt"):
         raise CheckpointError(f"{source}: a file of a Hugging Face model; pass its folder")
-    keep = quantized == "keep"
     if path.is_file():
-        config, checkpoint, tokens = _open_gguf(path, tokenizer, keep)
+        if backend == "torch" or architecture is not None:
+            raise CheckpointError(
+                f"{source}: a GGUF file is for the reference decoder; pass the model's Hugging "
+                "Face folder for its own PyTorch code"
+            )
+        config, checkpoint, tokens = _open_gguf(path, tokenizer, quantized == "keep")
+        params = assemble(config, checkpoint, scan_layers=scan_layers, param_dtype=param_dtype)
+        fn = Decoder(config, scan_layers, dtype)
     else:
         folder = path if path.is_dir() else _download(str(source))
-        config, checkpoint, tokens = _open_directory(folder, tokenizer, keep)
-    params = assemble(config, checkpoint, scan_layers=scan_layers, param_dtype=param_dtype)
-    fn = Decoder(config, scan_layers, dtype)
+        choices = Choices(
+            scan_layers, dtype, param_dtype, tokenizer, backend, architecture, quantized
+        )
+        fn, params, tokens = load_folder(folder, choices)
     return fn, params if lazy else realize(params), tokens
 
 
@@ -151,148 +161,6 @@ def _unpermuted(tensors: Callable[[str], Leaf], config: DecoderConfig) -> Callab
         return in_halves(stored, config.heads if stem == "attn_q" else config.kv_heads)
 
     return tensor
-
-
-def _open_directory(
-    path: Path, tokenizer: str | Path | None, keep: bool
-) -> tuple[DecoderConfig, Checkpoint, Any]:
-    try:
-        settings = dict(_json(path / "config.json"))
-        quantization = settings.pop("quantization_config", None)
-        config = from_hf(settings)
-        offset = HF[settings["model_type"]].hf.norm_offset
-        files = _tensor_files(path)
-        if quantization is not None:
-            tensors = _coded(path, files, quantization, keep)
-            shapes = {name: leaf.shape for name, leaf in tensors.items()}
-            checkpoint = Checkpoint(
-                "hf", path.name, _needed(shapes, config), tensors.__getitem__, offset
-            )
-    except CheckpointError as error:
-        raise CheckpointError(f"{path.name}: {error}") from error
-    if quantization is None:
-        checkpoint = _plain(path, files, config)._replace(norm_offset=offset)
-    tokens = tokenizer_from_hf(path) if tokenizer is None else tokenizer_named(tokenizer)
-    return config, checkpoint, tokens
-
-
-def _needed(
-    shapes: Mapping[str, tuple[int, ...]], config: DecoderConfig
-) -> dict[str, tuple[int, ...]]:
-    """The tensors without those that a decoder makes itself."""
-    # Older files carry the rotary table, tied ones may repeat the head.
-    left = {n: s for n, s in shapes.items() if not n.endswith("rotary_emb.inv_freq")}
-    if config.tied:
-        left.pop("lm_head.weight", None)
-    return left
-
-
-def _coded(path: Path, files: Mapping[str, str], quantization: Any, keep: bool) -> dict[str, Leaf]:
-    """The tensors of a folder with quantized modules; each weight as codes or dequantized."""
-    stored: dict[str, Lazy] = {}
-    for file in sorted(set(files.values())):
-        _open(path / file)  # says in words what is missing
-        stored |= tensors_of(path / file)
-    if missing := sorted(set(files) - set(stored)):
-        raise CheckpointError(f"tensor {missing[0]!r} is missing; the index says it is there")
-    specs = {name: Spec(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
-    leaves: dict[str, Leaf] = {}
-    for name, module in quantized_modules(quantization, specs).items():
-        with naming(f"module {name!r}"):
-            if keep and module.refusal:
-                raise CheckpointError(f"{module.refusal}; pass quantized='dequantize'")
-            q = module.codec.lazy({own: stored.pop(full) for own, full in module.tensors.items()})
-            if module.inputs is not None:
-                q = replace(q, activations=Inputs(module.inputs))
-        leaves[f"{name}.weight"] = q if keep else dequantized(q)
-        for unused in module.unused:
-            stored.pop(unused)
-    for name, leaf in stored.items():
-        if leaf.dtype.name not in ("float32", "float16", "bfloat16"):
-            raise CheckpointError(f"tensor {name!r} has dtype {leaf.dtype}, and no module needs it")
-        leaves[name] = leaf.astype(np.float32)
-    return leaves
-
-
-def _plain(path: Path, files: Mapping[str, str], config: DecoderConfig) -> Checkpoint:
-    """The tensors of a folder of floats."""
-    states: dict[str, FileState] = {}
-    handles: dict[str, Any] = {}
-    held: dict[str, set[str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, file in files.items():
-        if file not in handles:
-            handles[file] = _open(path / file)
-            states[file] = FileState.of(path / file)
-            held[file] = set(handles[file].keys())
-        if name not in held[file]:
-            raise CheckpointError(f"{file}: tensor {name!r} is missing; the index says it is there")
-        shapes[name] = _shape(handles[file], name, file)
-
-    def tensor(name: str) -> Lazy:
-        return _tensor(states[files[name]], name, shapes[name])
-
-    return Checkpoint("hf", path.name, _needed(shapes, config), tensor)
-
-
-def _tensor(state: FileState, name: str, shape: tuple[int, ...]) -> Lazy:
-    """A tensor of a safetensors file, as float32."""
-
-    def read(window: Window) -> np.ndarray:
-        with state.open():  # only to see that it is still the same file
-            return np.asarray(_open(Path(state.path)).get_slice(name)[window], np.float32)
-
-    return Lazy(shape, np.dtype(np.float32), read, f"{state.identity}, tensor {name!r}")
-
-
-def _tensor_files(path: Path) -> dict[str, str]:
-    """Tensor name to the file in `path` that holds it."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        files = _json(index).get("weight_map")
-        if not isinstance(files, dict) or not files:
-            raise CheckpointError(f"{index.name}: 'weight_map' is missing or no object")
-        for file in set(map(str, files.values())):
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{index.name}: {file!r} is no file of this directory")
-        return files
-    if not (path / "model.safetensors").exists():
-        pickled = " (pickled weights are never read)" if any(path.glob("*.bin")) else ""
-        raise CheckpointError(
-            "neither model.safetensors nor model.safetensors.index.json is there" + pickled
-        )
-    return dict.fromkeys(_open(path / "model.safetensors").keys(), "model.safetensors")
-
-
-def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent.name}: {path.name} is missing")
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path.name}: not a readable safetensors file: {error}") from error
-
-
-def _shape(handle: Any, name: str, file: str) -> tuple[int, ...]:
-    view = handle.get_slice(name)
-    if view.get_dtype() not in _DTYPES:
-        supported = ", ".join(_DTYPES)
-        raise CheckpointError(
-            f"{file}: tensor {name!r} has dtype {view.get_dtype()}; supported: {supported}"
-        )
-    return tuple(view.get_shape())
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path.name} is missing; expected a Hugging Face model directory")
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name}: expected an object, got {type(value).__name__}")
-    return value
 
 
 def _download(name: str) -> Path:
