@@ -66,8 +66,8 @@ app = cyclopts.App(
         jquant evaluate model-w4 --against path/to/model.gguf
         jquant generate model-w4 --prompt "Once upon a time"
 
-    A model is a GGUF file, a Hugging Face folder or hub id (Llama, Mistral and Qwen2 families), or
-    a folder that `jquant quantize` wrote. Each command has its own --help.
+    A model is a GGUF file, a Hugging Face folder or hub id, or a folder that `jquant quantize`
+    wrote; `jquant quantize --help` names the families. Each command has its own --help.
     """,
     version=_version,
     version_flags=["--version"],
@@ -134,8 +134,9 @@ def quantize_model(
 ) -> None:
     """Quantize a model, layer by layer, and write it to a folder.
 
-    Weights are read when their turn comes, so a model may be larger than memory. Embeddings and
-    the output head are kept as they are, unless a --rule says otherwise.
+    Weights are read when their turn comes, so a model may be larger than memory. Embeddings, the
+    output head and the routers of experts are kept as they are, unless a --rule says otherwise.
+    Families: llama, mistral, qwen2, qwen3, qwen3_moe, gemma2, gemma3_text, phi3, olmo2, granite.
 
         jquant quantize model.gguf -o model-w4
         jquant quantize org/model -o w3 --recipe int3-qep --group 128 --text my.txt

@@ -23,7 +23,8 @@ from jquant.schemes.lorc import LoRC
 from jquant.schemes.presets import named
 from jquant.schemes.scheme import Keep, Plan, Scheme, keep
 
-KEPT = "embed.*|head.*"  # what small models can least spare, unless a rule says otherwise
+# What small models can least spare, and what decides where tokens go, unless a rule says otherwise.
+KEPT = "embed.*|head.*|.*/router/.*"
 
 Rules = dict[str, Scheme | Keep]
 Aim = Literal["own", "stage", "kl"]
