@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import jquant as jq
 from jquant import models
 from jquant.errors import CheckpointError
 from jquant.models.config import from_hf
-from jquant.models.families import HF
+from jquant.models.families import GGUF, HF
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 24)).astype(np.int32)
 # What GGUF files of these networks say that no converter needs to write for the models there are.
@@ -238,6 +239,20 @@ def test_what_a_config_leaves_out_is_what_transformers_takes() -> None:
             assert plain.get(key, value) in (value, None), f"{name}: {key}"
 
 
+def test_the_documents_name_every_family() -> None:
+    cli = pytest.importorskip("jquant.app.cli")
+    page = (Path(__file__).parents[1] / "docs" / "supported.md").read_text("utf-8")
+    named = re.search(r"Families: ([^.]*)\.", cli.quantize_model.__doc__ or "")
+    assert named is not None and set(named[1].split(", ")) == set(HF)
+    rows = [line for line in page.splitlines() if line.startswith("|") and "`" in line]
+    assert {row.split("`")[1] for row in rows if row.count("`") == 4 and "_type" not in row} == set(
+        HF
+    )
+    assert {row.split("`")[3] for row in rows if row.count("`") == 4 and "_type" not in row} == set(
+        GGUF
+    )
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", dict(hidden_act="gelu"), r"hidden_act = 'gelu' is not supported; supported: silu"),
     ("qwen3, all switches", dict(layer_types=["full_attention"]), r"kinds of attention"),
@@ -276,6 +291,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         dict(rope_parameters=LONG | dict(partial_rotary_factor=0.7)),
         r"rotary = 11; expected an even number",
     ),
+    (
+        "phi3",
+        dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=1e200)),
+        r"partial_rotary_factor = '1e.200' is not supported; supported: at most 1",
+    ),
+    ("qwen3, all switches", dict(layer_types=5), r"kinds of attention = '5'"),
+    ("qwen3, all switches", dict(layer_types=[{}] * 3), r"kinds of attention"),
+    ("qwen3, all switches", dict(max_window_layers="x", layer_types=None), r"max_window_layers = x"),
+    ("gemma3", dict(rope_parameters={"full_attention": 5}), r"rope_parameters = '5'"),
     ("mistral, a window", dict(attention_bias=True), r"attention_bias = 'True'"),
     ("mistral, a window", dict(num_hidden_layers=10**7), r"10000000 layers"),
 ]  # fmt: skip

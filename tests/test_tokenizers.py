@@ -28,7 +28,10 @@ KINDS = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256
 # Ways to make them overlap; no merge makes "xyz", and "ab" is made before "xabx" can be.
 PIECES = "▁t he the ▁the er ▁▁ ▁▁▁▁ aa aaa aaaa aba ab ba ▁a re here xyz == ==== xa bx xabx".split()
 CHARACTERS = [*"▁therabxyz="]
+USERS = ["<|im_start|>", "▁▁▁", "foo", "a.b*c", "\n\n"]
 ASKED = ["<|go|>", "he\n", "▁▁▁"]
+
+TYPES = np.array([*KINDS[:-1], USER_DEFINED] + [NORMAL] * len(PIECES + CHARACTERS))
 
 
 def tables(asked: list[str], **changes: Any) -> dict[str, Any]:
@@ -96,8 +99,14 @@ def test_pieces_are_joined_by_score(asked: list[str], prefix: bool) -> None:
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-@pytest.mark.parametrize("asked", [[], ["<|im_start|>", "▁▁▁", "foo", "a.b*c", "\n\n"]], ids=len)
-def test_sentencepiece_segments_alike(prefix: bool, asked: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "spaces"),
+    [([], False), (USERS, False), (USERS, True)],
+    ids=["plain", "pieces of a user's", "with spaces"],
+)
+def test_sentencepiece_segments_alike(
+    prefix: bool, asked: list[str], spaces: bool, tmp_path: Path
+) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     lines = [line for key in sorted(topics.topics)[:30] for line in topics.topics[key].splitlines()]
     trained = io.BytesIO()
@@ -115,8 +124,11 @@ def test_sentencepiece_segments_alike(prefix: bool, asked: list[str], tmp_path: 
     for piece in asked:
         kinds[theirs.piece_to_id(piece)] = USER_DEFINED
     pieces = [theirs.id_to_piece(i) for i in range(len(kinds))]
+    # llama.cpp's converter writes spaces in the pieces of a user's own, which it looks for first
+    written = [p.replace("▁", " ") if p in asked else p for p in pieces]
     settings = {
-        "tokenizer_model": "llama", "token_list": pieces, "token_types": kinds,
+        "tokenizer_model": "llama", "token_list": written if spaces else pieces,
+        "token_types": kinds,
         "token_scores": [theirs.get_score(i) for i in range(len(kinds))],
         "add_space_prefix": prefix, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
@@ -178,6 +190,10 @@ def test_tokens_around_a_text() -> None:
         (dict(tokens=[*HEAD[:9], "B", *HEAD[10:], *PIECES, *CHARACTERS]), r"byte token '<0x06>'"),
         (dict(tokens=[*HEAD, *PIECES, *CHARACTERS[:-1], "i"]), r"'==' has the character '='"),
         (dict(tokens=[*HEAD, *PIECES[:-1], "=" * 999, *CHARACTERS]), r"has 999 characters"),
+        (
+            dict(tokens=[*HEAD[:-1], " t", *PIECES, *CHARACTERS], token_type=TYPES),
+            r"'▁t' appears twice, once with spaces",
+        ),
         (dict(precompiled_charsmap=np.ones(4, np.int8)), r"precompiled_charsmap"),
         (dict(remove_extra_whitespaces=True), r"remove_extra_whitespaces = 'True'"),
         (dict(add_space_prefix="yes"), r"add_space_prefix = 'yes'"),

@@ -130,8 +130,9 @@ def quantize_model(
 ) -> None:
     """Quantize a model, layer by layer, and write it to a folder.
 
-    Weights are read when their turn comes, so a model may be larger than memory. Embeddings and
-    the output head are kept as they are, unless a --rule says otherwise.
+    Weights are read when their turn comes, so a model may be larger than memory. Embeddings, the
+    output head and the routers of experts are kept as they are, unless a --rule says otherwise.
+    Families: llama, mistral, qwen2, qwen3, qwen3_moe, gemma2, gemma3_text, phi3, olmo2, granite.
 
         jquant quantize model.gguf -o model-w4
         jquant quantize org/model -o w3 --recipe int3-qep --group 128 --text my.txt

@@ -23,7 +23,9 @@ from jquant.schemes.lorc import LoRC
 from jquant.schemes.presets import named
 from jquant.schemes.scheme import Keep, Plan, Scheme, keep
 
-HEAD = r"head.*|lm_head\..*"  # what the reference decoder and Hugging Face call the output head
+# What small models can least spare, and what decides where tokens go: the output head and the
+# routers of experts, as the reference decoder and as Hugging Face call them.
+SPARED = r"head.*|lm_head\..*|.*/router/.*|.*\.(gate|router)\.weight"
 
 Rules = dict[str, Scheme | Keep]
 Aim = Literal["own", "stage", "kl"]
@@ -65,9 +67,7 @@ def read_rules(given: Sequence[str]) -> Rules:
 def plan_of(
     weights: Mapping[str, Weight], default: Scheme, rules: Rules, lorc: int | None = None
 ) -> Plan:
-    """`default` for every weight that no rule matches, except embeddings and the output head.
-
-    These small models can least spare.
+    """`default` for every weight that no rule matches, except `SPARED` and lookup tables.
 
     With `lorc`, every scheme gets a compensation of that rank: in the metric of the inputs, or for
     weights that are only looked up in the Frobenius one; with factors of 8 bits.
@@ -96,7 +96,7 @@ def plan_of(
 
 def _is_spared(path: str, weight: Weight) -> bool:
     looked_up = any(use.kind == "lookup" for use in weight.uses)
-    return looked_up or re.fullmatch(HEAD, path) is not None
+    return looked_up or re.fullmatch(SPARED, path) is not None
 
 
 def in_batches(windows: np.ndarray, most: int = 4) -> list[np.ndarray]:

@@ -137,7 +137,9 @@ class DecoderConfig:
         for field in ("rope_divisors", "long_divisors"):
             value, expected = getattr(self, field), f"{self.rotary // 2} positive numbers"
             _require(value is None or _divisors(value, self.rotary // 2), field, value, expected)
-        fit = len(self.windows) in (0, self.layers) and all(w >= 0 for w in self.windows)
+        fit = len(self.windows) in (0, self.layers) and all(
+            isinstance(w, int) and w >= 0 for w in self.windows
+        )
         _require(fit, "windows", self.windows, f"{self.layers} sizes of windows, or none")
         for field, choices in _CHOICES.items():
             _require(getattr(self, field) in choices, field, getattr(self, field), str(choices))
@@ -310,10 +312,10 @@ class _Windows(NamedTuple):
             raise CheckpointError(f"{layers} layers; with windows at most {MAX_WINDOWS}")
         if self.kinds is None:
             return tuple(size * slides(self.rule, layer) for layer in range(layers))
-        kinds = list(self.kinds)
-        if len(kinds) != layers or any(kind not in _KINDS for kind in kinds):
-            raise unsupported("the layers' kinds of attention", kinds, f"{layers} of {_KINDS}")
-        return tuple(size * _KINDS[kind] for kind in kinds)
+        known = isinstance(self.kinds, list | np.ndarray) and len(self.kinds) == layers
+        if not known or any(isinstance(k, dict | list) or k not in _KINDS for k in self.kinds):
+            raise unsupported("the layers' kinds of attention", self.kinds, f"{layers} of {_KINDS}")
+        return tuple(size * _KINDS[kind] for kind in self.kinds)
 
 
 def _build(

@@ -86,15 +86,16 @@ class Llama(nnx.Module):
             after: Cache = {}
             for i, block in enumerate(self.layers):
                 past = None if cache is None else cache[str(i)]
-                x, after[str(i)] = block(x, *seen.pick(i), past, position)
+                x, after[str(i)] = block(x, *seen.of(i), past, position)
             return x, None if cache is None else after
         graph, stacked = nnx.split(self.layers)
+        tables, numbers = seen.stacked()
 
         def body(x: Array, layer: Any) -> tuple[Array, Cache | None]:
             state, past, number = layer
-            return nnx.merge(graph, state)(x, *seen.stacked(number), past, position)
+            return nnx.merge(graph, state)(x, *tables.at(number), past, position)
 
-        return jax.lax.scan(body, x, (nnx.to_pure_dict(stacked), cache, seen.scanned()))
+        return jax.lax.scan(body, x, (nnx.to_pure_dict(stacked), cache, numbers))
 
 
 @dataclass(frozen=True)

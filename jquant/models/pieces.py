@@ -1,6 +1,6 @@
 """SentencePiece's byte-pair segmentation by score, from the tables of a GGUF file.
 
-Llama 2, Mistral and TinyLlama have pieces with scores and no merges: of all neighbours whose join
+Llama 2, Mistral, Phi-3 and Gemma have scores and no merges: of all neighbours whose join
 is a piece, the one of the highest score is joined first, the leftmost of equals. Every way to cut a
 piece into two pieces, sorted by the piece's score, is a list of merges for `tokenizers`' BPE that
 does the same. Spaces are `▁`, one more stands before the text (`add_space_prefix`), a character
@@ -52,6 +52,7 @@ def by_score(
     """
     prefix = only(metadata, "tokenizer.ggml.add_space_prefix", (True, False), default=True)
     _check_text_is_left(metadata)
+    tokens = _with_spaces(tokens, kinds)
     vocabulary = {token: i for i, token in enumerate(tokens)}
     by_kind: dict[int, list[str]] = {}
     for token, kind in zip(tokens, kinds, strict=True):
@@ -60,8 +61,10 @@ def by_score(
     merges = _merges(tokens, kinds, _scores(metadata, len(tokens)))
     given = sorted(filter(None, by_kind.get(USER_DEFINED, ())), key=len, reverse=True)
     if given:
-        vocabulary = _by_merges_alone(vocabulary, kinds, merges)
-        merges = [pair for pair in merges if {*pair, "".join(pair)} <= vocabulary.keys()]
+        made = _by_merges_alone(vocabulary, kinds, merges)
+        never = vocabulary.keys() - made.keys()
+        merges = [p for p in merges if never.isdisjoint((*p, p[0] + p[1]))] if never else merges
+        vocabulary = made
     bpe = models.BPE(
         vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes,
         ignore_merges=bool(given),
@@ -78,6 +81,18 @@ def by_score(
         + [decoders.Strip(" ", 1, 0)] * prefix
     )
     return tokenizer
+
+
+def _with_spaces(tokens: Sequence[str], kinds: Sequence[int]) -> list[str]:
+    """The pieces as they stand in the changed text: converters write users' ones as before it."""
+    pieces = [
+        token.replace(" ", _SPACE) if kind == USER_DEFINED else token
+        for token, kind in zip(tokens, kinds, strict=True)
+    ]
+    if len(set(pieces)) != len(pieces):
+        twice = next(piece for piece in pieces if _SPACE in piece and pieces.count(piece) > 1)
+        raise CheckpointError(f"tokenizer.ggml.tokens: {twice!r} appears twice, once with spaces")
+    return pieces
 
 
 def _check_text_is_left(metadata: Mapping[str, Any]) -> None:
@@ -140,8 +155,12 @@ def _cuts(piece: str, joined: Collection[str]) -> list[tuple[str, str]]:
             f"tokenizer.ggml.tokens: {piece[:80]!r} … has {len(piece)} characters; supported: "
             f"{_LONGEST}"
         )
-    cuts = [(piece[:at], piece[at:]) for at in range(len(piece) - 1, 0, -1)]
-    pairs = [cut for cut in cuts if all(len(part) == 1 or part in joined for part in cut)]
+    last = len(piece) - 1
+    pairs = [
+        (piece[:at], piece[at:])
+        for at in range(last, 0, -1)
+        if (at == 1 or piece[:at] in joined) and (at == last or piece[at:] in joined)
+    ]
     alone = next((part for cut in pairs for part in cut if part not in joined), None)
     if alone is not None:
         raise CheckpointError(

@@ -24,6 +24,10 @@ class View(NamedTuple):
     rope: Rope
     mask: Bool[Array, "t s"]
 
+    def at(self, number: Int[Array, ""] | None) -> View:
+        """One view of a stack of them; without a number there was but one."""
+        return self if number is None else jax.tree.map(lambda table: table[number], self)
+
 
 class Views(NamedTuple):
     """The views of a network, and for each layer the number of its own.
@@ -36,19 +40,16 @@ class Views(NamedTuple):
     tables: tuple[View, ...]
     numbers: tuple[int, ...]
 
-    def pick(self, layer: int) -> View:
+    def of(self, layer: int) -> View:
         """The view of a layer of a list."""
-        return self.tables[self.numbers[layer]] if self.numbers else self.tables[0]
+        return self.tables[self.numbers[layer] if self.numbers else 0]
 
-    def scanned(self) -> Int[Array, " layers"] | None:
-        """What a scan over the layers takes along for `stacked`."""
-        return jnp.asarray(self.numbers, jnp.int32) if self.numbers else None
-
-    def stacked(self, number: Int[Array, ""] | None) -> View:
-        """The view of a layer of a scan."""
-        if number is None:
-            return self.tables[0]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves)[number], *self.tables)
+    def stacked(self) -> tuple[View, Int[Array, " layers"] | None]:
+        """For a scan over the layers: the views, and each layer's number for `View.at`."""
+        if not self.numbers:
+            return self.tables[0], None
+        stack = jax.tree.map(lambda *tables: jnp.stack(tables), *self.tables)
+        return stack, jnp.asarray(self.numbers, jnp.int32)
 
 
 def views(config: DecoderConfig, steps: Int[Array, " t"], length: int) -> Views:
@@ -58,7 +59,7 @@ def views(config: DecoderConfig, steps: Int[Array, " t"], length: int) -> Views:
         >>> import dataclasses
         >>> config = DecoderConfig(vocab=8, width=8, hidden=8, layers=3, heads=2, kv_heads=2)
         >>> seen = views(dataclasses.replace(config, windows=(2, 0, 2)), jnp.arange(3), 3)
-        >>> seen.numbers, seen.pick(0).mask.astype(int).tolist()
+        >>> seen.numbers, seen.of(0).mask.astype(int).tolist()
         ((1, 0, 1), [[1, 0, 0], [1, 1, 0], [0, 1, 1]])
     """
     sizes = sorted(set(config.windows)) or [0]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jquant.errors import CheckpointError
-from jquant.models.claims import nothing_else, number, only, unsupported
+from jquant.models.claims import integer, nothing_else, number, only, unsupported
 
 Fields = dict[str, Any]
 
@@ -104,9 +104,12 @@ def _hf_rope(config: Mapping[str, Any], rules: RopeRules, head_dim: int, context
     name = only(rope, "rope_type", tuple(rules.kinds), default=rope.get("type", "default"))
     only(rope, "type", (name,), default=name)  # the older name of the same key
     kind = rules.kinds[name]
-    share = {"partial_rotary_factor": None} if rules.partial else {}
-    nothing_else(rope, "", _HF[kind] | share, f"rope_type {name!r}")
-    rotary = int(head_dim * number(rope, "partial_rotary_factor", 1.0))
+    more = {"partial_rotary_factor": None} if rules.partial else {}
+    nothing_else(rope, "", _HF[kind] | more, f"rope_type {name!r}")
+    share = number(rope, "partial_rotary_factor", 1.0)
+    if share > 1:
+        raise unsupported("partial_rotary_factor", share, "at most 1")
+    rotary = int(head_dim * share)
     fields = {"rope_theta": theta, "rotary": rotary}
     if kind == "linear":
         fields["rope_divisors"] = (number(rope, "factor"),) * (rotary // 2)
@@ -132,7 +135,8 @@ def _llama3(rope: Mapping[str, Any], theta: float, rotary: int, context: int) ->
 def _longrope(rope: Mapping[str, Any], usual_trained: int, context: int) -> Fields:
     trained = number(rope, _TRAINED, usual_trained)
     stretch = number(rope, "factor", context / trained)
-    usual = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 < trained else 1.0
+    grown = stretch > 1 and trained > 1
+    usual = math.sqrt(1 + math.log(stretch) / math.log(trained)) if grown else 1.0
     return {
         "rope_divisors": _numbers(rope, "short_factor"),
         "long_divisors": _numbers(rope, "long_factor"),
@@ -200,7 +204,7 @@ def gguf_rope(
     )
     rotary = head_dim
     if rules.partial:
-        rotary = int(number(metadata, f"{prefix}dimension_count", head_dim))
+        rotary = integer(metadata, f"{prefix}dimension_count", head_dim, head_dim)
     only(metadata, f"{prefix}dimension_count", (rotary,), default=rotary)
     theta = number(metadata, f"{prefix}freq_base", 10000.0)
     fields = {"rope_theta": theta, "rotary": rotary}
