@@ -32,6 +32,7 @@ from jquant.app.quantizing import (
     need_foreseeable,
     need_free,
     needs_text,
+    say_requantized,
     show_weights,
     write_report,
 )
@@ -44,6 +45,7 @@ from jquant.io import read_header
 from jquant.jobs.estimate import estimate
 from jquant.jobs.quantize import quantize
 from jquant.layerwise.weight import stored_bits
+from jquant.models.loading import Quantized
 from jquant.models.quantized import CHECKPOINT
 from jquant.schemes.presets import named, presets
 
@@ -85,6 +87,9 @@ Length = Annotated[
 ]
 Tokenizer = Annotated[
     str | None, Parameter(help="A folder, GGUF file or hub id to take the tokenizer from instead.")
+]
+Kept = Annotated[
+    Quantized, Parameter(help="Of a GGUF or HF file's own codes: keep takes less memory.")
 ]
 Text = Annotated[
     Path | None,
@@ -181,6 +186,7 @@ def quantize_model(
     need_unquantized(source)
     narrator.say(f"loading {source}")
     fn, params, words = models.load(source, lazy=True, tokenizer=tokenizer)
+    say_requantized(narrator, source)
     windows, _ = windows_of(fn, words, length, text)
     windows = some(windows, samples)
     weights = find_weights(fn, params, jax.ShapeDtypeStruct(windows[:1].shape, np.int32))
@@ -241,6 +247,7 @@ def evaluate(
     length: Length = None,
     text: Text = None,
     tokenizer: Tokenizer = None,
+    quantized: Kept = "dequantize",
     quiet: Quiet = False,
 ) -> None:
     """Measure a model on held-out text: its perplexity, or its distance to the model it was.
@@ -256,7 +263,7 @@ def evaluate(
     """
     narrator = Narrator(quiet)
     narrator.say(f"loading {source}")
-    fn, params, words = models.load(source, tokenizer=tokenizer)
+    fn, params, words = models.load(source, tokenizer=tokenizer, quantized=quantized)
     _, windows = windows_of(fn, words, length, text)
     windows = some(windows, samples)
     batches = [window[None] for window in windows]
@@ -312,6 +319,7 @@ def generate(
     seed: int = 0,
     chat: bool = True,
     tokenizer: Tokenizer = None,
+    quantized: Kept = "dequantize",
 ) -> None:
     """Let a model write.
 
@@ -331,7 +339,7 @@ def generate(
     chat
         Ask in the model's chat format, where its tokenizer has one.
     """
-    fn, params, words = models.load(source, tokenizer=tokenizer)
+    fn, params, words = models.load(source, tokenizer=tokenizer, quantized=quantized)
     need_tokenizer(words, source)
     start = np.asarray(asked(words, prompt, chat), np.int32)
     need_known(fn, start)

@@ -12,6 +12,7 @@ from jquant.allocation.choices import Choices
 from jquant.app.console import Narrator
 from jquant.app.recipes import Aim
 from jquant.jobs.report import Report
+from jquant.models.loading import quantized_as
 from jquant.schemes.scheme import Scheme
 
 
@@ -32,6 +33,15 @@ def need_free(output: Path, force: bool) -> None:
     is_taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
     if is_taken and not force:
         raise ValueError(f"{output} is there already; give another name, or --force to replace it")
+
+
+def say_requantized(narrator: Narrator, source: str) -> None:
+    """Says of a model whose file is quantized already that it is quantized anew."""
+    if kinds := quantized_as(source):
+        narrator.say(
+            f"{source} is quantized already ({', '.join(kinds)}): its weights are dequantized, and "
+            "quantized anew; evaluate and generate take it as it is with --quantized keep"
+        )
 
 
 def need_foreseeable(objective: Aim, dry_run: bool) -> None:

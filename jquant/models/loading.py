@@ -27,7 +27,7 @@ from jquant.models.assembly import Checkpoint, assemble
 from jquant.models.coded import Leaf, dequantized, in_halves, tensors_of
 from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf, from_hf
 from jquant.models.decoder import Decoder
-from jquant.models.gguf_file import GGUFFile, read_gguf
+from jquant.models.gguf_file import NUMBERS, GGUFFile, read_gguf
 from jquant.models.quantized import CHECKPOINT, is_quantized, load_quantized
 from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_from_hf, tokenizer_named
 from jquant.trees.lazy import Lazy, Window, realize
@@ -98,6 +98,22 @@ def load(
     params = assemble(config, checkpoint, scan_layers=scan_layers, param_dtype=param_dtype)
     fn = Decoder(config, scan_layers, dtype)
     return fn, params if lazy else realize(params), tokens
+
+
+def quantized_as(source: str | Path) -> tuple[str, ...]:
+    """How a GGUF file or a local folder holds its quantized weights; nothing where it holds none.
+
+    GGUF's block types, or the `quant_method` of a `config.json`.
+
+    Raises:
+        CheckpointError: the file is none.
+    """
+    path = Path(source)
+    if path.is_file():
+        kinds = {info.kind for info in read_gguf(path).tensors.values()} - {*NUMBERS}
+        return tuple(sorted(kind.name for kind in kinds))
+    said = _json(path / "config.json").get("quantization_config") if path.is_dir() else None
+    return (str(said.get("quant_method")),) if isinstance(said, Mapping) else ()
 
 
 def _open_gguf(
