@@ -96,4 +96,4 @@ def test_smollm2_on_its_own_codes() -> None:
     assert sum(map(bits, jax.tree.leaves(kept))) / 8 <= 1.15 * path.stat().st_size
     tokens = jax.random.randint(jax.random.key(0), (1, 32), 0, fn.config.vocab)
     got = np.asarray(jq.apply(fn)(kept, tokens))
-    np.testing.assert_allclose(got, np.asarray(jq.apply(fn)(dense, tokens)), atol=1e-4)
+    np.testing.assert_allclose(got, np.asarray(jq.apply(fn)(dense, tokens)), 1e-4, 5e-4)
