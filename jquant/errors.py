@@ -45,7 +45,8 @@ class QuantizedWeightError(ValueError, TypeError, AttributeError):
 
 
 class FormatError(ValueError):
-    """Numbers cannot be rounded to a format, or a rule for formats decides nothing."""
+    """Numbers cannot be rounded to a format, a rule for formats decides nothing, or a checkpoint's
+    format cannot hold a weight."""
 
 
 class CheckpointError(ValueError):

@@ -50,7 +50,17 @@ def test_every_public_name_has_an_entry() -> None:
     for page in (DOCS / "api").glob("*.md"):
         entries = re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.MULTILINE)
         described |= {entry.rpartition(".")[2] for entry in entries}
-    spaces = ("allocation", "errors", "evaluate", "grids", "io", "models", "objectives", "presets")
+    spaces = (
+        "allocation",
+        "errors",
+        "evaluate",
+        "formats",
+        "grids",
+        "io",
+        "models",
+        "objectives",
+        "presets",
+    )
     spaces = (*spaces, "distances", "rounding")
     public = set(jq.__all__) - set(spaces)
     for space in spaces:

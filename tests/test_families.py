@@ -298,7 +298,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("qwen3, all switches", dict(layer_types=5), r"kinds of attention = '5'"),
     ("qwen3, all switches", dict(layer_types=[{}] * 3), r"kinds of attention"),
-    ("qwen3, all switches", dict(max_window_layers="x", layer_types=None), r"max_window_layers = x"),
+    (
+        "qwen3, all switches",
+        dict(max_window_layers="x", layer_types=None),
+        r"max_window_layers = x",
+    ),
     ("gemma3", dict(rope_parameters={"full_attention": 5}), r"rope_parameters = '5'"),
     ("mistral, a window", dict(attention_bias=True), r"attention_bias = 'True'"),
     ("mistral, a window", dict(num_hidden_layers=10**7), r"10000000 layers"),

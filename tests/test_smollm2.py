@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jquant as jq
 from jquant import models
 from jquant.errors import CheckpointError
 from jquant.models import smollm2
@@ -74,3 +77,23 @@ def test_smollm2() -> None:
             (evaluation[:16], "6488131c22e6f888"),
         ):
             assert hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()[:16] == digest
+
+
+@pytest.mark.skipif(
+    not (smollm2.cache_folder() / Path(smollm2.MEMBER).name).exists(),
+    reason="SmolLM2 is not in the cache; models.smollm2.fetch() brings it",
+)
+def test_smollm2_on_its_own_codes() -> None:
+    """Its Q4_1 and Q8_0 blocks, in the memory that they take; scanned, so that it compiles soon."""
+    path = smollm2.fetch()
+    fn, dense, _ = models.load(path, scan_layers=True)
+    _, kept, _ = models.load(path, scan_layers=True, quantized="keep")
+
+    def bits(leaf: jax.Array) -> int:
+        kind = jnp.iinfo if jnp.issubdtype(leaf.dtype, jnp.integer) else jnp.finfo
+        return leaf.size * kind(leaf.dtype).bits
+
+    assert sum(map(bits, jax.tree.leaves(kept))) / 8 <= 1.15 * path.stat().st_size
+    tokens = jax.random.randint(jax.random.key(0), (1, 32), 0, fn.config.vocab)
+    got = np.asarray(jq.apply(fn)(kept, tokens))
+    np.testing.assert_allclose(got, np.asarray(jq.apply(fn)(dense, tokens)), 1e-4, 5e-4)

@@ -29,13 +29,14 @@ from jquant.app.demo import run_demo
 from jquant.app.examples import Examples, calibration, held_out, one_by_one
 from jquant.app.listing import listing
 from jquant.app.measuring import alone, beside, described, full_and_quantized
-from jquant.app.options import Backend, Orbax, Quiet, Recipe, Source, Tokenizer
+from jquant.app.options import Backend, Kept, Orbax, Quiet, Recipe, Source, Tokenizer
 from jquant.app.quantizing import (
     Chosen,
     Granularity,
     need_foreseeable,
     need_free,
     needs_text,
+    say_requantized,
     sequential_of,
     show_weights,
     write_report,
@@ -179,6 +180,7 @@ def quantize_model(
     need_unquantized(source)
     narrator.say(f"loading {source}")
     model = opened(source, params=params, tokenizer=tokenizer, backend=backend, lazy=True)
+    say_requantized(narrator, source)
     batches = calibration(model, examples)
     weights = find_weights(model.fn, model.params, *inputs_of(batches[0]))
     plan, chosen = plan_of(weights, default, rules, lorc), Chosen()
@@ -238,6 +240,7 @@ def evaluate(
     params: Orbax = None,
     tokenizer: Tokenizer = None,
     backend: Backend = "auto",
+    quantized: Kept = "dequantize",
     quiet: Quiet = False,
 ) -> None:
     """Measure a model on held-out text: its perplexity, or its distance to the model it was.
@@ -254,15 +257,14 @@ def evaluate(
         squared error of its outputs, relative to their squares.
     """
     narrator = Narrator(quiet)
+    choices = {"tokenizer": tokenizer, "backend": backend, "quantized": quantized}
     if against is None:
         narrator.say(f"loading {source}")
-        model = opened(source, params=params, tokenizer=tokenizer, backend=backend)
+        model = opened(source, params=params, **choices)
         batches = held_out(model, examples)
         rows = alone(model, batches, narrator)
     else:
-        full, qparams = full_and_quantized(
-            against, source, narrator, params=params, tokenizer=tokenizer, backend=backend
-        )
+        full, qparams = full_and_quantized(against, source, narrator, params=params, **choices)
         batches = held_out(full, examples)
         rows = beside(full, qparams, batches, narrator)
     narrator.show(f"{source} on {described(batches)}")
@@ -305,6 +307,7 @@ def generate(
     chat: bool = True,
     tokenizer: Tokenizer = None,
     backend: Backend = "auto",
+    quantized: Kept = "dequantize",
 ) -> None:
     """Let a model write.
 
@@ -324,7 +327,9 @@ def generate(
     chat
         Ask in the model's chat format, where its tokenizer has one.
     """
-    fn, params, words = models.load(source, tokenizer=tokenizer, backend=backend)
+    fn, params, words = models.load(
+        source, tokenizer=tokenizer, backend=backend, quantized=quantized
+    )
     need_language_model(fn, source)
     need_tokenizer(words, source)
     start = np.asarray(asked(words, prompt, chat), np.int32)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from jquant.models.loading import Quantized
 from jquant.schemes.presets import presets
 
 Source = Annotated[str, Parameter(help="A GGUF file, a folder, a hub id, or package.module:make.")]
@@ -26,4 +27,7 @@ Tokenizer = Annotated[
 Backend = Annotated[
     Literal["auto", "jax", "torch"],
     Parameter(help="The reference decoder (jax), or a folder's own PyTorch code (torch)."),
+]
+Kept = Annotated[
+    Quantized, Parameter(help="Of a GGUF or HF file's own codes: keep takes less memory.")
 ]

@@ -17,6 +17,7 @@ from jquant.app.recipes import Aim
 from jquant.calibration.stages import Sequential
 from jquant.deprecated import RENAMED
 from jquant.jobs.report import Report
+from jquant.models.loading import quantized_as
 from jquant.schemes.scheme import Scheme
 
 # What --sequential was called, with "all" for none; still taken, no longer shown.
@@ -49,6 +50,15 @@ def need_free(output: Path, force: bool) -> None:
     is_taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
     if is_taken and not force:
         raise ValueError(f"{output} is there already; give another name, or --force to replace it")
+
+
+def say_requantized(narrator: Narrator, source: str) -> None:
+    """Says of a model whose file is quantized already that it is quantized anew."""
+    if kinds := quantized_as(source):
+        narrator.say(
+            f"{source} is quantized already ({', '.join(kinds)}): its weights are dequantized, and "
+            "quantized anew; evaluate and generate take it as it is with --quantized keep"
+        )
 
 
 def need_foreseeable(objective: Aim, dry_run: bool) -> None:

@@ -42,7 +42,7 @@ _SCALARS = {  # GGUF value type to the struct format of its little-endian bytes
     12: "<d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
-_NUMBERS = tuple(GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16"))
+NUMBERS = tuple(GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16"))
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class GGUFFile:
             CheckpointError: its type has no codec.
         """
         info = self.tensors[name]
-        if info.kind in _NUMBERS or len(info.shape) != 2:
+        if info.kind in NUMBERS or len(info.shape) != 2:
             return self.tensor(name)
         if info.kind.name not in KINDS:
             raise CheckpointError(

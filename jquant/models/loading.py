@@ -8,7 +8,7 @@ read them all, unless the caller would rather do that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +22,8 @@ from jquant.models.coded import Leaf, in_halves
 from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf
 from jquant.models.decoder import Decoder
 from jquant.models.families import GGUF
-from jquant.models.gguf_file import GGUFFile, read_gguf
+from jquant.models.gguf_file import NUMBERS, GGUFFile, read_gguf
+from jquant.models.hf_folder import read_json
 from jquant.models.hf_loading import Backend, Choices, Quantized, load_folder
 from jquant.models.quantized import CHECKPOINT, is_quantized, load_quantized
 from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_named
@@ -108,6 +109,23 @@ def load(
         )
         fn, params, tokens = load_folder(folder, choices)
     return fn, params if lazy else realize(params), tokens
+
+
+def quantized_as(source: str | Path) -> tuple[str, ...]:
+    """How a GGUF file or a local folder holds its quantized weights; nothing where it holds none.
+
+    GGUF's block types, or the `quant_method` of a `config.json`.
+
+    Raises:
+        CheckpointError: the file is none.
+    """
+    path = Path(source)
+    if path.is_file():
+        kinds = {info.kind for info in read_gguf(path).tensors.values()} - {*NUMBERS}
+        return tuple(sorted(kind.name for kind in kinds))
+    config = read_json(path / "config.json") if path.is_dir() else {}
+    quantization = config.get("quantization_config")
+    return (str(quantization.get("quant_method")),) if isinstance(quantization, Mapping) else ()
 
 
 def _open_gguf(
