@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from jquant.axes.layout import Layout
@@ -78,9 +77,9 @@ def programs_of(task: Task) -> Programs:
     def update(gradient: Any, moving: Any, targets: Any, unit: Unit, progress: Any) -> Any:
         mean = jax.tree.map(lambda x: x / descent.accumulate, gradient)
         moving = steps.follow(mean, moving, targets, unit, progress)
-        sizes = np.array([target.w.size for target in targets])
         shares = jnp.stack([jnp.mean(one) for one in steps.rounded(moving.variables, targets)])
-        return moving, jnp.sum(shares * (sizes / sizes.sum()))
+        sizes = jnp.asarray([target.w.size for target in targets], shares.dtype)
+        return moving, jnp.sum(shares * (sizes / jnp.sum(sizes)))
 
     def nearest(targets: Any) -> Any:
         codes = [_narrow(target.nearest(), target) for target in targets]
