@@ -249,10 +249,10 @@ class _EqxBlock(eqx.Module):
 
     def __init__(self, key: jax.Array) -> None:
         keys = jax.random.split(key, 3)
-        self.norm = eqx.nn.LayerNorm(8)
-        self.attention = eqx.nn.MultiheadAttention(2, 8, key=keys[0])
-        self.up = eqx.nn.Linear(8, 10, key=keys[1])
-        self.down = eqx.nn.Linear(10, 8, key=keys[2])
+        self.norm = eqx.nn.LayerNorm(8, dtype=jnp.float32)
+        self.attention = eqx.nn.MultiheadAttention(2, 8, key=keys[0], dtype=jnp.float32)
+        self.up = eqx.nn.Linear(8, 10, key=keys[1], dtype=jnp.float32)
+        self.down = eqx.nn.Linear(10, 8, key=keys[2], dtype=jnp.float32)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [time, features]
         h = jax.vmap(self.norm)(x)
@@ -267,7 +267,7 @@ class _EqxNet(eqx.Module):
     def __init__(self, key: jax.Array) -> None:
         keys = jax.random.split(key, 3)
         self.blocks = [_EqxBlock(keys[0]), _EqxBlock(keys[1])]
-        self.head = eqx.nn.Linear(8, 5, key=keys[2])
+        self.head = eqx.nn.Linear(8, 5, key=keys[2], dtype=jnp.float32)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for block in self.blocks:
@@ -491,9 +491,10 @@ def _dispatched() -> Network:
     def fn(params: Any, x: jax.Array) -> jax.Array:
         p, h = params["Experts_0"], _norm(x)
         gates = jax.nn.softmax(h @ p["router"])
-        chosen = jax.nn.one_hot(jnp.argmax(gates, -1), 3)  # [tokens, experts]
+        chosen = jax.nn.one_hot(jnp.argmax(gates, -1), 3, dtype=h.dtype)  # [tokens, experts]
         slot = (jnp.cumsum(chosen, 0) - 1) * chosen
-        dispatch = chosen[..., None] * jax.nn.one_hot(slot.astype(jnp.int32), 20)  # [..., slots]
+        slots = jax.nn.one_hot(slot.astype(jnp.int32), 20, dtype=h.dtype)
+        dispatch = chosen[..., None] * slots  # [tokens, experts, slots]
         rows = jnp.einsum("tec,td->ecd", dispatch, h)
         rows = jax.nn.gelu(jnp.einsum("ecd,edf->ecf", rows, p["up"]))
         rows = jnp.einsum("ecf,efd->ecd", rows, p["down"])
@@ -544,7 +545,7 @@ def _unet() -> Network:
 
     def fn(params: Any, x: jax.Array, t: jax.Array) -> jax.Array:
         p, tanh = params, jnp.tanh
-        angles = t[:, None] * jnp.array([1.0, 2.0, 4.0])
+        angles = t[:, None] * jnp.array([1.0, 2.0, 4.0], t.dtype)
         t = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
         t = tanh(t @ p["time"]["a"]) @ p["time"]["b"]
         x = tanh(_conv(x, p["enc_0"]["a"]) + t[:, None, None, :])

@@ -205,7 +205,7 @@ def test_a_token_is_its_own(grid, compute) -> None:
     others = X.at[1:].multiply(100.0)
     np.testing.assert_array_equal(times(q, others)[0], y[0])
     np.testing.assert_allclose(times(q, X[:1])[0], y[0], rtol=1e-6, atol=1e-6)
-    scales = 2.0 ** jnp.arange(-4.0, 5.0)[:, None]
+    scales = 2.0 ** jnp.arange(-4, 5, dtype=jnp.float32)[:, None]
     np.testing.assert_array_equal(times(q, X * scales), y * scales)
     whole = weight(Uniform(4), 8, Activations(grid, "tensor", compute=compute))
     assert not np.allclose(times(whole, others)[0], times(whole, X)[0], rtol=1e-3)
@@ -408,14 +408,14 @@ def test_products_out_of_sight_are_refused() -> None:
 
 
 def test_under_vmap_and_grad() -> None:
-    stacked = jnp.stack([X, 3 * X - 1])
+    stacked, factors = jnp.stack([X, 3 * X - 1]), jnp.arange(12, dtype=jnp.float32)
     for choice in (TOKEN, Activations(AFFINE, "tensor"), Activations(E4M3)):
         q = weight(Uniform(4), 8, choice)
         each = jnp.stack([times(q, x) for x in stacked])
         close(jax.vmap(jq.apply(_times), (None, 0))(q, stacked), each)
         for one in (q, dataclasses.replace(q, activations=None)):
-            slope = jax.grad(lambda x, q=one: jnp.sum(times(q, x) * jnp.arange(12.0)))(X)
-            close(slope, jnp.broadcast_to(jq.dequantize(q) @ jnp.arange(12.0), X.shape))
+            slope = jax.grad(lambda x, q=one: jnp.sum(times(q, x) * factors))(X)
+            close(slope, jnp.broadcast_to(jq.dequantize(q) @ factors, X.shape))
 
 
 def test_a_second_call_compiles_nothing(compiles) -> None:

@@ -126,7 +126,7 @@ def norm(x: jax.Array) -> jax.Array:
 
 def rotated(x: jax.Array) -> jax.Array:
     """Rotary positions: an addition of two values that both come from the projection."""
-    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * jnp.array([1.0, 0.3])
+    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * jnp.array([1.0, 0.3], jnp.float32)
     one, two = jnp.split(x, 2, -1)
     cos, sin = (jnp.repeat(f(angle), x.shape[-1] // 4, -1) for f in (jnp.cos, jnp.sin))
     return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], -1)

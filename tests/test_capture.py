@@ -252,7 +252,11 @@ def test_inputs_that_are_too_large_are_told_from_those_that_are_not_finite(
 ) -> None:
     x = _normal(0, tokens, 4)
     with pytest.raises(EvidenceError, match=f"'w' is {says}.*first in batch 1"):
-        jq.capture(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2))}, [x, x.at[1, 1].set(size), x])
+        jq.capture(
+            lambda p, x: x @ p["w"],
+            {"w": jnp.ones((4, 2), jnp.float32)},
+            [x, x.at[1, 1].set(size), x],
+        )
 
 
 def test_large_inputs_are_no_trouble_until_their_sums_are() -> None:

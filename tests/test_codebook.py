@@ -66,7 +66,7 @@ def test_af4_is_made_of_medians_in_groups_of_64():
 
 
 def test_nf4_and_af4_on_normal_weights():
-    w = jax.random.normal(jax.random.key(0), (4096, 64))
+    w = jax.random.normal(jax.random.key(0), (4096, 64), jnp.float32)
 
     def absolute_error(g):
         return float(jnp.abs(w - decode(code(w, fit(w, g), g), fit(w, g), g)).mean())

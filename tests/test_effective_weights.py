@@ -30,7 +30,7 @@ MAPS = {
     "mask": lambda w: w * MASK,
     "where": lambda w: jnp.where(MASK > 0, w, 0),
     "clipped": lambda w: jnp.clip(w, -0.5, 0.5),
-    "noise": lambda w: w + 0.1 * jax.random.normal(jax.random.key(0), w.shape),
+    "noise": lambda w: w + 0.1 * jax.random.normal(jax.random.key(0), w.shape, w.dtype),
     "dropconnect": lambda w: (
         w * jax.random.bernoulli(jax.random.key(0), 0.5, w.shape).astype(w.dtype)
     ),
@@ -128,7 +128,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         lambda p, x: {"w": _gram(x) + _gram(x @ p["w"])},
     ),
     "joined outputs": (
-        lambda p, x: x @ jnp.concatenate([p["w"], p["v"], jnp.zeros((4, 2))], 1),
+        lambda p, x: x @ jnp.concatenate([p["w"], p["v"], jnp.zeros((4, 2), x.dtype)], 1),
         {"w": (4, 6), "v": (4, 3)}, _same("w", "v"),
     ),
     "joined inputs": (
@@ -210,7 +210,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
 def test_every_weight_sees_what_meets_it(name: str) -> None:
     fn, shapes, moments = CASES[name]
     params = {path: _normal(k, *shape) for k, (path, shape) in enumerate(shapes.items())}
-    hand = moments(params, X)
+    hand = moments(jax.tree.map(np.asarray, params), X)
     found = jq.capture(fn, params, [X])
     assert set(found) == set(hand)
     for path, evidence in found.items():
@@ -237,7 +237,8 @@ NETS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"l": (3, 4), "q": (4, 5), "k": (4, 5)},
     ),
     "positions from a network": (
-        lambda p, x: jnp.tanh(x @ p["w"]) + (jax.nn.relu(jnp.ones((6, 2)) @ p["a"]) @ p["b"])[0],
+        lambda p, x: jnp.tanh(x @ p["w"])
+        + (jax.nn.relu(jnp.ones((6, 2), x.dtype) @ p["a"]) @ p["b"])[0],
         {"w": (4, 6), "a": (2, 5), "b": (5, 6)},
     ),
     "a class token through a projection": (
@@ -249,11 +250,13 @@ NETS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"q": (3, 4), "k": (5, 4), "v": (4, 6)},
     ),
     "also of constant rows": (
-        lambda p, x: jnp.tanh(x @ p["q"]) + jax.nn.relu(jnp.ones((9, 4)) @ p["q"]).sum(0),
+        lambda p, x: jnp.tanh(x @ p["q"]) + jax.nn.relu(jnp.ones((9, 4), x.dtype) @ p["q"]).sum(0),
         {"q": (4, 6)},
     ),
     "a mask that was scattered": (
-        lambda p, x: jnp.tanh(x[:1] @ p["w"] + x @ (p["w"] * jnp.ones((4, 6)).at[2].set(0)))
+        lambda p, x: jnp.tanh(
+            x[:1] @ p["w"] + x @ (p["w"] * jnp.ones((4, 6), x.dtype).at[2].set(0))
+        )
         @ p["v"],
         {"w": (4, 6), "v": (6, 3)},
     ),
@@ -263,12 +266,12 @@ NETS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"w": (4, 6), "v": (6, 3)},
     ),
     "rows of an identity": (
-        lambda p, x: jnp.tanh(x @ (p["w"] + jnp.eye(4)[SORTED])) @ p["v"],
+        lambda p, x: jnp.tanh(x @ (p["w"] + jnp.eye(4, dtype=x.dtype)[SORTED])) @ p["v"],
         {"w": (4, 4), "v": (4, 3)},
     ),
     "a norm by iteration": (
         lambda p, x: jnp.tanh(x @ (p["w"] / jnp.linalg.norm(
-            lax.fori_loop(0, 3, lambda _, u: u @ p["w"].T @ p["w"], jnp.ones((1, 4)))
+            lax.fori_loop(0, 3, lambda _, u: u @ p["w"].T @ p["w"], jnp.ones((1, 4), x.dtype))
         ))) @ p["v"],
         {"w": (5, 4), "v": (4, 3)},
     ),
@@ -293,7 +296,7 @@ def test_stages_see_the_rows_that_one_pass_sees(name: str, sequential: Any) -> N
 
 def test_products_are_calibrated_as_the_function_written_without_them() -> None:
     params = {"a": _normal(0, 16, 8), "b": _normal(1, 8, 12)}
-    x = _normal(2, 256, 16) * jnp.linspace(0.1, 3, 16)
+    x = _normal(2, 256, 16) * jnp.linspace(0.1, 3, 16, dtype=jnp.float32)
     together, apart = lambda p, x: x @ (p["a"] @ p["b"]), lambda p, x: (x @ p["a"]) @ p["b"]
     one, two = (jq.capture(fn, params, [x]) for fn in (together, apart))
     for path in params:
@@ -408,7 +411,10 @@ def test_a_table_of_several_features_is_looked_up() -> None:
 
 HIDDEN = {
     "fft": (lambda w, x: x @ jnp.fft.fft(w).real, "fft"),
-    "solve": (lambda w, x: x @ jnp.linalg.solve(w, jnp.eye(4)), "custom_linear_solve"),
+    "solve": (
+        lambda w, x: x @ jnp.linalg.solve(w, jnp.eye(4, dtype=w.dtype)),
+        "custom_linear_solve",
+    ),
     "reduced": (lambda w, x: x @ w.reshape(4, 2, 2).sum(2), "reduce_sum"),
     "picked by data": (
         lambda w, x: jax.vmap(
@@ -419,11 +425,11 @@ HIDDEN = {
     "masked by data": (lambda w, x: x @ jnp.where(x[:4, :4] > 0, w, 0), "select_n"),
     "rows in another order": (lambda w, x: x @ w[jnp.array([3, 1, 0, 2])], "dot_general"),
     "columns left out, beside another": (
-        lambda w, x: x @ jnp.concatenate([w[:, ::2], jnp.ones((4, 2))], 1),
+        lambda w, x: x @ jnp.concatenate([w[:, ::2], jnp.ones((4, 2), w.dtype)], 1),
         "slice",
     ),
     "added after a transform": (
-        lambda w, x: x @ (jnp.eye(4) + jnp.linalg.qr(w)[0]),
+        lambda w, x: x @ (jnp.eye(4, dtype=w.dtype) + jnp.linalg.qr(w)[0]),
         "qr",
     ),
     "an iteration": (

@@ -161,7 +161,7 @@ def test_what_is_no_number_stays():
 
 
 def test_ranges_saturate_or_overflow():
-    x = jnp.array([3e4, 300.0, -1e9])
+    x = jnp.array([3e4, 300.0, -1e9], jnp.float32)
     double_ = lambda x: x + x  # noqa: E731
     assert jq.emulate(double_, Float(5, 10))(x).tolist() == [6e4, 600.0, -65504.0]
     assert jq.emulate(double_, "float16")(4 * x)[0] == jnp.inf
@@ -269,13 +269,13 @@ def test_all_numbers_are_of_the_format_or_only_results():
         return (
             x,
             n.astype(jnp.float32),
-            jnp.full(2, 0.1),
+            jnp.full(2, 0.1, jnp.float32),
             x * 0.1,
             jnp.where(n > 0, x, 0.1),
             x > 0.1,
         )
 
-    x, n = jnp.array([0.1, 0.3]), jnp.array([2049, 7])
+    x, n = jnp.array([0.1, 0.3], jnp.float32), jnp.array([2049, 7])
     everything = jq.emulate(fn, 10)(x, n)
     for leaf in everything[:-1]:
         assert_same(leaf, cut(np.asarray(leaf), 10))
@@ -497,7 +497,7 @@ def scoped(x):
 
 
 def test_formats_by_rule():
-    x = jnp.array([0.3, 1.7])
+    x = jnp.array([0.3, 1.7], jnp.float32)
     fine = np.asarray(jnp.exp(x) * 1.1)
     part = jq.emulate(scoped, {"physics/.*": 5, ".*": None})(x)
     assert_same(part, cut(np.asarray(cut(np.log(fine), 5) * fine), 5))
@@ -635,9 +635,9 @@ def test_options_that_are_none(name, value):
 
 def test_more_bits_than_the_carrier_holds():
     with pytest.raises(FormatError, match="float32, which holds 23 bits, not 24.*enable_x64"):
-        jq.emulate(jnp.sin, 24)(1.0)
+        jq.emulate(jnp.sin, 24)(jnp.float32(1.0))
     with pytest.raises(FormatError, match="no more bits than 23 bits.*to round at random"):
-        jq.emulate(jnp.sin, 23, "stochastic")(KEY, 1.0)
+        jq.emulate(jnp.sin, 23, "stochastic")(KEY, jnp.float32(1.0))
     assert_same(jq.emulate(jnp.sin, 23)(WIDE), jnp.sin(WIDE))
 
 
@@ -654,7 +654,7 @@ def test_at_random_without_a_key():
     with pytest.raises(
         ValueError, match=r"jax.random.key\(seed\), \*inputs.*first argument was float32"
     ):
-        run(jnp.ones(2))
+        run(jnp.ones(2, jnp.float32))
     with pytest.raises(ValueError, match="was nothing"):
         run()
 
@@ -664,7 +664,7 @@ def test_unknown_primitives_are_named():
         y = jax.pure_callback(np.sin, jax.ShapeDtypeStruct((2,), jnp.float32), x)
         return y * 1.0
 
-    x = jnp.array([0.3, 0.7])
+    x = jnp.array([0.3, 0.7], jnp.float32)
     with pytest.raises(UnsupportedPrimitiveError, match="primitive 'pure_callback'.*None"):
         jq.emulate(fn, 10)(x)
     found = jq.emulate(fn, {"pure_callback": None, ".*": 3})(x)

@@ -135,7 +135,7 @@ def test_given_evidence_is_refused_where_any_part_is_not_finite(part) -> None:
     whole = Evidence.of(x, full=x, spread=True)
     bad = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan), getattr(whole, part))
     given = {"w": jq.Evidence(**{**vars(whole), part: bad})}
-    fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((64, 8))}
+    fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((64, 8), jnp.float32)}
     plan = jq.plan(jq.find_weights(fn, params, x), {".*": jq.presets.int4_gptq()})
     with pytest.raises(EvidenceError, match=f"'w': its {part.replace('_', ' ')} holds NaN"):
         jq.quantize(fn, params, plan, evidence=given)

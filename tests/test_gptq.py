@@ -116,12 +116,16 @@ def test_beats_nearest_in_aggregate():
 def test_an_unclipped_row_is_within_babai_s_bound():
     w, moment = layer(6, 24)
     grid = Uniform(8)
-    wide = jnp.concatenate([w, jnp.full((6, 1), 9.0), jnp.full((6, 1), -9.0)], axis=1)
+    wide = jnp.concatenate(
+        [w, jnp.full((6, 1), 9.0, w.dtype), jnp.full((6, 1), -9.0, w.dtype)], axis=1
+    )
     moment = jnp.zeros((26, 26), moment.dtype).at[:24, :24].set(moment)
-    moment = moment + jnp.diag(jnp.zeros(26).at[24:].set(float(jnp.trace(moment)) / 24))
+    moment = moment + jnp.diag(
+        jnp.zeros(26, moment.dtype).at[24:].set(float(jnp.trace(moment)) / 24)
+    )
     result = NATURAL(wide, grid, evidence=moment)
     error = np.asarray(wide, np.float64) - values(result, grid, Groups(), wide.shape)
-    damped = np.asarray(moment, np.float64)
+    damped = np.array(moment, np.float64)
     damped += 0.01 * np.diag(damped).mean() * np.eye(26)
     factor = np.linalg.cholesky(np.linalg.inv(damped)).T
     scale = np.asarray(result.params["scale"], np.float64)[:, 0]

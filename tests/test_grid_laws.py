@@ -184,7 +184,7 @@ def test_a_range_search_uses_importance():
 
 def test_the_first_symmetric_convention_treats_positive_groups_like_negative_ones():
     grid = Uniform(4, symmetric=True)
-    w = jnp.linspace(0.1, 1.5, 8)[None]
+    w = jnp.linspace(0.1, 1.5, 8, dtype=jnp.float32)[None]
     assert grid.fit(w) == grid.fit(-w)
     assert float(jnp.abs(w - grid.decode(nearest(grid, w, grid.fit(w)), grid.fit(w))).max()) <= 0.11
 
@@ -192,7 +192,7 @@ def test_the_first_symmetric_convention_treats_positive_groups_like_negative_one
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_codes_are_chosen_for_the_stored_scale(dtype):
     grid = Uniform(4, scale_dtype=dtype)
-    w = jax.random.normal(jax.random.key(1), (3, 64))
+    w = jax.random.normal(jax.random.key(1), (3, 64), jnp.float32)
     params = grid.fit(w)
     assert params["scale"].dtype == dtype and params["zero"].dtype == code_dtype(grid) == jnp.uint4
     where = position(grid, params)(np.asarray(w))

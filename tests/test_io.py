@@ -339,7 +339,7 @@ def test_killed_while_writing(old: bool, tmp_path: Path) -> None:
 
 def test_the_format_is_what_it_was(tmp_path: Path) -> None:
     """A file written by hand from the description in native.py, byte for byte."""
-    jq.save(tmp_path / "x", {"a": jnp.arange(2.0)})
+    jq.save(tmp_path / "x", {"a": jnp.arange(2, dtype=jnp.float32)})
     raw = (tmp_path / "x").read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])

@@ -66,8 +66,8 @@ def test_factors_are_those_of_the_paper_but_for_signs() -> None:
     low = LoRC(4, **FULL)(error)
     left, right = oracle.lorc(error, 4)
     signs = np.sign(np.sum(np.asarray(low.left) * left, 0))
-    np.testing.assert_allclose(low.left * signs, left, atol=2e-4)
-    np.testing.assert_allclose(low.right * signs[:, None], right, atol=2e-4)
+    np.testing.assert_allclose(np.asarray(low.left) * signs, left, atol=2e-4)
+    np.testing.assert_allclose(np.asarray(low.right) * signs[:, None], right, atol=2e-4)
 
 
 def test_the_metric_of_the_inputs_is_qera() -> None:

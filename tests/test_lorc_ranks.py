@@ -22,11 +22,11 @@ from tests.functions import _normal
 GRID = Uniform(2)
 PARAMS = {
     "a": _normal(0, 12, 12),
-    "b": 3.0 * _normal(1, 12, 12) @ jnp.diag(jnp.arange(1.0, 13.0)),
+    "b": 3.0 * _normal(1, 12, 12) @ jnp.diag(jnp.arange(1, 13, dtype=jnp.float32)),
     "c": _normal(2, 2, 12, 12) * jnp.exp(_normal(3, 2, 12, 1)),
     "d": _normal(4, 12, 7),
 }
-X = _normal(5, 64, 12) @ (jnp.eye(12) + 0.5 * _normal(6, 12, 12))
+X = _normal(5, 64, 12) @ (jnp.eye(12, dtype=jnp.float32) + 0.5 * _normal(6, 12, 12))
 
 
 def fn(p, x):

@@ -32,7 +32,11 @@ def fn(p, x):
 
 
 def params(dtype):
-    return {"a": filling(dtype, *SHAPE), "b": filling(dtype, 16, 24, seed=1), "s": jnp.ones(16)}
+    return {
+        "a": filling(dtype, *SHAPE),
+        "b": filling(dtype, 16, 24, seed=1),
+        "s": jnp.ones(16, jnp.float32),
+    }
 
 
 def relative(q, w, moment=None):

@@ -64,10 +64,11 @@ def test_mse_is_relative_and_sums_over_outputs():
 def test_refusals():
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):
         KL(0)
+    one = jnp.ones(3, jnp.float32)
     for objective in (KL(), Fisher()):
         with pytest.raises(
             ValueError, match=r"one array of logits .* got float32\[3\], float32\[3\]"
         ):
-            objective((jnp.ones(3), jnp.ones(3)), (jnp.ones(3), jnp.ones(3)))
+            objective((one, one), (one, one))
         with pytest.raises(ValueError, match=r"got int32\[3\]"):
-            objective(jnp.arange(3), jnp.arange(3))
+            objective(*[jnp.arange(3, dtype=jnp.int32)] * 2)

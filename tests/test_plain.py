@@ -156,12 +156,15 @@ def test_lazy_leaves_are_read() -> None:
 
 
 def test_what_is_no_plain_tree_is_refused() -> None:
-    good = jq.io.plain({"w": weight(Uniform(4)), "b": jnp.ones(3)})
+    good = jq.io.plain({"w": weight(Uniform(4)), "b": jnp.ones(3, jnp.float32)})
     bad = {
         "'jquant' is not among": {"a": jnp.ones(2)},
         "'b' is missing": {name: x for name, x in good.items() if name != "b"},
         "1 tensors belong to no leaf": {**good, "more": jnp.ones(2)},
-        r"array 'b' was float32 \(3,\) .* and is float32 \(4,\)": {**good, "b": jnp.ones(4)},
+        r"array 'b' was float32 \(3,\) .* and is float32 \(4,\)": {
+            **good,
+            "b": jnp.ones(4, jnp.float32),
+        },
         r"array 'w/codes' was uint8 \(2, 5, 6\) .* and is int8": {
             **good,
             "w/codes": good["w/codes"].astype(jnp.int8),

@@ -18,8 +18,8 @@ def fn(params: Any, x: Any) -> Any:
     return x @ params["w"]
 
 
-X = jnp.ones((2, 8))
-PARAMS = {"w": jnp.arange(32.0).reshape(8, 4)}
+X = jnp.ones((2, 8), jnp.float32)
+PARAMS = {"w": jnp.arange(32, dtype=jnp.float32).reshape(8, 4)}
 PLAN = jq.plan(jq.find_weights(fn, PARAMS, X), {".*": jq.Scheme(jq.grids.Uniform(8))})
 QPARAMS = jq.quantize(fn, PARAMS, PLAN)[0]
 
@@ -47,7 +47,7 @@ AS_ARRAY: dict[str, Callable[[Any], Any]] = {
     "jnp.einsum": lambda w: jnp.einsum("bi,io->bo", X, w),
     "w + 1": lambda w: w + 1,
     "1 - w": lambda w: 1 - w,
-    "x * w": lambda w: jnp.ones((8, 4)) * w,
+    "x * w": lambda w: jnp.ones((8, 4), jnp.float32) * w,
     "numpy / w": lambda w: np.ones((8, 4)) / w,
     "w ** 2": lambda w: w**2,
     "-w": lambda w: -w,

@@ -73,14 +73,14 @@ class Steps(Uniform):
 
     def fit(self, w, importance=None):
         del importance
-        return {"scale": jnp.ones(w.shape[:-1])}
+        return {"scale": jnp.ones(w.shape[:-1], jnp.float32)}
 
 
 def test_nupes_walks_over_the_whole_grid():
     # Inputs that are nearly one, and a weight beyond the grid: the others, which all lie between 0
     # and 1, have to make up for 15, more than they can by going to 1.
-    w = jnp.array([[18.0, *[0.3] * 7]])
-    x = jnp.ones((64, 8)) + 0.05 * jax.random.normal(KEY, (64, 8))
+    w = jnp.array([[18.0, *[0.3] * 7]], jnp.float32)
+    x = 1 + 0.05 * jax.random.normal(KEY, (64, 8), jnp.float32)
     rounding = NUPES(descent=Descent(300, 0.05, schedule="constant"))
     result = rounding(w, Steps(3, symmetric=True, convention="S3"), evidence=x.T @ x)
     codes = np.asarray(result.codes).astype(int)[0]
@@ -110,7 +110,7 @@ def test_without_a_loss_discquant_is_nearest_rounding():
 def test_kappa_bounds_what_the_loss_may_say():
     w, _ = layer(6, 16)
     target, unit = target_of(w, Uniform(3)), Unit(jnp.float32(1), 1.0, jnp.float32(0.5))
-    gradient = {"x": jnp.linspace(-1.0, 1.0, w.size).reshape(w.shape)}
+    gradient = {"x": jnp.linspace(-1.0, 1.0, w.size, dtype=w.dtype).reshape(w.shape)}
     found = DiscQuant(rho=4.0, kappa=0.5).direction(gradient, gradient, target, unit, 0.0)["x"]
     pull = np.asarray(found) - (1 - 2 * np.asarray(target.cell().y))
     np.testing.assert_allclose(pull, np.clip(8 * np.asarray(gradient["x"]), -0.5, 0.5), atol=1e-6)
@@ -183,11 +183,11 @@ def test_adaround_presses_to_the_ends_and_its_penalty_is_the_paper_s():
 
 
 def test_the_staircase_of_nupes():
-    rounding, w = NUPES(steepness=(1e-3, 60.0)), jnp.zeros((1, 3))
-    target = Target(w, {"scale": jnp.ones((1, 1))}, Uniform(4, symmetric=True), Groups())
-    v = {"v": jnp.array([[-1.25, 0.0, 2.5]])}
+    rounding, w = NUPES(steepness=(1e-3, 60.0)), jnp.zeros((1, 3), jnp.float32)
+    target = Target(w, {"scale": jnp.ones((1, 1), w.dtype)}, Uniform(4, symmetric=True), Groups())
+    v = {"v": jnp.array([[-1.25, 0.0, 2.5]], w.dtype)}
     np.testing.assert_allclose(rounding.relax(v, target, 0.0).value, v["v"], atol=1e-3)  # straight
-    v = {"v": jnp.array([[-1.3, 0.0, 2.6]])}
+    v = {"v": jnp.array([[-1.3, 0.0, 2.6]], w.dtype)}
     np.testing.assert_allclose(rounding.relax(v, target, 1.0).value, [[-1, 0, 3]], atol=1e-3)
 
 
@@ -274,7 +274,7 @@ def test_what_diverges_keeps_the_best_and_says_so():
 
 def test_state_in_half_the_bytes():
     optimizer = Descent(10, 0.1, state_dtype="bfloat16").transformation()
-    variables = {"x": jnp.ones((3, 4))}
+    variables = {"x": jnp.ones((3, 4), jnp.float32)}
     state = optimizer.init(variables)
     floating = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert floating and all(x.dtype == jnp.bfloat16 for x in floating)
@@ -284,7 +284,7 @@ def test_state_in_half_the_bytes():
 
 
 def test_nothing_to_lose_stays_as_it_is():
-    w = jnp.tile(jnp.arange(4.0), (3, 2))
+    w = jnp.tile(jnp.arange(4, dtype=jnp.float32), (3, 2))
     moment = jnp.eye(8)
     for rounding in LEARNED.values():
         result = rounding(w, Uniform(2), evidence=moment, key=KEY)

@@ -357,13 +357,13 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
     def constant(params: Any, x: jax.Array) -> jax.Array:
         return fn(params, x * 1.0625)
 
-    table = jnp.linspace(0.5, 1.5, 6)
+    table = jnp.linspace(0.5, 1.5, 6, dtype=jnp.float32)
 
     def closed(params: Any, x: jax.Array) -> jax.Array:
         return fn(params, x * table)
 
     def structure(params: Any, x: jax.Array) -> jax.Array:
-        return jnp.tanh(fn(params, x))[..., ::-1] + jnp.sin(x[..., :5] @ jnp.eye(5))
+        return jnp.tanh(fn(params, x))[..., ::-1] + jnp.sin(x[..., :5] @ jnp.eye(5, dtype=x.dtype))
 
     def backwards(params: Any, x: jax.Array) -> jax.Array:
         def block(x: jax.Array, p: Any) -> tuple[jax.Array, None]:

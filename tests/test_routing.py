@@ -23,7 +23,7 @@ TOKENS, WIDTH, EXPERTS, SLOTS = 24, 6, 3, 12
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
 
 PARAMS = {
@@ -41,26 +41,27 @@ X = normal(5, TOKENS, WIDTH)
 def capacity(p: jax.Array, h: jax.Array) -> jax.Array:
     choice = jax.nn.one_hot(jnp.argmax(p, -1), EXPERTS, dtype=jnp.int32)
     place = jnp.cumsum(choice, 0) * choice - 1
-    return jnp.einsum("tec,td->ecd", jax.nn.one_hot(place, SLOTS), h)
+    return jnp.einsum("tec,td->ecd", jax.nn.one_hot(place, SLOTS, dtype=h.dtype), h)
 
 
 def counted_in_floats(p: jax.Array, h: jax.Array) -> jax.Array:
     choice = (p == p.max(-1, keepdims=True)).astype(jnp.float32)
     place = jnp.cumsum(choice, 0) * choice
     slots = place[..., None] == 1 + jnp.arange(SLOTS, dtype=jnp.float32)
-    return jnp.einsum("tec,td->ecd", jnp.where(slots, 1.0, 0.0), h)
+    return jnp.einsum("tec,td->ecd", jnp.where(slots, 1.0, 0.0).astype(h.dtype), h)
 
 
 def weighed_at_dispatch(p: jax.Array, h: jax.Array) -> jax.Array:
     choice = jax.nn.one_hot(jnp.argmax(p, -1), EXPERTS)
     place = (jnp.cumsum(choice, 0) * choice).astype(jnp.int32) - 1
-    return jnp.sum((jax.nn.one_hot(place, SLOTS) * 0.5)[..., None] * h[:, None, None], 0)
+    half = jax.nn.one_hot(place, SLOTS, dtype=h.dtype) * 0.5
+    return jnp.sum(half[..., None] * h[:, None, None], 0)
 
 
 def masked(p: jax.Array, h: jax.Array) -> jax.Array:
     """Each expert's tokens are mixed by a mask, with no slots to count."""
     mask = (p > 0.4).astype(jnp.float32)
-    return jnp.einsum("te,ts,td->esd", mask, jnp.ones((TOKENS, 1)), h)
+    return jnp.einsum("te,ts,td->esd", mask, jnp.ones((TOKENS, 1), h.dtype), h)
 
 
 def tokens_of_experts(p: jax.Array, h: jax.Array) -> jax.Array:
@@ -85,7 +86,7 @@ def carried_along(p: jax.Array, h: jax.Array) -> jax.Array:
 def scattered(p: jax.Array, h: jax.Array) -> jax.Array:
     expert = jnp.argmax(p, -1)
     place = jnp.take_along_axis(jnp.cumsum(jax.nn.one_hot(expert, EXPERTS), 0), expert[:, None], 1)
-    empty = jnp.zeros((EXPERTS, SLOTS, h.shape[-1]))
+    empty = jnp.zeros((EXPERTS, SLOTS, h.shape[-1]), h.dtype)
     return empty.at[expert, place[:, 0].astype(jnp.int32) - 1].set(h, mode="drop")
 
 
@@ -232,7 +233,7 @@ def in_order(h: jax.Array, gate: jax.Array) -> jax.Array:
 
 
 def by_place(h: jax.Array, gate: jax.Array) -> jax.Array:
-    mask = jnp.tri(TOKENS) / TOKENS
+    mask = jnp.tri(TOKENS, dtype=h.dtype) / TOKENS
     return (mask @ h)[jnp.arange(TOKENS)[::-1]]
 
 

@@ -12,6 +12,7 @@ import flax
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -22,7 +23,7 @@ from jquant import io
 from jquant.errors import CheckpointError, TreeError
 from jquant.weights.arguments import by_path
 
-X = jax.random.normal(jax.random.key(1), (16, 8))
+X = jax.random.normal(jax.random.key(1), (16, 8), jnp.float32)
 
 
 class Pair(NamedTuple):
@@ -56,8 +57,8 @@ jax.tree_util.register_pytree_node(
     Keyless, lambda node: (node.children, None), lambda _, children: Keyless(*children)
 )
 
-W = jax.random.normal(jax.random.key(0), (8, 8))
-MODEL = eqx.nn.MLP(8, 8, 8, 2, key=jax.random.key(0))
+W = jax.random.normal(jax.random.key(0), (8, 8), jnp.float32)
+MODEL = eqx.nn.MLP(8, 8, 8, 2, key=jax.random.key(0), dtype=jnp.float32)
 TREES: dict[str, Any] = {
     "FrozenDict": flax.core.freeze({"a": {"w": W}}),
     "Linen": nn.Dense(8).init(jax.random.key(0), X),

@@ -300,7 +300,7 @@ def test_a_scan_over_a_stack_is_written_out(reverse: bool) -> None:
             x = jnp.tanh(x @ w) * scale + bias
             return x, x[0]
 
-        scales = jnp.linspace(0.5, 2.0, 3)
+        scales = jnp.linspace(0.5, 2.0, 3, dtype=x.dtype)
         x, rows = lax.scan(
             step, x, (params["w"], params["bias"], scales), reverse=reverse, unroll=2
         )
@@ -473,9 +473,9 @@ def odd_ones(x: jax.Array) -> jax.Array:
     x = jax.nn.gelu(x[:, ::-1]) + jax.nn.softmax(x) + x.at[jnp.array([1, 0])].get(mode="clip")[0]
     x = lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x)
     x = lax.while_loop(lambda x: x.sum() < 0, lambda x: x + 1, x)
-    x = lax.conv_general_dilated(x[None], jnp.ones((3, 6, 6)), (1,), "SAME",
+    x = lax.conv_general_dilated(x[None], jnp.ones((3, 6, 6), x.dtype), (1,), "SAME",
                                  dimension_numbers=("NWC", "WIO", "NWC"))[0]  # fmt: skip
-    x = x + jax.random.normal(jax.random.key(0), x.shape)
+    x = x + jax.random.normal(jax.random.key(0), x.shape, x.dtype)
     return jnp.sort(computation()(x, x)).cumsum(0)
 
 
@@ -639,7 +639,7 @@ def test_batches_may_differ_in_their_length() -> None:
         (normal(0, 16, 7), "float32[16, 7]"),
         (FIRST.astype(jnp.bfloat16), "bfloat16[16, 6]"),  # strict: no mixing of dtypes
         (FIRST.astype(jnp.int32), "int32[16, 6]"),
-        (jnp.ones(()), "float32[]"),
+        (jnp.ones((), jnp.float32), "float32[]"),
         ((FIRST, FIRST), "float32[16, 6], float32[16, 6]"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -660,7 +660,7 @@ def test_errors_of_other_libraries_are_told_of_the_batch_too() -> None:
     import flax.linen as nn
 
     model = nn.Dense(4)
-    params = {"params": {"kernel": normal(0, 6, 4), "bias": jnp.zeros(4)}}
+    params = {"params": {"kernel": normal(0, 6, 4), "bias": jnp.zeros(4, jnp.float32)}}
     plan = plan_of(model.apply, params, FIRST)
     with pytest.raises(EvidenceError, match=r"batch 1 has float32\[16, 7\].*does not take it"):
         jq.quantize(model.apply, params, plan, [FIRST, normal(0, 16, 7)])

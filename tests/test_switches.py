@@ -111,6 +111,28 @@ def test_strict_switches_change_no_type(name: str) -> None:
         assert types() == wanted
 
 
+@pytest.mark.parametrize(
+    "name", ["nearest A1-4-mse", "gptq in-8", "discquant in-8", "adaround in-8", "low rank"]
+)
+def test_evidence_of_float64_changes_no_type(name: str) -> None:
+    """Whoever adds up second moments by hand with x64 has them in float64."""
+
+    def solved(w: Any, evidence: Evidence) -> Any:
+        layout = Layout.of(SHAPE, in_axes=(2,), batch_axes=(0,))
+        key = jax.random.key(0)
+        return quantize_weight(w, SCHEMES[name], layout, evidence=evidence, key=key)
+
+    def types(dtype: Any) -> list[Any]:
+        evidence = Evidence(
+            jax.ShapeDtypeStruct((2, 20, 20), dtype), jax.ShapeDtypeStruct((2,), dtype)
+        )
+        w = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+        return [(x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(solved, w, evidence))]
+
+    with strictest():
+        assert types(jnp.float64) == types(jnp.float32)
+
+
 # Values: a small network is quantized, kept, and run.
 
 

@@ -188,7 +188,7 @@ def _routed(p: Any, x: Any, mask: Any) -> Any:
 def _slots(p: Any, x: Any, mask: Any) -> Any:
     """Capacity slots filled by a product with ones and zeros."""
     rows = x.reshape(-1, 8)
-    slot = jax.nn.one_hot(jnp.cumsum(rows[:, 0] > 0) - 1, 24)
+    slot = jax.nn.one_hot(jnp.cumsum(rows[:, 0] > 0) - 1, 24, dtype=x.dtype)
     return jnp.einsum("td,tc->cd", rows, slot) @ p["b"]
 
 
@@ -197,12 +197,12 @@ def _recurrent(p: Any, x: Any, mask: Any) -> Any:
         h = jnp.tanh(row + h @ p["b"])
         return h, h
 
-    return lax.scan(step, jnp.zeros((4, 8)), x.swapaxes(0, 1))[1]
+    return lax.scan(step, jnp.zeros((4, 8), x.dtype), x.swapaxes(0, 1))[1]
 
 
 def _strided(p: Any, x: Any, mask: Any) -> Any:
     y = lax.conv_general_dilated(
-        x, jnp.ones((2, 8, 8)), (2,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+        x, jnp.ones((2, 8, 8), x.dtype), (2,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
     )
     return y @ p["b"]
 

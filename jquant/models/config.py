@@ -312,8 +312,8 @@ class _Windows(NamedTuple):
             raise CheckpointError(f"{layers} layers; with windows at most {MAX_WINDOWS}")
         if self.kinds is None:
             return tuple(size * slides(self.rule, layer) for layer in range(layers))
-        known = isinstance(self.kinds, list | np.ndarray) and len(self.kinds) == layers
-        if not known or any(isinstance(k, dict | list) or k not in _KINDS for k in self.kinds):
+        one_each = isinstance(self.kinds, list | np.ndarray) and len(self.kinds) == layers
+        if not one_each or any(isinstance(k, dict | list) or k not in _KINDS for k in self.kinds):
             raise unsupported("the layers' kinds of attention", self.kinds, f"{layers} of {_KINDS}")
         return tuple(size * _KINDS[kind] for kind in self.kinds)
 

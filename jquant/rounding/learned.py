@@ -85,7 +85,7 @@ def _learn(
     grid: Grouped,
 ) -> Rounded:
     batch = w.shape[:-2]
-    w = w.astype(jnp.float32)
+    w, moment, count = jax.tree.map(lambda x: x.astype(jnp.float32), (w, moment, count))
     target = Target(w, grid.fit(w, importance_of(moment)), grid.grid, grid.groups)
     seen = None if moment is None or count is None else (moment, count)
     keys = None if key is None else jax.random.split(key, batch)

@@ -15,5 +15,5 @@ def qera(error: np.ndarray, moment: np.ndarray, rank: int) -> np.ndarray:
     values, vectors = np.linalg.eigh(np.asarray(moment, np.float64))
     half = vectors * np.sqrt(values) @ vectors.T
     back = vectors / np.sqrt(values) @ vectors.T
-    left, right = lorc(error @ half, rank)
+    left, right = lorc(np.asarray(error, np.float64) @ half, rank)
     return left @ right @ back
