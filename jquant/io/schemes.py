@@ -28,10 +28,10 @@ from jquant.weights.activations import Activations, Percentile
 
 # What files call by another name than the code does: they keep the words in which version 1 was
 # first written, so that old files are read, and new ones by older versions of jquant.
-_WORDS = {
+_WORDS: Mapping[Any, str] = {
     "Groups": "Blocks", "groups": "blocks", "compute": "path", "fake_quant": "simulated",
 }  # fmt: skip
-_NAMES = {word: name for name, word in _WORDS.items()}
+_NAMES: Mapping[Any, str] = {word: name for name, word in _WORDS.items()}
 
 # Fields that files of version 1 may lack, with what they mean then.
 ADDED: Mapping[str, Mapping[str, Any]] = {"Float": {"negative_zero": False}}
@@ -62,10 +62,8 @@ def to_json(value: Any) -> Any:
         >>> to_json(Groups("in", 64))  # called Blocks when the format was made
         {'Blocks': {'axis': 'in', 'size': 64}}
     """
-    if isinstance(value, str):
-        return word(value)
-    if value is None or isinstance(value, (bool, int)):
-        return value
+    if value is None or isinstance(value, (bool, int, str)):
+        return _WORDS.get(value, value)
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, complex):
@@ -102,7 +100,7 @@ def from_json(data: Any) -> Any:
         # Wider integers than a machine word belong to no choice, and could only make one hang.
         if isinstance(data, int) and abs(data) >= 1 << 63:
             raise CheckpointError(f"a scheme holds an integer of {data.bit_length()} bits")
-        return _NAMES.get(data, data) if isinstance(data, str) else data
+        return _NAMES.get(data, data)
     if len(data) != 1:
         raise CheckpointError(f"a scheme must name one class, got {sorted(data)[:4]}")
     ((name, value),) = data.items()
