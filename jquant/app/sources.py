@@ -42,7 +42,7 @@ class Model:
     """
 
     source: str
-    fn: Callable[..., Any]
+    fn: Any
     params: Any
     tokenizer: Any = None
     batches: Iterable[Any] | None = None

@@ -5,7 +5,6 @@ The first 80 % of its tokens calibrate, the rest is held out, both cut into wind
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,9 +67,7 @@ def _of_file(tokenizer: Any, length: int, text: Path) -> tuple[np.ndarray, np.nd
     return calibration, held_out
 
 
-def some(
-    items: Sequence[Any], count: int, there: str = "the text has", what: str = "windows"
-) -> Any:
+def some(items: Any, count: int, there: str = "the text has", what: str = "windows") -> Any:
     """The first `count` windows or batches. ValueError: there are not so many."""
     if not 1 <= count <= len(items):
         raise ValueError(f"--samples {count}: {there} 1 to {len(items)} {what} to take")

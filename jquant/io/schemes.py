@@ -68,24 +68,35 @@ def to_json(value: Any) -> Any:
         return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, complex):
         return {"complex": [to_json(value.real), to_json(value.imag)]}
-    if isinstance(value, (np.dtype, type(jnp.float32))) or (
-        isinstance(value, type) and issubclass(value, np.generic)
-    ):
+    if _names_dtype(value):
         # A dtype and the scalar type of the same name are equal but hash apart: keep which it was.
         return {"dtype" if isinstance(value, np.dtype) else "scalar": jnp.dtype(value).name}
     kind = type(value)
-    name = word(kind.__name__)
-    if classes().get(name) is kind:
-        added = ADDED.get(name, {})
-        fields = {field: getattr(value, field) for field in _fields(kind)}
-        told = {f: v for f, v in fields.items() if f not in added or added[f] != v}
-        return {name: {word(field): to_json(own) for field, own in told.items()}}
-    if isinstance(value, tuple) and kind is tuple:
+    if classes().get(word(kind.__name__)) is kind:
+        return {word(kind.__name__): _fields_json(value)}
+    if kind is tuple:
         return [to_json(item) for item in value]
     raise ValueError(
         f"{value!r} ({kind.__name__}) cannot be stored: static fields may hold None, bool, int, "
         f"float, str, dtypes, tuples, and {', '.join(classes())}"
     )
+
+
+def _names_dtype(value: Any) -> bool:
+    """Whether a value is a dtype, or a scalar type of NumPy's or JAX's."""
+    scalar = isinstance(value, type) and issubclass(value, np.generic)
+    return scalar or isinstance(value, (np.dtype, type(jnp.float32)))
+
+
+def _fields_json(value: Any) -> dict[str, Any]:
+    """The fields of an instance of one of `classes`, but those that an older file would lack."""
+    added = ADDED.get(word(type(value).__name__), {})
+    fields = {field: getattr(value, field) for field in _fields(type(value))}
+    return {
+        word(field): to_json(own)
+        for field, own in fields.items()
+        if field not in added or added[field] != own
+    }
 
 
 def from_json(data: Any) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 from jquant.errors import CheckpointError, near
 from jquant.models.coded import Leaf, cast, checked, kernel, stacked
 from jquant.models.config import DecoderConfig
+from jquant.trees.lazy import Lazy
 
 Format = Literal["gguf", "hf"]
 
@@ -188,10 +189,41 @@ def assemble(
         CheckpointError: a tensor is missing, misshapen or left over, or layers that are to be
             stacked are quantized differently.
     """
-    form, origin, shapes, tensor, offset = checkpoint
+    needed = _needed(config, checkpoint)
+    origin, tensor, offset = checkpoint.origin, checkpoint.tensor, checkpoint.norm_offset
+    leaves: dict[str, list[Leaf]] = {}
+    experts: list[Leaf] = []
+    dtype = jax.dtypes.canonicalize_dtype(param_dtype)
+    for source in needed:
+        leaf = checked(tensor(source.name), f"{origin}: tensor {source.name!r}")
+        leaf = kernel(leaf) if source.leaf.endswith("/kernel") else leaf
+        if offset and source.leaf.endswith("/scale") and isinstance(leaf, Lazy):
+            leaf = leaf.map(lambda scale: scale + np.float32(offset), leaf.dtype, f"+ {offset}")
+        leaf = cast(leaf, dtype)
+        if source.expert is not None:
+            experts.append(leaf)
+            if source.expert < config.experts - 1:
+                continue
+            leaf, experts = stacked(experts, f"{origin}: {source.leaf}"), []
+        path = source.leaf
+        if not scan_layers:
+            path = path.replace("layers/", f"layers/{source.layer}/", 1)
+        leaves.setdefault(path, []).append(leaf)
+    stacks = {path: scan_layers and path.startswith("layers/") for path in leaves}
+    return _nested({
+        path: stacked(parts, f"{origin}: {path}") if stacks[path] else parts[0]
+        for path, parts in leaves.items()
+    })  # fmt: skip
+
+
+def _needed(config: DecoderConfig, checkpoint: Checkpoint) -> list[Source]:
+    """The tensors that a decoder is made of, each of which the checkpoint has, and no other."""
+    origin, shapes = checkpoint.origin, checkpoint.shapes
     left = dict(shapes)
     needed: list[Source] = []
-    for source in sources(config, form):  # stops at the first absence: a count may be a lie
+    for source in sources(
+        config, checkpoint.form
+    ):  # stops at the first absence: a count may be a lie
         shape = left.pop(source.name, None)
         if shape is None:
             raise CheckpointError(
@@ -209,29 +241,7 @@ def assemble(
             f"{origin}: {len(left)} tensors that this decoder has no place for, such as "
             f"{min(left)!r}; the model is of another architecture than its configuration says"
         )
-    leaves: dict[str, list[Leaf]] = {}
-    experts: list[Leaf] = []
-    dtype = jax.dtypes.canonicalize_dtype(param_dtype)
-    for source in needed:
-        leaf = checked(tensor(source.name), f"{origin}: tensor {source.name!r}")
-        leaf = kernel(leaf) if source.leaf.endswith("/kernel") else leaf
-        if offset and source.leaf.endswith("/scale"):
-            leaf = leaf.map(lambda scale: scale + np.float32(offset), leaf.dtype, f"+ {offset}")
-        leaf = cast(leaf, dtype)
-        if source.expert is not None:
-            experts.append(leaf)
-            if source.expert < config.experts - 1:
-                continue
-            leaf, experts = stacked(experts, f"{origin}: {source.leaf}"), []
-        path = source.leaf
-        if not scan_layers:
-            path = path.replace("layers/", f"layers/{source.layer}/", 1)
-        leaves.setdefault(path, []).append(leaf)
-    stacks = {path: scan_layers and path.startswith("layers/") for path in leaves}
-    return _nested({
-        path: stacked(parts, f"{origin}: {path}") if stacks[path] else parts[0]
-        for path, parts in leaves.items()
-    })  # fmt: skip
+    return needed
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
