@@ -63,10 +63,7 @@ def to_json(value: Any) -> Any:
         return {"dtype" if isinstance(value, np.dtype) else "scalar": jnp.dtype(value).name}
     kind = type(value)
     if classes().get(kind.__name__) is kind:
-        added = ADDED.get(kind.__name__, {})
-        fields = {name: getattr(value, name) for name in _fields(kind)}
-        said = {n: to_json(v) for n, v in fields.items() if n not in added or added[n] != v}
-        return {kind.__name__: said}
+        return {kind.__name__: {n: to_json(field) for n, field in _written(value).items()}}
     if isinstance(value, tuple) and kind is tuple:
         return [to_json(item) for item in value]
     raise ValueError(
@@ -106,6 +103,13 @@ def from_json(data: Any) -> Any:
         return kind(**fields)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{name} refuses the values in the file: {error}") from error
+
+
+def _written(value: Any) -> dict[str, Any]:
+    """The fields of a choice that a file holds: all but those that older files mean anyway."""
+    fields = {name: getattr(value, name) for name in _fields(type(value))}
+    added = ADDED.get(type(value).__name__, {})
+    return {n: field for n, field in fields.items() if n not in added or added[n] != field}
 
 
 def _no_class(name: str) -> CheckpointError:
