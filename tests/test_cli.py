@@ -230,6 +230,28 @@ def test_a_gguf_file_of_sentencepiece_goes_all_the_way(tmp_path: Path, capsys) -
     assert said[0] == said[1]
 
 
+def test_a_quantized_gguf_file_runs_on_its_codes(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("torch")
+    from checkpoints import piece_tokenizer, torch_model, write_gguf
+
+    words = piece_tokenizer("The quick brown fox jumps over the lazy dog")
+    network = torch_model(
+        vocab_size=len(words["token_list"]), hidden_size=32, intermediate_size=32,
+        num_hidden_layers=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    path = write_gguf(tmp_path / "q4.gguf", network, tokenizer=words, types={"": "Q4_0"})
+    (tmp_path / "text.txt").write_text(TEXT)
+    text = ["--text", tmp_path / "text.txt", "--length", 32, "--samples", 2]
+    shown = []
+    for more in ([], ["--quantized", "keep"]):
+        assert run("evaluate", path, *text, "-q", *more) == 0
+        assert run("generate", path, "-p", "The fox", "--tokens", 4, *more) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert run("quantize", path, "-o", tmp_path / "w4", "-r", "int4-nearest", *text) == 0
+    assert "q4.gguf is quantized already (Q4_0)" in " ".join(capsys.readouterr().err.split())
+
+
 # Help
 
 

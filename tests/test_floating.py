@@ -11,10 +11,12 @@ from oracles.microscaling import mx, nv
 
 from jquant.axes.groups import Groups
 from jquant.grids import MSE, MX, NV, Float, MinMax, Uniform, code_dtype, nearest
+from jquant.io.schemes import from_json, to_json
 from jquant.numerics.distortion import bits_per_weight
 from jquant.numerics.formats import FORMATS
 from jquant.rounding import GPTQ, Nearest
 from jquant.schemes.scheme import Scheme
+from jquant.weights.activations import numbers
 
 # Every format that has a NumPy type, and those of other tools that are a row of no table.
 TYPES = {
@@ -399,6 +401,25 @@ def test_codes_wider_than_files_hold_are_refused():
     assert code_dtype(Float(6, 10, signed=False)) == jnp.uint16
     with pytest.raises(ValueError, match="do not fit in 16 bits"):
         Nearest()(jnp.ones((2, 2)), Float(8, 8))
+
+
+def test_a_negative_zero_is_a_code_that_rounding_never_chooses():
+    grid = Float(2, 1, negative_zero=True)
+    assert grid.codes == (-8, 7)
+    assert np.signbit(np.asarray(grid.decode(jnp.array([[-8, 0]]), {}))).tolist() == [[True, False]]
+    w = jnp.linspace(-7.0, 7.0, 99)[None]
+    plain = Float(2, 1)
+    assert (grid.nearest(w, {}) == plain.nearest(w, {})).all()
+    c, _ = numbers(grid, jnp.array([-8, -7], jnp.int4), jnp.bfloat16)
+    assert c.tolist() == [-0.0, -6.0]
+    with pytest.raises(ValueError, match="no sign"):
+        Float(4, 3, signed=False, negative_zero=True)
+
+
+def test_files_that_know_no_negative_zero_are_read_and_written_as_ever():
+    said = to_json(Float(2, 1))
+    assert "negative_zero" not in said["Float"] and from_json(said) == Float(2, 1)
+    assert from_json(to_json(Float(2, 1, negative_zero=True))).negative_zero
 
 
 def test_floating_grids_are_values():
