@@ -16,6 +16,7 @@ from jax.extend import core
 
 from jquant.axes.layout import Role
 from jquant.axes.origin import Origin
+from jquant.calibration.picks import Picked
 from jquant.calibration.tagged import Tagged, array_of, changed, is_independent
 from jquant.programs.walker import Walker, bind
 
@@ -107,10 +108,14 @@ def lookup(observer: Any, eqn: core.JaxprEqn, values: list[Any], walker: Walker)
         for k, origin in enumerate(table.good):
             observer.see(walker, (0, k), origin, observer.looked_up(walker, origin, pick.roles), 0)
         return [result]
-    if is_use:
-        number = observer.postpone(walker, table.good, pick.roles)
-        table = replace(table, reach=(*table.reach, number))
-    return [_picked(table, pick, result, name, free)]
+    if not is_use:
+        return [_picked(table, pick, result, name, free)]
+    number = observer.postpone(walker, table.good, pick.roles)
+    value = _picked(replace(table, reach=(*table.reach, number)), pick, result, name, free)
+    if name != "gather" or free:
+        return [value]
+    matrices = Picked.of(eqn, walker.site, table, array_of(values[1]), number)
+    return [value if matrices is None else replace(value, pick=observer.pick(matrices))]
 
 
 def _picked(table: Tagged, pick: Pick, result: Any, name: str, free: bool) -> Tagged:

@@ -27,6 +27,7 @@ from jquant.calibration.elementwise import elementwise, retagged
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.meeting import Rows, meet, unsupported
 from jquant.calibration.pending import Lookup, Pending, Product
+from jquant.calibration.picks import Picked
 from jquant.calibration.tagged import Tagged, array_of, changed, is_independent
 from jquant.calibration.tokens import Tokens
 from jquant.calibration.views import MADE, view
@@ -55,6 +56,8 @@ class Observer:
         uses: by site and operand, each use once.
         mixed: path → the operation that took the weight in as a plain array.
         pending: uses that are not decided yet.
+        picked: the matrices that data has picked from stacks, by number.
+        deferred: where those were picked that met rows.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class Observer:
         self.uses: dict[tuple[tuple[int, ...], Any], Sighting] = {}
         self.mixed: dict[str, str] = {}
         self.pending = Pending(roots)
+        self.picked: list[Picked] = []
+        self.deferred: set[tuple[int, ...]] = set()
 
     def special(self, value: Any) -> bool:
         return isinstance(value, Tagged)
@@ -204,6 +209,17 @@ class Observer:
             why = "it was indexed along an axis that is contracted"
             raise unsupported(origin, walker.within[-1].primitive.name, why)
         return reading
+
+    def pick(self, picked: Picked) -> int:
+        """The number by which picked matrices are known."""
+        self.picked.append(picked)
+        return len(self.picked) - 1
+
+    def met(self, weight: Tagged) -> Tagged:
+        """Picked matrices that met rows, and so are no lookup."""
+        assert weight.pick is not None
+        lookup = self.picked[weight.pick].lookup
+        return replace(weight, reach=tuple(n for n in weight.reach if n != lookup))
 
     def postpone(self, walker: Walker, origins: Sequence[Origin], roles: Sequence[Role]) -> int:
         """Lookups that count if what they picked meets an input as it is."""

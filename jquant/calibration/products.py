@@ -12,6 +12,7 @@ from jquant.axes.contraction import Contraction
 from jquant.axes.origin import Origin
 from jquant.calibration.meeting import Rows, meet, refusing, unsupported
 from jquant.calibration.pending import Product
+from jquant.calibration.picks import meet_picked
 from jquant.calibration.tagged import Tagged, array_of, is_independent
 from jquant.programs.walker import Walker, bind
 
@@ -36,6 +37,9 @@ def dot(observer: Any, eqn: core.JaxprEqn, values: list[Any], walker: Walker) ->
     for slot, weight in enumerate(values):
         other = values[1 - slot]
         if not isinstance(weight, Tagged) or (_is_weight(other) and not _is_weight(weight)):
+            continue
+        if not _is_weight(other) and meet_picked(observer, walker, slot, weight, array_of(other)):
+            values[slot] = observer.met(weight)
             continue
         if weight.lost and not _is_weight(other):
             raise _lost(weight.lost[0], eqn)

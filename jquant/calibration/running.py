@@ -24,11 +24,13 @@ class Usage(NamedTuple):
             weights that are looked up only.
         nested: weights that are used inside a step's own loop or branch, and its name.
         fixed: values that depend on no input.
+        deferred: steps that pick matrices of a weight for a later use, see `picks.py`.
     """
 
     uses: Uses
     nested: dict[Piece, str]
     fixed: frozenset[int]
+    deferred: frozenset[int] = frozenset()
 
 
 def find_uses(flat: Flat, planned: Callable[[str], bool]) -> Usage:
@@ -50,7 +52,8 @@ def find_uses(flat: Flat, planned: Callable[[str], bool]) -> Usage:
         for (at, *inside), number, _ in sightings
         if inside
     }
-    return Usage({at: tuple(uses[at]) for at in sorted(uses)}, nested, fixed)
+    deferred = frozenset(at for at, *inside in observer.deferred if not inside)
+    return Usage({at: tuple(uses[at]) for at in sorted(uses)}, nested, fixed, deferred)
 
 
 def _watch(flat: Flat, watched: Mapping[int, Piece]) -> tuple[Observer, frozenset[int]]:

@@ -18,13 +18,26 @@ from jquant.programs.straight import Flat, Step
 Span = tuple[int, int]  # the first and the last level
 
 
-def levels_of(steps: Sequence[Step], uses: Uses) -> list[int]:
-    """The level of every step and of what it makes; parameters and inputs have level 0."""
+def levels_of(steps: Sequence[Step], usage: Found) -> list[int]:
+    """The level of every step and of what it makes; parameters and inputs have level 0.
+
+    Steps that are deferred, and what is made of them up to a use, have the level of the first step
+    that reads them.
+    """
     levels: list[int] = []
     made: dict[int, int] = {}
+    waiting: set[int] = set()  # values of deferred steps
     for at, step in enumerate(steps):
-        levels.append(max((made.get(n, 0) for n in step.reads), default=0) + (at in uses))
+        use = at in usage.uses
+        levels.append(max((made.get(n, 0) for n in step.reads), default=0) + use)
         made.update(dict.fromkeys(step.outs, levels[at]))
+        if at in usage.deferred or not (use or waiting.isdisjoint(step.reads)):
+            waiting.update(step.outs)
+    read: dict[int, int] = {}  # value → the lowest level of a step that reads it
+    for at in range(len(steps))[::-1] if waiting else ():
+        if not waiting.isdisjoint(steps[at].outs):
+            levels[at] = min((read[n] for n in steps[at].outs if n in read), default=levels[at])
+        read.update((n, min(read.get(n, levels[at]), levels[at])) for n in steps[at].reads)
     return levels
 
 

@@ -112,7 +112,7 @@ def cut_at_weights(
     """
     usage = find_uses(flat, planned)
     choices = routing(flat, usage.uses) if drift else Routing(frozenset(), {})
-    levels = levels_of(flat.steps, usage.uses)
+    levels = levels_of(flat.steps, usage)
     stages = _stages(flat, spans_of(usage.uses, levels), sequential)
     schedule = Schedule.of(flat, usage, levels, [(stage.first, stage.last) for stage in stages])
     cutter = _Cutter(schedule, frozenset(choices.shared))

@@ -37,6 +37,8 @@ class Tagged:
             if it meets an input.
         dependent: whether it depends on inputs after all.
         uniform: whether all its elements are one number.
+        pick: of matrices that data has picked from a stack, the number by which the observer knows
+            them (see `picks.py`); None of anything else, also of what is made of them.
     """
 
     array: Array
@@ -44,6 +46,7 @@ class Tagged:
     reach: tuple[int, ...] = field(default=(), metadata={"static": True})
     dependent: bool = field(default=False, metadata={"static": True})
     uniform: bool = field(default=False, metadata={"static": True})
+    pick: int | None = field(default=None, metadata={"static": True})
 
     @staticmethod
     def of(path: str, array: Array) -> Tagged:
@@ -112,7 +115,7 @@ def changed(value: Tagged, array: Array, origins: Iterable[Origin | None], name:
         if new is not GONE
     ]
     kept, reach = settled(after, value.reach)
-    return replace(value, array=array, origins=kept, reach=reach)
+    return replace(value, array=array, origins=kept, reach=reach, pick=None)
 
 
 def fitted(value: Tagged, shape: tuple[int, ...]) -> Tagged:

@@ -1,9 +1,9 @@
 """Views of a quantized weight that are quantized weights again: no value is decoded.
 
-A cast, a transpose, the slice of one layer out of a stack, the rows of an embedding: where such a
-view can be expressed on codes and group parameters, `view` returns the `QTensor` it yields (or, for
-looked-up rows, the decoded rows alone). Where it cannot, it returns None and the caller
-dequantizes.
+A cast, a transpose, the slice of one layer out of a stack, the experts that data picks from one,
+the rows of an embedding: where such a view can be expressed on codes and group parameters, `view`
+returns the `QTensor` it yields (or, for looked-up rows, the decoded rows alone). Where it cannot,
+it returns None and the caller dequantizes.
 """
 
 from __future__ import annotations
@@ -96,10 +96,41 @@ def _squeeze(q: QTensor, _: Sequence[Any], eqn: core.JaxprEqn) -> QTensor | None
     return _leaves(q, lambda leaf: jnp.squeeze(leaf, tuple(places)), Layout(tuple(named)))  # type: ignore[arg-type]
 
 
-def _gather(q: QTensor, rest: Sequence[Any], eqn: core.JaxprEqn) -> jax.Array | None:
-    """Rows of a table `[rows, features]`, decoded after they were picked."""
-    if not (_is_table(q) and _picks_rows(eqn, q.shape[-1])):
+def _gather(q: QTensor, rest: Sequence[Any], eqn: core.JaxprEqn) -> jax.Array | QTensor | None:
+    if _is_table(q) and _picks_rows(eqn, q.shape[-1]):
+        return _rows(q, rest, eqn)
+    return _matrices(q, rest[0], eqn)
+
+
+def _matrices(q: QTensor, index: Any, eqn: core.JaxprEqn) -> QTensor | None:
+    """Matrices of a stack, one for each index `[n, 1]`: their codes."""
+    numbers, layout = eqn.params["dimension_numbers"], own_layout(q)
+    axis = numbers.collapsed_slice_dims
+    if len(axis) != 1 or axis != numbers.start_index_map or numbers.operand_batching_dims:
         return None
+    place, sizes = _batch_place(layout, axis[0]), list(q.shape)
+    sizes[axis[0]] = 1
+    if place is None or tuple(sizes) != tuple(eqn.params["slice_sizes"]) or index.ndim != 2:
+        return None
+    axes = [factors for k, factors in enumerate(layout.axes) if k != axis[0]]
+    (at,) = set(range(q.ndim)) - set(numbers.offset_dims)
+    axes.insert(at, layout.axes[axis[0]])
+
+    def pick(leaf: jax.Array) -> jax.Array:
+        # Out of range, a float parameter takes the fill value (NaN) and so does what it decodes to.
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        others = tuple(k for k in range(leaf.ndim) if k != place)
+        return jax.lax.gather(
+            leaf, index, jax.lax.GatherDimensionNumbers(others, (place,), (place,)),
+            tuple(1 if k == place else size for k, size in enumerate(leaf.shape)),
+            mode=eqn.params["mode"], fill_value=eqn.params["fill_value"] if floating else 0,
+        )  # fmt: skip
+
+    return _leaves(q, pick, Layout(tuple(axes)))
+
+
+def _rows(q: QTensor, rest: Sequence[Any], eqn: core.JaxprEqn) -> jax.Array:
+    """Rows of a table `[rows, features]`, decoded after they were picked."""
 
     def pick(leaf: jax.Array) -> jax.Array:
         # Out of range, a float parameter takes the fill value (NaN) and so does what it decodes to.
