@@ -18,7 +18,7 @@ from jquant.programs.straight import Flat, Step
 Span = tuple[int, int]  # the first and the last level
 
 
-def levels_of(steps: Sequence[Step], usage: Found) -> list[int]:
+def levels_of(steps: Sequence[Step], usage: Usage) -> list[int]:
     """The level of every step and of what it makes; parameters and inputs have level 0.
 
     Steps that are deferred, and what is made of them up to a use, have the level of the first step
