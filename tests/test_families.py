@@ -21,6 +21,7 @@ from checkpoints import torch_logits, torch_model, transformers, write_gguf
 import jquant as jq
 from jquant import models
 from jquant.errors import CheckpointError
+from jquant.models.assembly import sources
 from jquant.models.config import from_hf
 from jquant.models.families import GGUF, HF
 
@@ -217,6 +218,22 @@ def kernels_of(params: Any) -> set[str]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
     return {path for path in paths if path.endswith("/kernel")}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_leaf_has_its_tensors_in_both_formats(name: str) -> None:
+    config = from_hf(network(name).config.to_dict())
+    tree = jax.eval_shape(models.Decoder(config).init, jax.random.key(0))
+    sizes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    for form in ("gguf", "hf"):
+        stored: dict[str, int] = {}
+        for source in sources(config, form):
+            path = source.leaf.replace("layers/", f"layers/{source.layer}/")
+            stored[path] = stored.get(path, 0) + int(np.prod(source.shape))
+        assert stored == sizes
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -456,3 +456,12 @@ def test_orbax_windows_touch_only_their_chunks(tmp_path: Path) -> None:
     np.testing.assert_array_equal(leaf[2:, :4], array[2:, :4])
     with pytest.raises(CheckpointError, match="array 'w' cannot be read"):
         leaf[...]
+
+
+def test_matrices_of_a_stack_are_transposed_by_windows() -> None:
+    table = np.arange(24.0).reshape(2, 3, 4)
+    leaf = Lazy(table.shape, table.dtype, lambda window: table[window], "a stack")
+    assert leaf.mT.shape == (2, 4, 3)
+    np.testing.assert_array_equal(leaf.mT[...], table.swapaxes(1, 2))
+    np.testing.assert_array_equal(leaf.mT[1:, 2, 1:], table.swapaxes(1, 2)[1:, 2, 1:])
+    assert leaf[0].shape == (3, 4) and leaf.mT.identity == "a stack, transposed"
