@@ -77,7 +77,8 @@ class Picked(NamedTuple):
         kept = [k for k in range(len(shape)) if k != self.axis]
         place_of = dict(zip(kept, left, strict=True))
         meets = {k: 1 + summed.index(p) for k, p in place_of.items() if p in summed}
-        roles: dict[int, Role] = dict.fromkeys(meets, "in") | {self.axis: "batch"}
+        roles: dict[int, Role] = {self.axis: "batch"}
+        roles |= dict.fromkeys(meets, "in")
         axes = range(len(shape))
         return Contraction(
             "ragged_dot", shape, tuple(roles.get(k, "out") for k in axes),
