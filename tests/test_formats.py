@@ -413,7 +413,7 @@ def _with(**fields: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_with(grid=Uniform(4)), r"Uniform\(bits=4, symmetric=False"),
+        (_with(grid=Uniform(4, scale_dtype="bfloat16")), r"Uniform\(bits=4, symmetric=False"),
         (_with(grid=Uniform(3, symmetric=True, scale_dtype="bfloat16")), "bits=3"),
         (_with(groups=Groups("in", 15)), "size=15"),
         (_with(groups=Groups("out", 10)), "axis='out'"),

@@ -1,11 +1,10 @@
 """The formats of GPTQ and of AWQ: unsigned codes, zero points, float16 scales.
 
 Both keep a weight transposed, `[in, out]`. GPTQ (GPTQModel, AutoGPTQ) packs codes along the inputs
-and zero points along
-the outputs; its version 1 stores zero points less one. A whole word is lessened at once there, so
-that the least zero point takes one from its neighbour; read as GPTQModel reads it, every pattern
-has its zero points and is written again as it was. AWQ packs both along the outputs, eight in a
-word in an order of its own. Checked against GPTQModel 7.2.0's code.
+and zero points along the outputs; its version 1 stores zero points less one. A whole word is
+lessened at once there, so that the least zero point takes one from its neighbour; read as GPTQModel
+reads it, every pattern has its zero points and is written again as it was. AWQ packs both along the
+outputs, eight in a word in an order of its own. Checked against GPTQModel 7.2.0.
 """
 
 from __future__ import annotations
