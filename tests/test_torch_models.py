@@ -211,7 +211,7 @@ def test_other_inputs_and_outputs_by_name(folder_of: Callable[[str], Path]) -> N
 
 
 def test_text_is_generated_without_a_cache(folder_of: Callable[[str], Path]) -> None:
-    fn, params, _ = models.load(folder_of("Qwen3ForCausalLM"))
+    fn, params, _ = models.load(folder_of("Qwen3ForCausalLM"), backend="torch")
     prompt = inputs_of("Qwen3ForCausalLM")[0][:, :5]
     text = prompt
     for _ in range(3):
@@ -222,8 +222,8 @@ def test_text_is_generated_without_a_cache(folder_of: Callable[[str], Path]) -> 
 
 def test_bfloat16_is_the_compute_dtype(folder_of: Callable[[str], Path]) -> None:
     tokens = inputs_of("Qwen3ForCausalLM")[0]
-    fn, params, _ = models.load(folder_of("Qwen3ForCausalLM"))
-    half, same, _ = models.load(folder_of("Qwen3ForCausalLM"), dtype="bfloat16")
+    fn, params, _ = models.load(folder_of("Qwen3ForCausalLM"), backend="torch")
+    half, same, _ = models.load(folder_of("Qwen3ForCausalLM"), backend="torch", dtype="bfloat16")
     assert same["model.norm.weight"].dtype == jnp.float32
     exact, rough = fn(params, tokens), half(same, tokens)
     assert rough.dtype == jnp.bfloat16
@@ -271,7 +271,7 @@ def test_code_that_looks_at_values_is_refused(
 
 
 def test_a_saved_lie_is_refused(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
-    fn, params, _ = models.load(folder_of("Qwen3ForCausalLM"))
+    fn, params, _ = models.load(folder_of("Qwen3ForCausalLM"), backend="torch")
     del params["model.norm.weight"]
     models.save_quantized(tmp_path, fn, params)
     with pytest.raises(CheckpointError, match="do not fit the decoder at 'model.norm.weight'"):
