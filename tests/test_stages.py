@@ -781,10 +781,10 @@ def never(params: Any, x: Any) -> Any:
     raise AssertionError("work was started")
 
 
-def test_a_granularity_there_is_not() -> None:
+def test_stages_there_are_not() -> None:
     plan = plan_of(two, TWO, FIRST)
     for batches in ([FIRST], None):
-        with pytest.raises(PlanError, match="'weight', 'block' or 'all', got 'layer'"):
+        with pytest.raises(PlanError, match="'weight', 'block' or None, got 'layer'"):
             jq.quantize(never, TWO, plan, batches, sequential="layer")  # type: ignore[arg-type]
 
 
