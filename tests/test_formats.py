@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import layer
-from checkpoints import torch_model, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import formats as oracle
@@ -32,6 +31,20 @@ from jquant.grids import GGUF, Uniform, code_dtype
 from jquant.grids.grouped import Grouped
 from jquant.rounding import GPTQ
 from jquant.weights.qtensor import LowRank, QTensor, weight_bits
+
+
+def torch_model(**settings: Any) -> Any:
+    """See `checkpoints`, which skips a test where there is no PyTorch: codecs need none."""
+    import checkpoints
+
+    return checkpoints.torch_model(**settings)
+
+
+def write_gguf(*args: Any, **options: Any) -> Any:
+    import checkpoints
+
+    return checkpoints.write_gguf(*args, **options)
+
 
 OUT = 8
 kinds = pytest.mark.parametrize("kind", KINDS)
