@@ -165,7 +165,7 @@ def test_drift_of_ragged_groups() -> None:
 
     full, moved = (jnp.tanh(X @ mix) for mix in (PARAMS["mix"], MOVED))
     expert = jnp.argmax(full @ PARAMS["gate"], -1)
-    mask = jax.nn.one_hot(expert, EXPERTS)
+    mask = jax.nn.one_hot(expert, EXPERTS, dtype=jnp.float32)
     wanted = jnp.einsum("te,td,tf->edf", mask, full - moved, moved, precision="highest")
     found = read(fn)
     np.testing.assert_allclose(found.drift, wanted, rtol=1e-4, atol=1e-4)
@@ -312,7 +312,7 @@ def test_corrected_experts_are_no_worse_than_plain_ones() -> None:
         h = jnp.tanh(x @ params["mix"])
         p = jax.nn.softmax(h @ params["gate"])
         choice = jax.nn.one_hot(jnp.argmax(p, -1), EXPERTS, dtype=jnp.int32)
-        slots = jax.nn.one_hot(jnp.cumsum(choice, 0) * choice - 1, x.shape[0])
+        slots = jax.nn.one_hot(jnp.cumsum(choice, 0) * choice - 1, x.shape[0], dtype=jnp.float32)
         inner = jnp.einsum("tec,td->ecd", slots, h)
         outer = jnp.tanh(jnp.einsum("ecd,edf->ecf", inner, params["up"]))
         return jnp.einsum("tec,ecf->tf", slots * p[..., None], outer)
