@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -208,7 +209,8 @@ def test_a_tokenizer_beside_or_from_elsewhere(model: Path, tmp_path: Path, capsy
         assert "the model has 20: it is another model's" in capsys.readouterr().err
 
 
-def test_a_gguf_file_of_sentencepiece_goes_all_the_way(tmp_path: Path, capsys) -> None:
+def pieces(folder: Path, **options: Any) -> Path:
+    """A GGUF file of one layer with a SentencePiece vocabulary, and `text.txt` beside it."""
     pytest.importorskip("torch")
     from checkpoints import piece_tokenizer, torch_model, write_gguf
 
@@ -217,8 +219,12 @@ def test_a_gguf_file_of_sentencepiece_goes_all_the_way(tmp_path: Path, capsys) -
         vocab_size=len(words["token_list"]), hidden_size=32, intermediate_size=32,
         num_hidden_layers=1, tie_word_embeddings=True,
     )  # fmt: skip
-    path = write_gguf(tmp_path / "pieces.gguf", network, tokenizer=words)
-    (tmp_path / "text.txt").write_text(TEXT)
+    (folder / "text.txt").write_text(TEXT)
+    return write_gguf(folder / "model.gguf", network, tokenizer=words, **options)
+
+
+def test_a_gguf_file_of_sentencepiece_goes_all_the_way(tmp_path: Path, capsys) -> None:
+    path = pieces(tmp_path)
     text = ["--text", tmp_path / "text.txt", "--length", 32, "--samples", 2, "-q"]
     assert run("quantize", path, "-o", tmp_path / "w4", "-r", "int4-nearest", *text) == 0
     assert run("evaluate", tmp_path / "w4", "--against", path, *text) == 0
@@ -231,16 +237,7 @@ def test_a_gguf_file_of_sentencepiece_goes_all_the_way(tmp_path: Path, capsys) -
 
 
 def test_a_quantized_gguf_file_runs_on_its_codes(tmp_path: Path, capsys) -> None:
-    pytest.importorskip("torch")
-    from checkpoints import piece_tokenizer, torch_model, write_gguf
-
-    words = piece_tokenizer("The quick brown fox jumps over the lazy dog")
-    network = torch_model(
-        vocab_size=len(words["token_list"]), hidden_size=32, intermediate_size=32,
-        num_hidden_layers=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    path = write_gguf(tmp_path / "q4.gguf", network, tokenizer=words, types={"": "Q4_0"})
-    (tmp_path / "text.txt").write_text(TEXT)
+    path = pieces(tmp_path, types={"": "Q4_0"})
     text = ["--text", tmp_path / "text.txt", "--length", 32, "--samples", 2]
     shown = []
     for more in ([], ["--quantized", "keep"]):
@@ -249,7 +246,7 @@ def test_a_quantized_gguf_file_runs_on_its_codes(tmp_path: Path, capsys) -> None
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
     assert run("quantize", path, "-o", tmp_path / "w4", "-r", "int4-nearest", *text) == 0
-    assert "q4.gguf is quantized already (Q4_0)" in " ".join(capsys.readouterr().err.split())
+    assert "model.gguf is quantized already (Q4_0)" in " ".join(capsys.readouterr().err.split())
 
 
 # Help

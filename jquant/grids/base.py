@@ -101,6 +101,20 @@ def shares(grid: Grid) -> bool:
     return any(leaf.shape[:2] != groups for leaf in jax.tree.leaves(fitted))
 
 
+def neighbours(
+    position: Float[Array, "*s"], codes: tuple[int, int]
+) -> tuple[Integer[Array, "*s"], Integer[Array, "*s"]]:
+    """The int32 codes around positions among them, both from the first to the last of `codes`.
+
+    Example:
+        >>> [side.tolist() for side in neighbours(jnp.array([1.5, 9.0]), (0, 7))]
+        [[1, 7], [2, 7]]
+    """
+    below = jnp.floor(position)
+    lo, hi = jnp.clip(below, *codes), jnp.clip(below + 1.0, *codes)
+    return lo.astype(jnp.int32), hi.astype(jnp.int32)
+
+
 def spread(grid: Grid, params: GridParams) -> GridParams:
     """The parameters, with a number for every group where the grid keeps one for several.
 

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from jquant.grids.base import GridParams
+from jquant.grids.base import GridParams, neighbours
 from jquant.grids.ranges import LEAST_SCALE
 from jquant.numerics import require
 from jquant.numerics.extremes import largest, least
@@ -187,9 +187,7 @@ class GGUF:
         self, w: Float[Array, "*g b"], params: GridParams
     ) -> tuple[Integer[Array, "*g b"], Integer[Array, "*g b"]]:
         """The neighbouring int32 codes; equal where the weight is outside the grid's range."""
-        below = jnp.floor(self._position(w, params))
-        lo, hi = jnp.clip(below, *self.codes), jnp.clip(below + 1.0, *self.codes)
-        return lo.astype(jnp.int32), hi.astype(jnp.int32)
+        return neighbours(self._position(w, params), self.codes)
 
     def nearest(self, w: Float[Array, "*g b"], params: GridParams) -> Integer[Array, "*g b"]:
         """The code of the nearest value; ties go to even codes."""

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from jquant.grids.base import GridParams
+from jquant.grids.base import GridParams, neighbours
 from jquant.grids.exponents import SEARCHED, best_exponent, losses, power, summed
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax, best_of
 from jquant.numerics import require
@@ -165,9 +165,7 @@ class Power:
         self, w: Float[Array, "*g b"], params: GridParams
     ) -> tuple[Integer[Array, "*g b"], Integer[Array, "*g b"]]:
         """The neighbouring int32 codes; equal where the weight is outside ±m."""
-        below = jnp.floor(self._position(w, params))
-        lo, hi = jnp.clip(below, *self.codes), jnp.clip(below + 1.0, *self.codes)
-        return lo.astype(jnp.int32), hi.astype(jnp.int32)
+        return neighbours(self._position(w, params), self.codes)
 
     def nearest(self, w: Float[Array, "*g b"], params: GridParams) -> Integer[Array, "*g b"]:
         """The code of the nearest value, or the nearest code, as `domain` says; ties to even."""
