@@ -296,7 +296,7 @@ def test_hf_directory_refuses(changes: dict, message: str, tmp_path: Path) -> No
     torch_model().save_pretrained(tmp_path)
     edited(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=message):
-        models.load(tmp_path)
+        models.load(tmp_path, backend="jax")
 
 
 def test_damaged_hf_directories_are_refused(tmp_path: Path) -> None:
