@@ -39,6 +39,7 @@ import numpy as np
 
 import jquant as jq
 from benchmarks.harness import RESULTS, machine
+from benchmarks.pictures import save
 from benchmarks.quality import LINEARS, digest
 from jquant import allocation
 from jquant.allocation import Allocation, Candidates, Sensitivity
@@ -48,7 +49,6 @@ from jquant.rounding import GPTQ
 
 PATH = RESULTS / "bits.json"
 SCORES = Path(__file__).parent.parent / ".cache" / "bits"
-PICTURE = Path(__file__).parent.parent / "docs" / "images" / "bits-by-depth.svg"
 MEANS = ("4.5", "4.0", "3.5", "3.0")
 WIDTHS = tuple(range(2, 9))
 DRAFT = jq.Scheme(Uniform(4, scale_dtype="float16"), 64)
@@ -203,7 +203,7 @@ def main() -> None:
     options = parser.parse_args()
     found = json.loads(PATH.read_text()) if PATH.exists() else {}
     if options.plot:
-        plot(found, PICTURE)
+        plot(found)
         return
     run(options, found)
 
@@ -284,7 +284,7 @@ def told(drafts: Candidates, chosen: dict[str, int], share: Allocation | None) -
     }
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
+def plot(found: dict[str, Any]) -> None:
     """Mean code bits of a block against its depth, and of a kind, at 3.5 bits; scores beside."""
     import matplotlib
 
@@ -322,9 +322,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axis.title.set_fontsize("medium")
         axis.spines[["top", "right"]].set_visible(False)
     right.legend(fontsize="small", frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    print(path)
+    save(figure, "bits-by-depth.svg", "bits.json")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ python -m benchmarks.headline     # draw docs/images/quality.svg from results/
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from benchmarks.harness import RESULTS
 from benchmarks.others import OTHERS
+from benchmarks.pictures import save
 
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "quality.svg"
 GREY, ORANGE, BLUE = "#666666", "#D55E00", "#0072B2"  # told apart by the colour-blind too
 
 
@@ -21,7 +20,6 @@ def main() -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    matplotlib.rcParams["svg.hashsalt"] = "jquant"  # the same picture gives the same file
     one_pass = json.loads((RESULTS / "quality.json").read_text())["rows"]
     stages = json.loads((RESULTS / "stages.json").read_text())["rows"]
     names = list(stages)
@@ -48,8 +46,7 @@ def main() -> None:
     axis.set_title("SmolLM2-135M: distance to the full model (less is better)", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False, loc="upper left")
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, metadata={"Date": None})
+    save(figure, "quality.svg", "quality.json", "stages.json")
 
 
 if __name__ == "__main__":

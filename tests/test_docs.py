@@ -13,6 +13,7 @@ from test_structure import RANKS
 
 import jquant as jq
 from benchmarks.pages import ROOT, SECTIONS, pages, parts, render
+from benchmarks.pictures import PICTURES, is_current
 
 DOCS = ROOT / "docs"
 
@@ -20,6 +21,11 @@ DOCS = ROOT / "docs"
 def test_figures_are_generated_from_the_results() -> None:
     stale = [str(page) for page in pages() if page.read_text("utf-8") != render(page)]
     assert stale == [], "run: python -m benchmarks.pages"
+
+
+def test_pictures_are_drawn_from_the_results() -> None:
+    stale = [picture.name for picture in PICTURES.glob("*.svg") if not is_current(picture.name)]
+    assert stale == [], "run: python -m benchmarks.headline, python -m benchmarks.bits --plot"
 
 
 def test_every_section_stands_in_a_page() -> None:
