@@ -30,6 +30,7 @@ from jquant.models.decoder import Decoder
 from jquant.rounding import GPTQ
 from jquant.weights.leaves import Leaves
 from tests.cases import layer
+from tests.marks import mostly_slow
 from tests.networks import NETWORKS
 
 BITS, GROUP = 3, 4
@@ -511,7 +512,9 @@ def test_ties_go_to_in() -> None:
         assert choices["w"].why == "a tie" and choices["w"].ratio == 1
 
 
-@pytest.mark.parametrize("rounding", [jq.rounding.Nearest(), GPTQ(), GPTQ(order="natural")])
+@pytest.mark.parametrize(
+    "rounding", mostly_slow([jq.rounding.Nearest(), GPTQ(), GPTQ(order="natural")], [GPTQ()])
+)
 def test_the_plan_is_quantized_as_chosen(rounding: Any) -> None:
     tapped = transformer()
     fn = tapped.fn()
@@ -637,6 +640,7 @@ def test_what_cannot_be_chosen_is_left_as_planned_and_says_why() -> None:
         assert np.isnan(choices[path].ratio)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["recurrent", "odd"])
 def test_inside_loops_and_branches(name: str) -> None:
     """Compared on what comes out of them; at level "weight" there is nothing to compare."""
@@ -741,7 +745,10 @@ def test_gptq_along_out_is_nearest_for_uncorrelated_inputs() -> None:
 
 @pytest.mark.parametrize("groups", ["dynamic", "static"])
 @pytest.mark.parametrize("order", ["activation", "natural"])
-@pytest.mark.parametrize(("shape", "size"), [((12, 40), 4), ((11, 40), 4), ((30, 150), 128)])
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    mostly_slow([((12, 40), 4), ((11, 40), 4), ((30, 150), 128)], [((11, 40), 4)]),
+)
 def test_gptq_along_out_follows_the_column_loop(
     shape: tuple[int, int], size: int, order: Any, groups: Any
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import jquant as jq
 from jquant.grids import MX, NV, Float, Grid, Uniform
 from tests.functions import CASES, Case, _normal
+from tests.marks import mostly_slow
 
 
 def _quantized(case: Case, scheme: jq.Scheme | None = None):
@@ -23,7 +24,7 @@ def _close(found, wanted) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("groups", [3, jq.Groups("out", 2)], ids=["in", "out"])
+@pytest.mark.parametrize("groups", mostly_slow([3, jq.Groups("out", 2)], [3], ids=["in", "out"]))
 def test_equals_the_function_of_dequantized_parameters(case: Case, groups) -> None:
     q = _quantized(case, jq.Scheme(Uniform(4), groups))
     wanted = case.fn(jq.dequantize(q), case.batches[0])
@@ -32,7 +33,9 @@ def test_equals_the_function_of_dequantized_parameters(case: Case, groups) -> No
     _close(jax.jit(jq.apply(case.fn))(q, case.batches[0]), wanted)
 
 
-@pytest.mark.parametrize("grid", [MX(), NV(), Float(8, 7)], ids=["mx", "nv", "bfloat16"])
+@pytest.mark.parametrize(
+    "grid", mostly_slow([MX(), NV(), Float(8, 7)], [NV()], ids=["mx", "nv", "bfloat16"])
+)
 def test_scales_of_one_byte_and_grids_without_parameters(grid: Grid) -> None:
     for case in (c for c in CASES if c.name in ("linen-scan-remat-tied", "views")):
         q = _quantized(case, jq.Scheme(grid, 3))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import torch_logits, torch_model, transformers, write_gguf
+from marks import mostly_slow
 
 import jquant as jq
 from jquant import models
@@ -124,6 +125,8 @@ NOT_IN_GGUF = {
     "gemma3, its own scale", "qwen3 experts, unlike sums",
 }  # fmt: skip
 QUANTIZED = [("gemma3", True), ("qwen3 experts", True), ("qwen3 experts", False)]
+# What differs most from the others: normalisation and windows, fused projections, experts.
+UNLIKE = ("gemma3", "phi3, longrope", "qwen3 experts")
 
 
 def network(name: str, **more: Any) -> Any:
@@ -159,7 +162,7 @@ def random(fn: models.Decoder) -> Any:
     return jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", mostly_slow(NETWORKS, UNLIKE))
 def test_logits_are_those_of_pytorch(name: str, tmp_path: Path) -> None:
     model = network(name)
     model.save_pretrained(tmp_path / "hf")
@@ -190,8 +193,11 @@ def test_transformers_reads_the_same_of_our_gguf_files(name: str, tmp_path: Path
         np.testing.assert_allclose(value, state[key], rtol=0, atol=2e-7)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "scan"),
+    mostly_slow([(name, True) for name in NETWORKS], [("gemma3", True), ("qwen3 experts", True)])
+    + mostly_slow([(name, False) for name in UNLIKE], [("phi3, longrope", False)]),
+)
 def test_cached_steps_equal_the_full_pass(name: str, scan: bool) -> None:
     fn = models.Decoder(from_hf(network(name).config.to_dict()), scan)
     params, step, cache, parts = random(fn), jax.jit(fn.step), fn.init_cache(2, 32), []
@@ -202,7 +208,7 @@ def test_cached_steps_equal_the_full_pass(name: str, scan: bool) -> None:
     close(jnp.concatenate(parts, 1), full, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "phi3, longrope", "olmo2", "granite"])
+@pytest.mark.parametrize("name", mostly_slow(["gemma3", "olmo2", "granite"], ["gemma3"]))
 def test_bfloat16_computes_near_float32(name: str) -> None:
     config = from_hf(network(name).config.to_dict())
     params = random(models.Decoder(config))
@@ -244,6 +250,7 @@ def test_every_projection_is_found(name: str) -> None:
     assert kernels_of(params) == {path for path in weights if path.endswith("/kernel")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scan"), QUANTIZED)
 def test_every_projection_is_quantized_in_stages(name: str, scan: bool) -> None:
     small = network(
