@@ -20,7 +20,7 @@ from jquant import models
 from jquant.errors import CheckpointError, TreeError, UnsupportedPrimitiveError
 from jquant.trees.lazy import is_lazy
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("torchax")
 
@@ -405,3 +405,32 @@ def test_arrays_of_a_file_count_by_their_names(
     np.savez(file, mask=mask, tokens=TOKENS)  # names of the user's own: by order
     assert taking(Model("bert", fn, params), file).fn == fn
     np.testing.assert_array_equal(read_batches(file, fn.inputs)[0][0], mask)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+def test_experts_gathered_for_each_token_have_the_evidence_of_sorted_ones(
+    architecture: str, folder_of: Callable[[str], Path]
+) -> None:
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of = zoo_model(architecture)
+            self.of.set_experts_implementation("batched_mm")
+
+        def forward(self, tokens: Any) -> Any:
+            return self.of(tokens, use_cache=False).logits
+
+    inputs = inputs_of(architecture, rows=6)
+    fn, params, _ = models.load(folder_of(architecture), backend="torch")
+    gathering, named = models.from_torch(Logits())
+    assert "ragged_dot" not in str(jax.make_jaxpr(gathering)(named, *inputs))
+    np.testing.assert_allclose(gathering(named, *inputs), fn(params, *inputs), atol=1e-5)
+    experts = [name for name in params if "experts" in name]
+    expected = jq.capture(fn, params, [inputs], paths=experts)
+    evidence = jq.capture(gathering, named, [inputs], paths=[f"of.{name}" for name in experts])
+    assert len(experts) == 4
+    for name in experts:
+        own, sorted_ones = evidence[f"of.{name}"], expected[name]
+        np.testing.assert_array_equal(own.count, sorted_ones.count)
+        np.testing.assert_allclose(own.second_moment, sorted_ones.second_moment, atol=1e-3)
