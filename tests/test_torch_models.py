@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from jquant import models
 from jquant.errors import CheckpointError, TreeError, UnsupportedPrimitiveError
 from jquant.trees.lazy import is_lazy
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("torchax")
 
@@ -311,3 +312,125 @@ def test_every_command(
     status = cli.run(["evaluate", str(folder_of("BertModel")), "-q", "--tokenizer", str(out)])
     assert status == 1
     assert "are no logits of tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "architecture", ["T5ForConditionalGeneration", "ViTForImageClassification"]
+)
+def test_inputs_of_every_kind_on_the_command_line(
+    architecture: str, folder_of: Callable[[str], Path], tmp_path: Path, capsys: Any
+) -> None:
+    from jquant.app import cli
+
+    folder, out = folder_of(architecture), tmp_path / "w8"
+    file = tmp_path / "inputs.npz"
+    np.savez(file, *inputs_of(architecture))
+
+    def run(*arguments: object) -> str:
+        assert cli.run([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    rule = (
+        ".*block.0.*wi.weight" if "T5" in architecture else ".*0.*fc1.weight"
+    ) + "=int8-nearest:8"
+    run("quantize", folder, "-o", out, "-q", "--rule", rule, "--rule", ".*=keep", "--batches", file)
+    shown = run("evaluate", out, "--against", folder, "-q", "--batches", file)
+    assert "squared error of outputs, relative" in shown
+    assert cli.run(["evaluate", str(out), "-q", "--batches", str(file)]) == 1
+    assert "no logits of tokens that follow its first input" in capsys.readouterr().err
+
+
+TOKENS = np.arange(24, dtype=np.int64).reshape(2, 12) % 60
+FEATURES = np.zeros((2, 16, 64), np.float32)
+UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "too few": ("T5", {"arr_0": TOKENS}, "1 inputs in place of 2; .* takes input_ids .whole numb"),
+    "kind": ("T5", {"a": TOKENS * 1.0, "b": TOKENS}, "input_ids are no whole numbers; .* float64 "),
+    "floats": ("Whisper", {"a": FEATURES.astype(int), "b": TOKENS}, "input_features are no floats"),
+    "shape": ("ViT", {"x": np.zeros((2, 3, 8, 8), np.float32)}, "ViTForImageC.* refuses them: .*8"),
+    "rank": ("T5", {"a": TOKENS[..., None], "b": TOKENS}, "T5ForCond.* refuses them: .*size"),
+    "token": (
+        "T5",
+        {"a": TOKENS, "b": TOKENS + 45},
+        "decoder_input_ids holds token 68; .* 0 to 63",
+    ),
+    "negative": ("T5", {"a": TOKENS - 1, "b": TOKENS}, "input_ids holds token -1"),
+    "name": ("T5", {"input_ids": TOKENS, "decoder": TOKENS}, "'decoder' is no input of T5ForCond"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_inputs_that_do_not_fit_are_refused_with_what_is_taken(
+    case: str, folder_of: Callable[[str], Path], tmp_path: Path, capsys: Any
+) -> None:
+    from jquant.app import cli
+
+    start, arrays, message = UNFIT[case]
+    folder = folder_of(next(name for name in zoo() if name.startswith(start)))
+    np.savez(tmp_path / "inputs.npz", **arrays)
+    out = tmp_path / "out"
+    line = ["quantize", folder, "-o", out, "-q", "--batches", tmp_path / "inputs.npz"]
+    assert cli.run(list(map(str, line))) == 1
+    assert re.search(message, capsys.readouterr().err) and not out.exists()
+
+
+def test_text_is_no_input_of_a_network_of_pictures(
+    folder_of: Callable[[str], Path], tmp_path: Path, capsys: Any
+) -> None:
+    from jquant.app import cli
+
+    folder = folder_of("ViTForImageClassification")
+    assert cli.run(["quantize", str(folder), "-o", str(tmp_path / "out"), "-q"]) == 1
+    taken = r"takes pixel_values \(floats \[examples, channels, height, width\]\), and text is none"
+    assert re.search(taken, capsys.readouterr().err)
+    assert cli.run(["generate", str(folder), "-p", "hello"]) == 1
+    assert "needs a language model that predicts each next token" in capsys.readouterr().err
+
+
+def test_arrays_of_a_file_count_by_their_names(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from jquant.app.examples import read_batches
+    from jquant.app.named_inputs import taking
+    from jquant.app.sources import Model
+
+    fn, params, _ = models.load(folder_of("BertModel"), lazy=True)
+    mask = (np.arange(12) < np.array([[12], [5]])).astype(np.int32)
+    file = str(tmp_path / "inputs.npz")
+    np.savez(file, attention_mask=mask, input_ids=TOKENS)
+    model = taking(Model("bert", fn, params), file)
+    assert model.fn.inputs == ("input_ids", "attention_mask")
+    ((tokens, second),) = read_batches(file, model.fn.inputs)
+    np.testing.assert_array_equal(tokens, TOKENS)
+    np.testing.assert_array_equal(second, mask)
+    np.savez(file, mask=mask, tokens=TOKENS)  # names of the user's own: by order
+    assert taking(Model("bert", fn, params), file).fn == fn
+    np.testing.assert_array_equal(read_batches(file, fn.inputs)[0][0], mask)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+def test_experts_gathered_for_each_token_have_the_evidence_of_sorted_ones(
+    architecture: str, folder_of: Callable[[str], Path]
+) -> None:
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of = zoo_model(architecture)
+            self.of.set_experts_implementation("batched_mm")
+
+        def forward(self, tokens: Any) -> Any:
+            return self.of(tokens, use_cache=False).logits
+
+    inputs = inputs_of(architecture, rows=6)
+    fn, params, _ = models.load(folder_of(architecture), backend="torch")
+    gathering, named = models.from_torch(Logits())
+    assert "ragged_dot" not in str(jax.make_jaxpr(gathering)(named, *inputs))
+    np.testing.assert_allclose(gathering(named, *inputs), fn(params, *inputs), atol=1e-5)
+    experts = [name for name in params if "experts" in name]
+    expected = jq.capture(fn, params, [inputs], paths=experts)
+    evidence = jq.capture(gathering, named, [inputs], paths=[f"of.{name}" for name in experts])
+    assert len(experts) == 4
+    for name in experts:
+        own, sorted_ones = evidence[f"of.{name}"], expected[name]
+        np.testing.assert_array_equal(own.count, sorted_ones.count)
+        np.testing.assert_allclose(own.second_moment, sorted_ones.second_moment, atol=1e-3)

@@ -116,20 +116,22 @@ def inputs_of(architecture: str, rows: int = 2, seed: int = 0) -> tuple[np.ndarr
 
 
 def torch_output(model: Any, fn: Any, inputs: tuple[np.ndarray, ...]) -> np.ndarray:
-    """PyTorch's own output for the inputs of a `TorchFunction`."""
-    arrays = {
-        name: torch.as_tensor(x.astype(np.int64) if x.dtype.kind == "i" else x)
-        for name, x in zip(fn.inputs, inputs, strict=True)
-    }
+    """PyTorch's own output for the inputs of a `TorchFunction`, or of a module's function."""
+    arrays = [torch.as_tensor(x.astype(np.int64) if x.dtype.kind == "i" else x) for x in inputs]
     with torch.no_grad():
-        return model(**arrays, return_dict=True)[fn.output].numpy()
+        if not hasattr(fn, "inputs"):
+            return model(*arrays).numpy()
+        named = dict(zip(fn.inputs, arrays, strict=True))
+        return model(**named, return_dict=True)[fn.output].numpy()
 
 
 def linear_names(model: Any) -> set[str]:
     """The parameters that are matrices of linear layers, convolutions and experts."""
     kinds = ("Linear", "FalconLinear", "Conv1D", "Conv1d", "Conv2d")
     names = {
-        f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ in kinds
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if any(kind.__name__ in kinds for kind in type(module).__mro__)
     }
     experts = {n for n, x in model.named_parameters() if ".experts." in n and x.ndim == 3}
     return (names | experts) & {name for name, _ in model.named_parameters()}

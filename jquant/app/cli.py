@@ -29,6 +29,7 @@ from jquant.app.demo import run_demo
 from jquant.app.examples import Examples, calibration, held_out, one_by_one
 from jquant.app.listing import listing
 from jquant.app.measuring import alone, beside, described, full_and_quantized
+from jquant.app.named_inputs import taking
 from jquant.app.options import Backend, Kept, Orbax, Quiet, Recipe, Source, Tokenizer
 from jquant.app.quantizing import (
     Chosen,
@@ -181,6 +182,7 @@ def quantize_model(
     narrator.say(f"loading {source}")
     model = opened(source, params=params, tokenizer=tokenizer, backend=backend, lazy=True)
     say_requantized(narrator, source)
+    model = taking(model, examples.batches)
     batches = calibration(model, examples)
     weights = find_weights(model.fn, model.params, *inputs_of(batches[0]))
     plan, chosen = plan_of(weights, default, rules, lorc), Chosen()
@@ -260,11 +262,12 @@ def evaluate(
     choices = {"tokenizer": tokenizer, "backend": backend, "quantized": quantized}
     if against is None:
         narrator.say(f"loading {source}")
-        model = opened(source, params=params, **choices)
+        model = taking(opened(source, params=params, **choices), examples.batches)
         batches = held_out(model, examples)
         rows = alone(model, batches, narrator)
     else:
         full, qparams = full_and_quantized(against, source, narrator, params=params, **choices)
+        full = taking(full, examples.batches)
         batches = held_out(full, examples)
         rows = beside(full, qparams, batches, narrator)
     narrator.show(f"{source} on {described(batches)}")

@@ -1,7 +1,8 @@
 """What a command calibrates or measures on, as batches: arrays of a file, or what code yields.
 
     images.npy                one input
-    pairs.npz                 the function's inputs, in the order of the arrays in the file
+    pairs.npz                 the function's inputs, in the order of the arrays in the file, or of a
+                              model of transformers by the names that its forward gives them
     package.module:batches    a callable of no arguments that returns batches
 
 The first axis of arrays counts examples. Without any of these, what the model's maker gave, or
@@ -10,7 +11,7 @@ windows of text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 from cyclopts import Parameter
 
+from jquant.app.named_inputs import need_fitting
 from jquant.app.recipes import in_batches
 from jquant.app.sources import Model, called, names_maker
 from jquant.app.texts import need_text, some, windows_of
@@ -118,7 +120,8 @@ def _given(model: Model, asked: Examples) -> list[Any] | None:
     if asked.batches is not None and asked.text is not None:
         raise ValueError("--batches and --text both say what to work on; leave out one")
     if asked.batches is not None:
-        batches = read_batches(asked.batches)
+        batches = read_batches(asked.batches, getattr(model.fn, "inputs", ()))
+        need_fitting(model, batches, asked.batches)
     elif model.batches is not None and asked.text is None:
         batches = batch_list(model.batches, model.source)
     elif model.is_made and model.tokenizer is None:
@@ -141,8 +144,10 @@ def _windows(model: Model, asked: Examples, part: int) -> np.ndarray:
     return some(windows, usual if asked.samples is None else asked.samples)
 
 
-def read_batches(source: str) -> list[Any]:
+def read_batches(source: str, inputs: Sequence[str] = ()) -> list[Any]:
     """The batches that a file or a callable holds: each a tuple of inputs, or the only input.
+
+    Arrays of a `.npz` file that have the names of the inputs are put in the order of these.
 
     Raises:
         ValueError: no such file or callable, arrays of different lengths, or nothing in them.
@@ -155,7 +160,9 @@ def read_batches(source: str) -> list[Any]:
     try:
         with open(path, "rb") as file:
             value = np.load(file, allow_pickle=False)
-            arrays = [value[k] for k in value.files] if path.suffix == ".npz" else [value]
+            names = getattr(value, "files", ())
+            names = inputs if set(names) == set(inputs) else names
+            arrays = [value[name] for name in names] if path.suffix == ".npz" else [value]
     except FileNotFoundError:
         raise
     except (ValueError, OSError, KeyError, AttributeError) as error:

@@ -28,8 +28,8 @@ def alone(model: Model, batches: list[Any], narrator: Narrator) -> Rows:
     """
     if not has_logits(model, batches):
         raise ValueError(
-            f"the outputs of {model.source} are no logits of tokens, so there is no perplexity; "
-            "pass --against the model in full precision"
+            f"the outputs of {model.source} are no logits of tokens that follow its first input, "
+            "so there is no perplexity; pass --against the model in full precision"
         )
     with narrator.stage("evaluating", count_tokens(batches)) as update:
         value = perplexity(model.fn, model.params, batches, progress=update)
@@ -68,6 +68,9 @@ def full_and_quantized(
     full = opened(against, **as_loaded(model.fn))
     if full.fn.config != model.fn.config:
         raise ValueError(f"{against} is another network than {source}: their sizes differ")
+    if isinstance(model.fn, TorchFunction):
+        as_saved = replace(full.fn, inputs=model.fn.inputs, output=model.fn.output)
+        full = replace(full, fn=as_saved)
     return replace(full, tokenizer=model.tokenizer), model.params
 
 

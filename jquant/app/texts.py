@@ -12,6 +12,7 @@ import numpy as np
 
 from jquant import models
 from jquant.app.documents import tokens_of
+from jquant.app.named_inputs import taken
 from jquant.errors import CheckpointError
 from jquant.models import smollm2
 from jquant.models.quantized import CHECKPOINT
@@ -92,22 +93,21 @@ def as_loaded(fn: Any) -> dict[str, Any]:
 
 def need_text(fn: Any, source: str) -> None:
     """ValueError: a model takes other things than the tokens of one text."""
-    inputs = fn.inputs if isinstance(fn, models.TorchFunction) else TOKENS
-    if inputs != TOKENS:
+    if isinstance(fn, models.TorchFunction) and fn.inputs != TOKENS:
         raise ValueError(
-            f"{source} takes {', '.join(inputs)}, and this command has only text; pass its "
-            "inputs as --batches FILE.npz"
+            f"{source} takes {taken(fn)}, and text is none of these; pass them as --batches "
+            "FILE.npz, in arrays of these names"
         )
 
 
 def need_language_model(fn: Any, source: str) -> None:
     """ValueError: a model does not say how likely each next token is."""
-    need_text(fn, source)
     if isinstance(fn, models.TorchFunction) and not fn.config.is_causal:
         raise ValueError(
             f"{source} is a {fn.config.architecture}, and this command needs a language model that "
             "predicts each next token; jquant.evaluate.compare takes any function from Python"
         )
+    need_text(fn, source)
 
 
 def need_known(fn: Any, tokens: np.ndarray) -> None:

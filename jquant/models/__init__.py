@@ -3,8 +3,8 @@
 `load(source)` turns a GGUF file, a Hugging Face directory or a hub id into `(fn, params,
 tokenizer)`. The function is a `Decoder`, or a `TorchFunction`, which runs the code of
 `transformers`: frozen values, pure in their parameters, so everything else in jquant treats them
-like any other function. Nothing in the library depends on this package; the command line, the
-notebooks and the benchmarks do.
+like any other function. `from_torch` makes such a function of any PyTorch module. Nothing in the
+library depends on this package; the command line, the notebooks and the benchmarks do.
 """
 
 from jquant.errors import extra
@@ -18,6 +18,7 @@ with extra("models"):
     from jquant.models.quantized import is_quantized, load_quantized, save_quantized
     from jquant.models.torch_function import TorchFunction
     from jquant.models.torch_module import TorchConfig
+    from jquant.models.torch_plain import from_torch
 
 __all__ = [
     "CachedStep",
@@ -26,6 +27,7 @@ __all__ = [
     "Llama",
     "TorchConfig",
     "TorchFunction",
+    "from_torch",
     "generate",
     "is_quantized",
     "load",

@@ -49,8 +49,14 @@ def save_quantized(
         The path of the checkpoint.
 
     Raises:
+        TypeError: a function that `load` does not give.
         ValueError: the parameters hold what `jquant.save` refuses.
     """
+    if not isinstance(fn, Decoder | TorchFunction):
+        raise TypeError(
+            f"fn = a {type(fn).__name__}; a folder holds functions that models.load gives, and "
+            "jquant.save the parameters of any"
+        )
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:

@@ -12,10 +12,7 @@ expert's matrix is copied.
 from __future__ import annotations
 
 import functools
-import threading
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jquant.errors import TreeError, UnsupportedPrimitiveError, near
 from jquant.models.torch_module import TorchConfig, torch_module
-
-_TURN = threading.RLock()  # a call puts its parameters into the module, which all calls share
+from jquant.models.torch_running import arrays_of, constants_of, need_all, running
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ class TorchFunction:
                 the values of its inputs.
         """
         module = torch_module(self.config)
-        _need_all(self.config, params)
+        need_all(self.config.architecture, parameter_shapes(self.config), params)
         if len(inputs) != len(self.inputs):
             raise TypeError(f"expected {len(self.inputs)} inputs {self.inputs}, got {len(inputs)}")
         weights = {
@@ -92,10 +87,10 @@ class TorchFunction:
         }
         arrays = map(jnp.asarray, inputs)
         settings = {"use_cache": False} if hasattr(module.config, "use_cache") else {}
-        with _running(self.config.architecture) as (torch, environment):
+        with running(self.config.architecture) as (torch, environment):
             named = dict(zip(self.inputs, arrays, strict=True))
             weights, named = environment.j2t_iso((weights, named))
-            constants = environment.to_xla(_constants(module, params))
+            constants = environment.to_xla(constants_of(module, params))
             result = torch.func.functional_call(
                 module, {**constants, **weights}, (), {**named, **settings}
             )
@@ -142,77 +137,4 @@ def parameter_shapes(config: TorchConfig) -> dict[str, tuple[int, ...]]:
 
     Buffers that belong to a checkpoint (running means) are among them; whole numbers are not.
     """
-    module = torch_module(config)
-    state = module.state_dict().keys()
-    arrays = [*module.named_parameters(), *module.named_buffers()]
-    return {n: tuple(x.shape) for n, x in arrays if n in state and x.is_floating_point()}
-
-
-def _constants(module: Any, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The buffers that are computed from the configuration."""
-    return {name: value for name, value in module.named_buffers() if name not in params}
-
-
-def _need_all(config: TorchConfig, params: Mapping[str, Any]) -> None:
-    absent = [name for name in parameter_shapes(config) if name not in params]
-    if absent:
-        raise TreeError(
-            f"{absent[0]!r} is missing in the parameters of {config.architecture}; near: "
-            + near(absent[0], params)
-        )
-
-
-@contextmanager
-def _running(architecture: str) -> Iterator[tuple[Any, Any]]:
-    """PyTorch and torchax's environment, in which the operators of PyTorch are JAX's.
-
-    One call at a time; torchax mixes ranks and dtypes, and asks for 64 bits where JAX has 32.
-    """
-    import torch
-    import torchax  # pyright: ignore[reportMissingImports]
-
-    lenient = jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")
-    with _TURN, lenient[0], lenient[1], warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        with jax.ensure_compile_time_eval():  # a key that torchax keeps is made by the first call
-            environment = _environment()
-            environment.param  # noqa: B018
-        try:
-            with environment:
-                yield torch, environment
-        except torchax.tensor.OperatorNotFound as error:
-            raise UnsupportedPrimitiveError(
-                f"{architecture}: {error} (torchax {torchax.__version__}); try a newer torchax, or "
-                "a configuration without what needs this operator"
-            ) from error
-        except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
-            raise UnsupportedPrimitiveError(
-                f"{architecture}: its PyTorch code depends on the values of its inputs, and cannot "
-                f"be traced: {str(error).splitlines()[0]:.200}; pass the inputs that spare it the "
-                "question (fn.inputs), or write the network in JAX"
-            ) from error
-
-
-@functools.cache
-def _environment() -> Any:
-    """torchax's, with two operators: one that it lacks, and one that it has wrong for views."""
-    import torch
-    from torchax.ops.ops_registry import all_aten_ops  # pyright: ignore[reportMissingImports]
-    from torchax.tensor import Environment  # pyright: ignore[reportMissingImports]
-
-    environment, copy = Environment(), all_aten_ops[torch.ops.aten.copy_].func
-
-    def grouped_mm(x: Any, weight: Any, offs: Any, *rest: Any, **options: Any) -> Any:
-        del rest, options
-        ends = offs.jax()
-        sizes = jnp.diff(ends, prepend=jnp.zeros_like(ends[:1]))
-        product = jax.lax.ragged_dot(x.jax(), weight.jax(), sizes.astype(jnp.int32))
-        return environment.j2t_iso(product)
-
-    def copy_(x: Any, y: Any, *rest: Any, **options: Any) -> Any:
-        y = y.torch() if hasattr(y, "view_info") else y
-        return copy(x, y, *rest, env=environment, **options)
-
-    environment.override_op_definition(torch.ops.aten._grouped_mm, grouped_mm)
-    environment.override_op_definition(torch.ops.aten.copy_, copy_, is_view_op=True)
-    return environment
+    return {name: tuple(x.shape) for name, x in arrays_of(torch_module(config)).items()}

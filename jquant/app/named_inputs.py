@@ -1,0 +1,129 @@
+"""What a model of `transformers` takes besides text, told and checked before work starts.
+
+Arrays of a file count by their names where these are arguments of the model's `forward`
+(`input_ids`, `attention_mask`, …), and by their order otherwise.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jquant.app.sources import Model, names_maker
+from jquant.errors import UnsupportedPrimitiveError
+from jquant.models import TorchFunction
+from jquant.models.torch_module import torch_module
+from jquant.weights.arguments import inputs_of, shapes_of
+
+# What arrays of these names hold. Of others nothing is told, nor asked.
+TOKENS, MASK = "whole numbers [examples, tokens]", "0 or 1 [examples, tokens]"
+MEANINGS = {
+    "input_ids": TOKENS,
+    "decoder_input_ids": TOKENS,
+    "token_type_ids": TOKENS,
+    "position_ids": TOKENS,
+    "attention_mask": MASK,
+    "decoder_attention_mask": MASK,
+    "pixel_values": "floats [examples, channels, height, width]",
+    "input_features": "floats [examples, features, frames]",
+    "input_values": "floats [examples, samples]",
+}
+
+
+def taken(fn: TorchFunction) -> str:
+    """The inputs of a function, by name, with what they hold."""
+    named = (f"{name} ({MEANINGS[name]})" if name in MEANINGS else name for name in fn.inputs)
+    return ", ".join(named)
+
+
+def taking(model: Model, batches: str | None) -> Model:
+    """The model with the inputs that the arrays of a `.npz` file name, if they name any.
+
+    Raises:
+        ValueError: some of the names are the model's inputs, others are not.
+    """
+    names = names_in(batches)
+    if not isinstance(model.fn, TorchFunction) or not names:
+        return model
+    forward = type(torch_module(model.fn.config)).forward
+    arguments = set(inspect.signature(forward).parameters) - {"self"}
+    if arguments.isdisjoint(names):
+        return model
+    if strange := [name for name in names if name not in arguments]:
+        raise ValueError(
+            f"{batches}: {strange[0]!r} is no input of {model.fn.config.architecture}; it takes "
+            f"{taken(model.fn)}, or others of: {', '.join(sorted(arguments))}"
+        )
+    usual = [name for name in model.fn.inputs if name in names]
+    inputs = (*usual, *(name for name in names if name not in usual))
+    return replace(model, fn=replace(model.fn, inputs=inputs))
+
+
+def names_in(batches: str | None) -> tuple[str, ...]:
+    """The names of the arrays of a `.npz` file; of anything else none."""
+    if batches is None or names_maker(batches) or Path(batches).suffix != ".npz":
+        return ()
+    try:
+        with np.load(batches, allow_pickle=False) as file:
+            return tuple(file.files)
+    except (ValueError, OSError, KeyError, AttributeError):
+        return ()  # reading the arrays will tell
+
+
+def need_fitting(model: Model, batches: Sequence[Any], source: str) -> None:
+    """ValueError: a model of `transformers` cannot be run on batches; says what it takes."""
+    fn = model.fn
+    if not isinstance(fn, TorchFunction):
+        return
+    for batch in {_types(batch): batch for batch in batches}.values():
+        inputs = inputs_of(batch)
+        problem = _problem(fn, model.params, inputs)
+        if problem is not None:
+            shapes = ", ".join(f"{x.dtype.name} {x.shape}" for x in map(np.asarray, inputs))
+            raise ValueError(
+                f"{source}: {problem}; {model.source} takes {taken(fn)}, and gets {shapes}"
+            )
+    for batch in batches:
+        _need_tokens(model, inputs_of(batch), source)
+
+
+def _types(batch: Any) -> tuple[Any, ...]:
+    return tuple((np.shape(x), str(np.asarray(x).dtype)) for x in inputs_of(batch))
+
+
+def _problem(fn: TorchFunction, params: Any, inputs: Sequence[Any]) -> str | None:
+    """Why a function cannot be run on inputs like these; None: it can."""
+    if len(inputs) != len(fn.inputs):
+        return f"{len(inputs)} inputs in place of {len(fn.inputs)}"
+    for name, value in zip(fn.inputs, inputs, strict=True):
+        meaning, kind = MEANINGS.get(name, ""), np.asarray(value).dtype.kind
+        if meaning.startswith("whole") and kind not in "iu":
+            return f"{name} are no whole numbers"
+        if meaning.startswith("floats") and kind != "f":
+            return f"{name} are no floats"
+    try:
+        shapes, given = shapes_of(params, tuple(inputs))
+        jax.eval_shape(fn, shapes, *given)
+    except UnsupportedPrimitiveError:
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # of PyTorch's own checks
+        return f"{fn.config.architecture} refuses them: {str(error).splitlines()[0]:.200}"
+    return None
+
+
+def _need_tokens(model: Model, inputs: Sequence[Any], source: str) -> None:
+    for name, value in zip(model.fn.inputs, inputs, strict=True):
+        vocab = model.fn.config.vocab
+        if name.endswith("input_ids") and vocab and np.size(value):
+            least, most = int(np.min(value)), int(np.max(value))
+            if least < 0 or most >= vocab:
+                raise ValueError(
+                    f"{source}: {name} holds token {least if least < 0 else most}; "
+                    f"{model.source} has tokens 0 to {vocab - 1}"
+                )
