@@ -27,6 +27,7 @@ from jquant.app.budgets import share_bits
 from jquant.app.console import Narrator, summary
 from jquant.app.demo import run_demo
 from jquant.app.examples import Examples, calibration, held_out, one_by_one
+from jquant.app.exporting import export_model
 from jquant.app.listing import listing
 from jquant.app.measuring import alone, beside, described, full_and_quantized
 from jquant.app.options import Backend, Kept, Orbax, Quiet, Recipe, Source, Tokenizer
@@ -78,6 +79,7 @@ app = cyclopts.App(
         jquant inspect model-w4
         jquant evaluate model-w4 --against path/to/model.gguf
         jquant generate model-w4 --prompt "Once upon a time"
+        jquant export model-w4 --to compressed-tensors -o model-ct
 
     A model is a GGUF file, a Hugging Face folder or hub id (of the Llama, Gemma, Qwen and other
     families, or with the extra `torch` of any), a folder that `jquant quantize` wrote, or
@@ -213,6 +215,9 @@ def quantize_model(
     narrator.show(f"{source} → {output}")  # a title would be folded to the table's width
     before = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     narrator.show(summary(outcome, before, checkpoint.stat().st_size, chosen.axes))
+
+
+app.command(export_model, name="export")
 
 
 @app.command
