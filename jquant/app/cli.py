@@ -27,7 +27,7 @@ from jquant.app.budgets import share_bits
 from jquant.app.console import Narrator, summary
 from jquant.app.demo import run_demo
 from jquant.app.examples import Examples, calibration, held_out, one_by_one
-from jquant.app.exporting import export_model
+from jquant.app.exporting import To, export_model, need_plan, saved
 from jquant.app.listing import listing
 from jquant.app.measuring import alone, beside, described, full_and_quantized
 from jquant.app.options import Backend, Kept, Orbax, Quiet, Recipe, Source, Tokenizer
@@ -125,6 +125,7 @@ def quantize_model(
     backend: Backend = "auto",
     force: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
+    to: To = None,
     sequential: Sequential = "weight",
     granularity: Granularity = None,
     work_dir: Path | None = None,
@@ -194,6 +195,7 @@ def quantize_model(
         plan, shares = share_bits(model, plan, rules, one_by_one(batches), bits, narrator)
         chosen = chosen._replace(shares=shares)
         narrator.show(f"bits: {shares}")
+    need_plan(to, model, plan)
     used = batches if needs_text(plan, objective) else None
     need_foreseeable(objective, dry_run)
     if dry_run:
@@ -206,7 +208,7 @@ def quantize_model(
             model.fn, model.params, plan, used, sequential=sequential, work_dir=work_dir,
             progress=move, objective=objective_of(objective), key=jax.random.key(0),
         )  # fmt: skip
-    checkpoint = model.save(output, qparams)
+    size = saved(model, output, qparams, to, force)
     write_report(output, outcome, chosen)
     if report:
         show_weights(narrator, outcome, chosen)
@@ -214,7 +216,7 @@ def quantize_model(
         _warn(line)
     narrator.show(f"{source} → {output}")  # a title would be folded to the table's width
     before = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    narrator.show(summary(outcome, before, checkpoint.stat().st_size, chosen.axes))
+    narrator.show(summary(outcome, before, size, chosen.axes))
 
 
 app.command(export_model, name="export")

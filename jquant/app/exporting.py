@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich.table import Table
@@ -11,19 +11,21 @@ from rich.table import Table
 from jquant import models
 from jquant.app.console import Narrator, megabytes
 from jquant.app.options import Quiet, Source, Tokenizer
-from jquant.app.sources import names_maker
-from jquant.exporters import Exported, export
+from jquant.app.sources import Model, names_maker
+from jquant.exporters import Exported, export, need_held
+from jquant.schemes.scheme import Plan
 
-Format = Annotated[
-    Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "safetensors"],
-    Parameter(name="--to", help="What the other engine reads."),
+Format = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "safetensors"]
+To = Annotated[
+    Format | None,
+    Parameter(help="Write what another engine reads, as `jquant export` does, not jquant's own."),
 ]
 
 
 def export_model(
     source: Source,
     *,
-    to: Format,
+    to: Annotated[Format, Parameter(help="What the other engine reads.")],
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     like: Path | None = None,
     tokenizer: Tokenizer = None,
@@ -55,11 +57,7 @@ def export_model(
         Replace an earlier export; no other folder ever is.
     """
     narrator = Narrator(quiet)
-    if names_maker(source):
-        raise ValueError(
-            f"{source}: the names of tensors are known of models that files hold, not of one that "
-            "code makes"
-        )
+    _need_names(source)
     narrator.say(f"loading {source}")
     fn, qparams, words = models.load(source, lazy=True, tokenizer=tokenizer, quantized="keep")
     narrator.say(f"writing {output}" + (", and reading it back" if verify else ""))
@@ -70,6 +68,32 @@ def export_model(
     )  # fmt: skip
     narrator.show(f"{source} → {output}")
     narrator.show(_summary(done))
+
+
+def need_plan(to: To, model: Model, plan: Plan) -> None:
+    """ValueError: the model, or its plan, is not for the format that is asked for, if one is."""
+    if to is not None:
+        _need_names(model.source)
+        need_held(model.fn, plan, to)
+
+
+def saved(model: Model, output: Path, qparams: Any, to: To, force: bool) -> int:
+    """Writes quantized parameters to a folder, jquant's own or another format's; the bytes."""
+    if to is None:
+        return model.save(output, qparams).stat().st_size
+    source = Path(model.source)
+    like = source if (source / "config.json").is_file() else None
+    words = model.tokenizer if like is None else None
+    done = export(model.fn, qparams, output, format=to, like=like, tokenizer=words, force=force)
+    return done.nbytes
+
+
+def _need_names(source: str) -> None:
+    if names_maker(source):
+        raise ValueError(
+            f"{source}: the names of tensors are known of models that files hold, not of one that "
+            "code makes"
+        )
 
 
 def _summary(done: Exported) -> Table:

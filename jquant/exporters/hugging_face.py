@@ -84,6 +84,13 @@ def hf_model(fn: Any, qparams: Any, like: Path | None, tokenizer: Any = None) ->
     return HFModel(tensors, config, linear, dtypes)
 
 
+def is_linear(fn: Any, path: str) -> bool:
+    """Whether a parameter of a model is the weight of a linear layer."""
+    if isinstance(fn, TorchFunction):
+        return path in linear_parameters(fn.config)
+    return path.endswith("/kernel")
+
+
 def stored_dtype(tensor: Tensor, dtypes: Mapping[str, str]) -> np.dtype:
     """The dtype that an array is written in: the original's where that holds its values, else its
     own. The array is read if the two differ."""
@@ -129,7 +136,7 @@ def _of_torch(
         mine, theirs = json.loads(fn.config.values), json.loads(config.values)
         keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         raise CheckpointError(f"config.json of like= is of another network than fn ({keys[0]})")
-    names, is_linear = tensor_names(config, folder), linear_parameters(config)
+    names, weights = tensor_names(config, folder), linear_parameters(config)
     tensors = []
     for path in parameter_shapes(config):
         name, leaf = names.get(path), qparams[path]
@@ -139,8 +146,8 @@ def _of_torch(
                 "apart again; load the model by the reference decoder where it serves (backend="
                 "'jax')"
             )
-        tensors.append(Tensor(name, lazy_leaf(leaf), path, path in is_linear))
-    linear = [names.get(path, path).removesuffix(".weight") for path in is_linear]
+        tensors.append(Tensor(name, lazy_leaf(leaf), path, path in weights))
+    linear = [names.get(path, path).removesuffix(".weight") for path in weights]
     return tensors, claims | {"architectures": [fn.config.architecture]}, linear
 
 
