@@ -8,11 +8,12 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from jquant import allocation, deprecated, errors, evaluate, formats, grids, io, rounding
+from jquant import allocation, deprecated, errors, evaluate, exporters, formats, grids, io, rounding
 from jquant.allocation import plan
 from jquant.arithmetic import distances, emulate
 from jquant.axes import Groups, Layout
 from jquant.calibration import Evidence, TokenWeights, Weight, capture, find_weights
+from jquant.exporters import Exported, export
 from jquant.inference import apply
 from jquant.io import load, save
 from jquant.jobs.estimate import Estimate, estimate
@@ -38,6 +39,7 @@ __all__ = [
     "Activations",
     "Estimate",
     "Evidence",
+    "Exported",
     "Groups",
     "Layout",
     "Lazy",
@@ -61,6 +63,8 @@ __all__ = [
     "errors",
     "estimate",
     "evaluate",
+    "export",
+    "exporters",
     "find_weights",
     "formats",
     "grids",

@@ -53,6 +53,10 @@ class CheckpointError(ValueError):
     """A file is truncated, corrupt, hostile, or of another version; nothing of it was used."""
 
 
+class ExportError(ValueError):
+    """An export cannot take its place, or what was read back is not what was to be written."""
+
+
 class WorkDirError(ValueError):
     """A work directory cannot be written to, or holds the stages of another job."""
 

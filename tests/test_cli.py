@@ -252,7 +252,10 @@ def test_a_quantized_gguf_file_runs_on_its_codes(tmp_path: Path, capsys) -> None
 # Help
 
 
-@pytest.mark.parametrize("command", ["demo", "quantize", "evaluate", "inspect", "generate"])
+COMMANDS = ["demo", "quantize", "export", "evaluate", "inspect", "generate"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(command: str, capsys) -> None:
     assert run("--help") == 0
     assert command in capsys.readouterr().out
@@ -529,3 +532,35 @@ def test_a_work_directory_resumes(model: Path, tmp_path: Path, capsys) -> None:
     capsys.readouterr()
     assert run(*command, "--recipe", "int3-gptq", "-o", tmp_path / "c") == 1
     assert "the plan changed" in capsys.readouterr().err
+
+
+# Other engines' formats
+
+
+def test_a_quantized_model_is_exported(
+    model: Path, quantized: Path, tmp_path: Path, capsys
+) -> None:
+    for number, more in enumerate(((), ("--like", model, "--quiet"))):
+        out = tmp_path / str(number)
+        assert run("export", quantized, "--to", "compressed-tensors", "-o", out, *more) == 0
+        assert "14 weights as pack-quantized" in " ".join(capsys.readouterr().out.split())
+        config = json.loads((out / "config.json").read_text())
+        assert config["quantization_config"]["format"] == "pack-quantized"
+        assert run("generate", out, "-p", "The fox", "--tokens", 4, "--quantized", "keep") == 0
+        capsys.readouterr()
+    assert run("export", quantized, "--to", "compressed-tensors", "-o", out) == 1
+    assert "earlier export" in capsys.readouterr().err
+    assert run("export", quantized, "--to", "awq", "-o", out, "--force", "--no-verify") == 0
+
+
+def test_quantized_into_another_format_in_one_go(model: Path, tmp_path: Path, capsys) -> None:
+    out, text = tmp_path / "out", ("--text", model / "text.txt", "--length", 32)
+    options = ("-r", "int4-nearest", "--group", 16, "--to", "awq", *text)
+    assert run("quantize", model, "-o", out, *options) == 0
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == 4
+    assert (out / "report.json").exists() and (out / "tokenizer.json").exists()
+    capsys.readouterr()
+    other = tmp_path / "other"
+    assert run("quantize", model, "-o", other, "-r", "nf4", "--to", "gptq", *text) == 1
+    assert "gptq cannot hold the grid Codebook" in capsys.readouterr().err
+    assert not other.exists()

@@ -630,7 +630,7 @@ CT = {
         ({"quant_method": ["gptq"]}, "is not supported"),
         ({"quant_method": "gptq", "bits": 5}, "module 'm.fc': bits=5"),
         ({"quant_method": "gptq", "bits": 4, "group_size": "x"}, "group='x'"),
-        ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:x": {}}}, "dynamic = "),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:x": {}}}, "dynamic = "),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version = 'gemv'"),
         ({**CT, "config_groups": None}, "config_groups = None"),
         (

@@ -23,7 +23,7 @@ RANKS = (
     ("rounding", "io", "evaluate"),
     ("schemes", "formats"),
     ("layerwise", "models"),
-    ("learning",),
+    ("learning", "exporters"),
     ("jobs",),
     ("allocation",),
     ("app",),

@@ -27,6 +27,7 @@ from jquant.app.budgets import share_bits
 from jquant.app.console import Narrator, summary
 from jquant.app.demo import run_demo
 from jquant.app.examples import Examples, calibration, held_out, one_by_one
+from jquant.app.exporting import To, export_model, need_plan, saved
 from jquant.app.listing import listing
 from jquant.app.measuring import alone, beside, described, full_and_quantized
 from jquant.app.named_inputs import taking
@@ -79,6 +80,7 @@ app = cyclopts.App(
         jquant inspect model-w4
         jquant evaluate model-w4 --against path/to/model.gguf
         jquant generate model-w4 --prompt "Once upon a time"
+        jquant export model-w4 --to compressed-tensors -o model-ct
 
     A model is a GGUF file, a Hugging Face folder or hub id (of the Llama, Gemma, Qwen and other
     families, or with the extra `torch` of any), a folder that `jquant quantize` wrote, or
@@ -124,6 +126,7 @@ def quantize_model(
     backend: Backend = "auto",
     force: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
+    to: To = None,
     sequential: Sequential = "weight",
     granularity: Granularity = None,
     work_dir: Path | None = None,
@@ -194,6 +197,7 @@ def quantize_model(
         plan, shares = share_bits(model, plan, rules, one_by_one(batches), bits, narrator)
         chosen = chosen._replace(shares=shares)
         narrator.show(f"bits: {shares}")
+    need_plan(to, model, plan)
     used = batches if needs_text(plan, objective) else None
     need_foreseeable(objective, dry_run)
     if dry_run:
@@ -206,7 +210,7 @@ def quantize_model(
             model.fn, model.params, plan, used, sequential=sequential, work_dir=work_dir,
             progress=move, objective=objective_of(objective), key=jax.random.key(0),
         )  # fmt: skip
-    checkpoint = model.save(output, qparams)
+    size = saved(model, output, qparams, to, force)
     write_report(output, outcome, chosen)
     if report:
         show_weights(narrator, outcome, chosen)
@@ -214,7 +218,10 @@ def quantize_model(
         _warn(line)
     narrator.show(f"{source} → {output}")  # a title would be folded to the table's width
     before = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    narrator.show(summary(outcome, before, checkpoint.stat().st_size, chosen.axes))
+    narrator.show(summary(outcome, before, size, chosen.axes))
+
+
+app.command(export_model, name="export")
 
 
 @app.command

@@ -97,7 +97,10 @@ def _module(name: str, tensors: Mapping[str, Spec], codec: Codec, inputs: Any = 
 
 
 def _gptq(config: Mapping[str, Any], name: str, tensors: Mapping[str, Spec]) -> Module:
-    _only(config, "dynamic", (None, {}))
+    rules = config.get("dynamic")
+    leaves_out = isinstance(rules, Mapping) and all(str(rule).startswith("-:") for rule in rules)
+    if not leaves_out:  # modules that rules leave out have no quantized tensors
+        _only(config, "dynamic", (None,))
     _only(config, "pack_dtype", (None, "int32"))
     kind = _only(config, "checkpoint_format", (None, "gptq", "gptq_v2"))
     bits, group = config.get("bits"), config.get("group_size", 128)

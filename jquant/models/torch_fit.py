@@ -86,6 +86,24 @@ def fit(
     }  # fmt: skip
 
 
+def tensor_names(config: TorchConfig, folder: HFFolder) -> dict[str, str]:
+    """Parameter → the tensor of a folder that it is, of those that are one tensor as it is."""
+    recipes, _ = _recipes(config, folder.shapes)
+    names = {name: r.names[0] for name, r in recipes.items() if r.rule is None}
+    for name, alias in _aliases(config):
+        if alias in names:
+            names.setdefault(name, names[alias])
+    return names
+
+
+def linear_parameters(config: TorchConfig) -> dict[str, None]:
+    """The parameters that are weights of linear layers, tied ones by each name, in order."""
+    import torch
+
+    modules = torch_module(config).named_modules()
+    return {f"{n}.weight": None for n, module in modules if isinstance(module, torch.nn.Linear)}
+
+
 def _checked(
     folder: HFFolder, name: str, leaves: Mapping[str, Lazy], shape: tuple[int, ...]
 ) -> Lazy:

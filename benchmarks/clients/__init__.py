@@ -1,0 +1,6 @@
+"""Exports through the engines that they are for, each in an environment of its own.
+
+`python -m benchmarks.clients [--environments FOLDER]` makes the environments where they are not
+there, exports a small random Llama in every flavour, and has each engine say how far its logits
+are from `jquant.apply`'s.
+"""

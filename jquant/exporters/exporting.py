@@ -1,0 +1,207 @@
+"""`export`: a quantized model as a folder that others open.
+
+First everything is looked at and may be refused: the format, the place, the names, every weight.
+Then the folder is written, leaf by leaf, beside its place; read back; and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jquant.errors import CheckpointError, FormatError
+from jquant.exporters.described import Described, Holding
+from jquant.exporters.folder import need_place, new_folder, write_sidecar
+from jquant.exporters.shards import Piece, write_shards
+from jquant.exporters.targets import Target, held, need_alike, target_named
+from jquant.formats.base import Spec
+from jquant.trees.lazy import Lazy, Window, realize
+from jquant.trees.placement import transferring
+from jquant.weights.qtensor import QTensor, dequantize_weight
+
+MAX_SHARD = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: where it lies.
+        format: as it was asked for.
+        nbytes: of all tensors.
+        weights: path of every quantized weight → how it is held, such as "pack-quantized".
+        kept: names of the tensors that are written as they were.
+    """
+
+    folder: Path
+    format: str
+    nbytes: int
+    weights: Mapping[str, str]
+    kept: tuple[str, ...]
+
+
+@transferring
+def export(
+    fn: Any,
+    qparams: Any,
+    folder: str | os.PathLike[str],
+    *,
+    format: str = "compressed-tensors",
+    like: str | os.PathLike[str] | None = None,
+    tokenizer: Any = None,
+    max_shard_bytes: int = MAX_SHARD,
+    verify: bool = True,
+    force: bool = False,
+) -> Exported:
+    """Write a quantized model as a folder that other engines open.
+
+    Codes and scales are carried over as they are: nothing is quantized anew. What the format cannot
+    hold is refused before anything is written. The folder appears when it is complete, and has been
+    read back and compared; memory is that of one weight, so leaves may be `Lazy`.
+
+    Args:
+        fn: the model's function, as `jquant.models.load` gave it: a `Decoder` or `TorchFunction`.
+        qparams: its parameters, quantized or not, lazy or not.
+        folder: what to write. It must not exist, be empty, or be an earlier export, with `force`.
+        format: "compressed-tensors" (which of its formats follows from each weight's grid), "gptq",
+            "gptq_v2", "awq", or "safetensors": the arrays that the weights stand for.
+        like: the Hugging Face folder that the model is of: its `config.json`, tokenizer and other
+            small files are taken over, and the dtypes of tensors that are not quantized where these
+            hold their values. None: `config.json` is told from the decoder's numbers.
+        tokenizer: a `transformers` tokenizer to write; default: the one of `like`, if any.
+        max_shard_bytes: of the tensors in one file (default: 5 GB, as transformers had it).
+        verify: whether the folder is read back and compared, bit for bit.
+        force: whether an earlier export may be replaced; no other folder ever is.
+
+    Returns:
+        what was written, see `Exported`.
+
+    Raises:
+        FormatError: there is no such format, or it cannot hold a weight: names its path, what
+            stands in the way, and the nearest scheme that it holds.
+        ExportError: the folder is in use; what was read back is not what was to be written.
+        CheckpointError: `like` is no folder of this network.
+        TreeError: the parameters are not those of `fn`.
+        ImportError: the extra `models` is not installed.
+
+    Example:
+        >>> import jax, tempfile
+        >>> import jquant as jq
+        >>> fn = jq.models.Decoder(jq.models.DecoderConfig(32, 32, 64, 1, heads=4, kv_heads=2))
+        >>> params = fn.init(jax.random.key(0))
+        >>> weights = jq.find_weights(fn, params, jax.numpy.zeros((1, 4), "int32"))
+        >>> plan = jq.plan(weights, {"layers.*": jq.presets.int4_nearest(32), ".*": jq.keep})
+        >>> qparams, _ = jq.quantize(fn, params, plan)
+        >>> out = jq.export(fn, qparams, tempfile.mkdtemp() + "/model-ct")
+        >>> len(out.weights), set(out.weights.values()), out.kept[0]
+        (7, {'pack-quantized'}, 'model.embed_tokens.weight')
+    """
+    target, place = target_named(format), Path(folder)
+    need_place(place, force)
+    if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be a positive int, got {max_shard_bytes!r}")
+    from jquant.exporters.hugging_face import BESIDE, hf_model
+    from jquant.exporters.load_back import need_same
+
+    original = None if like is None else _folder(Path(like))
+    model = hf_model(fn, qparams, original, tokenizer)
+    holdings = _holdings(target, model)
+    config, expected = _config(target, model, holdings), _expected(model, holdings)
+    pieces = [_piece(name, leaf, holdings.get(name)) for name, leaf in expected.items()]
+    with new_folder(place, force) as temporary:
+        nbytes = write_shards(temporary, pieces, max_shard_bytes)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
+        for file in () if original is None else map(original.joinpath, BESIDE):
+            if file.is_file():
+                shutil.copyfile(file, temporary / file.name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if verify:
+            need_same(temporary, fn, expected)
+        write_sidecar(temporary, target.name)
+    weights = {
+        t.path: "array" if (codec := holdings[t.name].codec) is None else codec.name
+        for t in model.tensors
+        if t.name in holdings
+    }
+    kept = tuple(name for name in expected if name not in holdings)
+    return Exported(place, target.name, nbytes, weights, kept)
+
+
+def _folder(like: Path) -> Path:
+    if not (like / "config.json").is_file():
+        raise CheckpointError(f"like={str(like)!r}: there is no config.json; pass a local folder")
+    return like
+
+
+def _holdings(target: Target, model: Any) -> dict[str, Holding]:
+    """How each quantized weight is held, by its tensor's name."""
+    holdings = {}
+    for tensor in model.tensors:
+        if not isinstance(tensor.leaf, QTensor):
+            continue
+        if target.linear and not (tensor.linear and tensor.name.endswith(".weight")):
+            raise FormatError(
+                f"{tensor.path!r}: {target.name} quantizes linear layers alone; keep this weight"
+            )
+        holdings[tensor.name] = held(target, tensor.path, Described.of(tensor.leaf))
+    need_alike(target, [(t.path, holdings[t.name]) for t in model.tensors if t.name in holdings])
+    if target.config is not None and not holdings:
+        raise FormatError(f"nothing is quantized; {target.name} is for weights that are")
+    return holdings
+
+
+def _config(target: Target, model: Any, holdings: Mapping[str, Holding]) -> dict[str, Any]:
+    if target.config is None:
+        return model.config
+    modules = [(name.removesuffix(".weight"), holding) for name, holding in holdings.items()]
+    quantized = {name for name, _ in modules}
+    ignored = [name for name in model.linear if name not in quantized]
+    return {**model.config, "quantization_config": target.config(modules, ignored)}
+
+
+def _expected(model: Any, holdings: Mapping[str, Holding]) -> dict[str, Lazy | QTensor]:
+    """Every tensor as it is to be read back: weights as their codec has them, arrays in the dtype
+    that they are written in."""
+    from jquant.exporters.hugging_face import stored_dtype
+
+    leaves: dict[str, Any] = {}
+    for tensor in model.tensors:
+        holding, leaf = holdings.get(tensor.name), tensor.leaf
+        if holding is not None and holding.codec is not None:
+            leaves[tensor.name] = holding.stored(leaf)
+            continue
+        array = leaf if holding is None else _array(leaf)
+        dtype = stored_dtype(tensor._replace(leaf=array), model.dtypes)
+        leaves[tensor.name] = array.astype(dtype)
+    return leaves
+
+
+def _array(q: QTensor) -> Lazy:
+    """The array that a weight stands for, made when it is read."""
+
+    def values(window: Window) -> np.ndarray:
+        return np.asarray(dequantize_weight(realize(q)))[window]
+
+    return Lazy(tuple(q.shape), np.dtype(q.dtype), values, "dequantized")
+
+
+def _piece(name: str, leaf: Any, holding: Holding | None) -> Piece:
+    if holding is None or holding.codec is None:
+        spec = Spec(tuple(leaf.shape), np.dtype(leaf.dtype))
+        return Piece({name: spec}, lambda: {name: leaf[...]})
+    module, codec = name.removesuffix("weight"), holding.codec
+    specs = codec.storage.tensors(tuple(leaf.codes.shape))
+
+    def make() -> dict[str, np.ndarray]:
+        return {module + own: tensor for own, tensor in codec.encode(leaf).items()}
+
+    return Piece({module + own: spec for own, spec in specs.items()}, make)

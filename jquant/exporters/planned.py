@@ -1,0 +1,49 @@
+"""Whether a format can hold what a plan will make, asked before anything is quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jquant.errors import FormatError
+from jquant.exporters.described import Described
+from jquant.exporters.targets import held, need_alike, target_named
+from jquant.schemes.scheme import Plan
+
+
+def need_held(fn: Any, plan: Plan, format: str) -> None:
+    """Raise unless a format holds every weight that a plan quantizes; `export` then has no reason
+    to refuse one.
+
+    Args:
+        fn: the model's function, as `jquant.models.load` gave it.
+        plan: see `jquant.plan`.
+        format: see `export`.
+
+    Raises:
+        FormatError: it does not hold one; names its path, what stands in the way, and the nearest
+            scheme that it holds. Or there is no such format.
+
+    Example:
+        >>> import jax, jquant as jq
+        >>> fn = jq.models.Decoder(jq.models.DecoderConfig(32, 32, 64, 1, heads=4, kv_heads=2))
+        >>> params = fn.init(jax.random.key(0))
+        >>> weights = jq.find_weights(fn, params, jax.numpy.zeros((1, 4), "int32"))
+        >>> plan = jq.plan(weights, {"layers.*": jq.presets.nf4(32), ".*": jq.keep})
+        >>> need_held(fn, plan, "gptq")
+        Traceback (most recent call last):
+        ...
+        jquant.errors.FormatError: 'layers/0/attention/k/kernel': gptq cannot hold the grid ...
+    """
+    target = target_named(format)
+    holdings = []
+    for path, scheme in plan.items():
+        if target.linear and not _is_linear(fn, path):
+            raise FormatError(f"{path!r}: {format} quantizes linear layers alone; keep this weight")
+        holdings.append((path, held(target, path, Described.planned(plan.weights[path], scheme))))
+    need_alike(target, holdings)
+
+
+def _is_linear(fn: Any, path: str) -> bool:
+    from jquant.exporters.hugging_face import is_linear
+
+    return is_linear(fn, path)
