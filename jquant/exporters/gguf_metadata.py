@@ -120,8 +120,8 @@ def _spellings(config: DecoderConfig, family: Family) -> Iterator[Description]:
     assert dialect is not None
     sizes, tensors = _sizes(config, family, dialect.defaults), _divisors(config, family)
     for windows in _windows(config, family):
-        said = {**sizes, **_positions(config, family, tensors), **windows}
-        metadata = {f"{dialect.name}.{key}": value for key, value in said.items()}
+        own = {**sizes, **_positions(config, family, tensors), **windows}
+        metadata = {f"{dialect.name}.{key}": value for key, value in own.items()}
         metadata = {"general.architecture": dialect.name, **metadata}
         yield Description(dialect.name, metadata, tensors)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from jquant.errors import CheckpointError, FormatError
 from jquant.models.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
-from jquant.models.tokenizing import _PRE, tokenizer_from_gguf
+from jquant.models.tokenizing import PRE, tokenizer_from_gguf
 
 _INSTEAD = "pass like= with a GGUF file of the same model, whose tokenizer is taken over"
 _PROBES = (
@@ -86,7 +86,7 @@ def _cut(pre: Any) -> str:
         FormatError: it has none here.
     """
     steps = _steps(pre)
-    for name, pattern in _PRE.items():
+    for name, pattern in PRE.items():
         cut = {"type": "Digits", "individual_digits": True}
         if pattern is not None:
             cut = {
