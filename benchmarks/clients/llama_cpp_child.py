@@ -12,13 +12,15 @@ importances of `importance` (an .npz, by tensor) and without. NumPy and llama_cp
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
+
+llama_cpp: Any = importlib.import_module("llama_cpp")  # not the file beside this one: `python -P`
 
 PROMPT = "The capital of France is"
 FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12,
@@ -51,9 +53,11 @@ def measured(file: str, tokens: np.ndarray, against: np.ndarray) -> dict[str, An
         at = np.arange(length - 1), window[1:]
         theirs.append(p[at])
         ours.append(q[at])
-    model.reset()
-    text = model(PROMPT, max_tokens=12, temperature=0.0)["choices"][0]["text"]
-    ids = model.tokenize(PROMPT.encode() + b"\n\n  12345 'tis", add_bos=False, special=False)
+    text, ids = "", []
+    if model.metadata["tokenizer.ggml.model"] != "no_vocab":
+        model.reset()
+        text = model(PROMPT, max_tokens=12, temperature=0.0)["choices"][0]["text"]
+        ids = model.tokenize(PROMPT.encode() + b"\n\n  12345 'tis", add_bos=False, special=False)
     return {
         "kl": float(np.mean(kl)),
         "perplexity": float(np.exp(-np.mean(ours))),

@@ -1,13 +1,14 @@
-"""SmolLM2-135M as a network of width 768 that computes the same, for block types of 256 weights.
+"""A decoder as a wider one that computes the same, for block types of 256 weights.
 
-Its width is 576, so that llama.cpp gives K-quants to `ffn_down` alone and other types to the rest.
-Zeros make it 768 wide with twelve heads. A mean of squares over more channels is less by a factor
-that the norms' scales take up; everything else is multiplied by zero.
+SmolLM2 is 576 wide, so that llama.cpp gives K-quants to `ffn_down` alone and other types to the
+rest. Zeros make it 768 wide with twelve heads. A mean of squares over more channels is less by a
+factor that the norms' scales take up; everything else is multiplied by zero.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -16,24 +17,30 @@ import numpy as np
 from jquant.models.decoder import Decoder
 from jquant.weights.arguments import by_path
 
-WIDTH, HEADS, KV_HEADS = 768, 12, 4
+BLOCK = 256
 
 
 def padded(fn: Decoder, params: Any) -> tuple[Decoder, dict[str, Any]]:
     """The wider network and its parameters, float32 arrays."""
-    config = fn.config
-    share = config.width / WIDTH
+    config, size = fn.config, fn.config.head_dim
+    width, hidden = (-(-n // BLOCK) * BLOCK for n in (config.width, config.hidden))
+    step = BLOCK // math.gcd(BLOCK, size)  # heads that fill blocks
+    heads = -(-config.heads // step) * step
+    keys = heads // (config.heads // config.kv_heads)
+    share = config.width / width
     wide = dataclasses.replace(
-        config, width=WIDTH, heads=HEADS, kv_heads=KV_HEADS, norm_eps=config.norm_eps * share
-    )
+        config, width=width, hidden=hidden, heads=heads, kv_heads=keys,
+        norm_eps=config.norm_eps * share,
+    )  # fmt: skip
     sizes = {
-        r"embed/embedding": (config.vocab, WIDTH),
-        r".*/q/kernel": (WIDTH, HEADS * config.head_dim),
-        r".*/[kv]/kernel": (WIDTH, KV_HEADS * config.head_dim),
-        r".*/out/kernel": (HEADS * config.head_dim, WIDTH),
-        r".*/(gate|up)/kernel": (WIDTH, config.hidden),
-        r".*/down/kernel": (config.hidden, WIDTH),
-        r".*norm/scale": (WIDTH,),
+        r"embed/embedding": (config.vocab, width),
+        r"head/kernel": (width, config.vocab),
+        r".*/q/kernel": (width, heads * size),
+        r".*/[kv]/kernel": (width, keys * size),
+        r".*/out/kernel": (heads * size, width),
+        r".*/(gate|up)/kernel": (width, hidden),
+        r".*/down/kernel": (hidden, width),
+        r".*norm/scale": (width,),
     }
     tree: dict[str, Any] = {}
     for path, leaf in by_path(params).items():
@@ -49,4 +56,4 @@ def padded(fn: Decoder, params: Any) -> tuple[Decoder, dict[str, Any]]:
         for key in parents:
             node = node.setdefault(key, {})
         node[last] = values
-    return Decoder(wide), tree
+    return dataclasses.replace(fn, config=wide), tree

@@ -109,6 +109,8 @@ def write_gguf(
     tensors = list(_tensors(fn, qparams, description, plain))
     if like is None and tokenizer is not None:
         taken = tokenizer_metadata(tokenizer, fn.config.vocab)
+    if not any(key.startswith("tokenizer.") for key in taken):
+        taken["tokenizer.ggml.model"] = "no_vocab"
     kinds = [tensor.kind for tensor in tensors if tensor.kind in KINDS] or [plain]
     metadata = {
         **description.metadata,
