@@ -79,7 +79,10 @@ TABLES: dict[str, Grid] = {
     "codebook-97": Codebook(tuple(float(k * abs(k)) for k in range(-48, 49))),
 }
 BLOCK_TYPES: dict[str, Grid] = {
-    f"gguf-{kind}": GGUF(kind) for kind in ("Q4_1", "Q2_K", "Q3_K", "Q4_K", "Q6_K")
+    f"gguf-{kind}": GGUF(kind) for kind in ("Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K", "Q6_K")
+} | {
+    f"gguf-{kind}-mse": GGUF(kind, MSE(steps=5, resolution=10, norm=2.0))
+    for kind in ("Q4_0", "Q5_1", "Q2_K", "Q3_K")
 }
 GRIDS: dict[str, Grid] = {**UNIFORM, **FLOATING, **POWER, **TABLES, **BLOCK_TYPES}
 

@@ -21,7 +21,7 @@ import numpy as np
 from jquant.axes.groups import Groups
 from jquant.axes.layout import Layout
 from jquant.errors import CheckpointError, FormatError
-from jquant.grids import Float, Grid, Uniform
+from jquant.grids import GGUF, Float, Grid, Uniform
 from jquant.io.leaves import within
 from jquant.numerics.packed import whole_bytes
 from jquant.trees.lazy import Lazy, Window, read
@@ -220,6 +220,11 @@ def formula(grid: Grid) -> tuple[Any, ...]:
         >>> formula(Uniform(4)) == formula(Uniform(4, convention="A4"))
         False
     """
+    if isinstance(grid, GGUF):
+        plain = grid.row.scale_codes is None and not grid.row.has_offset
+        if not plain:
+            return GGUF, grid.kind
+        grid = Uniform(grid.bits, symmetric=True, scale_dtype="float16")
     if isinstance(grid, Uniform):
         whole = grid.convention not in ("A3", "A4")
         return Uniform, grid.bits, grid.symmetric, grid.scale_dtype, whole

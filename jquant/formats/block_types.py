@@ -115,7 +115,7 @@ def _half(start: int) -> Whole:
 
 
 def _simple(bits: int, nbytes: int, *planes: Plane) -> Kind:
-    """Groups of 32 with one scale."""
+    """Groups of 32 with one scale: on a grid of all tools rather than on GGUF's equal one."""
     grid = Uniform(bits, symmetric=True, scale_dtype="float16")
     codes = _codes(grid, 32, *planes) if planes else Whole(2, nbytes, "int8")
     return Kind(32, nbytes, grid, {"scale": _half(0), "codes": codes})

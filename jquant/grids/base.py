@@ -2,7 +2,8 @@
 
 * `fit(w, importance)` finds the group parameters (scales, zeros, tables): a dict of arrays.
 * `bracket(w, params)` gives the two neighbouring codes of every weight, `lo <= hi <= lo + 1`.
-* `decode(codes, params)` gives the values; it is increasing in the code.
+* `decode(codes, params)` gives the values; it is increasing in the code (decreasing in a group of
+  GGUF whose scale is negative).
 
 Every rounding only ever chooses between `lo` and `hi`, so any rounding runs on any grid. Arrays of
 weights are `[*g, b]` (groups, weights within a group); parameter leaves are `[*g]` or `[*g, k]`.

@@ -7,6 +7,9 @@ multiply:
     value = (scale * scale_code) * code - (offset * offset_code)
 
     kind  bits  group  together  scale_code  offset_code  bits per weight
+    Q4_0   4     32       1          -            -            4.5
+    Q5_0   5     32       1          -            -            5.5
+    Q8_0   8     32       1          -            -            8.5
     Q4_1   4     32       1          -            -            5
     Q5_1   5     32       1          -            -            6
     Q2_K   2     16      16       0 .. 15      0 .. 15         2.625
@@ -16,10 +19,11 @@ multiply:
     Q6_K   6     16      16    -128 .. 127        -            6.5625
 
 All products are exact in float32 (11 bits of a float16, at most 7 and 5 of the integers), so values
-are those of llama.cpp bit for bit, whether a compiler fuses the difference or not. The other block
-types are other grids: Q4_0, Q5_0 and Q8_0 are `Uniform(b, symmetric=True, scale_dtype="float16")`
-in groups of 32, MXFP4 is `MX()`. A file may hold scales that are zero or negative; `fit` makes
-none. Static: the kind; arrays: the parameters.
+are those of llama.cpp bit for bit, whether a compiler fuses the difference or not. Files of Q4_0,
+Q5_0 and Q8_0 are read as `Uniform(b, symmetric=True, scale_dtype="float16")` in groups of 32, which
+is the same set of values; MXFP4 is `MX()`. A file may hold scales that are zero or negative, whose
+values then fall as the code rises; `fit` makes none that are zero, and negative ones only where
+it searches in a type that has no offset. Static: the kind, the range; arrays: the parameters.
 
 References: llama.cpp, `ggml/src/ggml-quants.c` (blocks); https://github.com/ggml-org/llama.cpp/pull/1684
 (K-quants).
@@ -28,38 +32,18 @@ References: llama.cpp, `ggml/src/ggml-quants.c` (blocks); https://github.com/ggm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from jquant.grids.base import GridParams, neighbours
-from jquant.grids.ranges import LEAST_SCALE
+from jquant.grids.gguf_kinds import KINDS, Kind
+from jquant.grids.gguf_search import Affine, Held, Problem, best_levels, best_pair
+from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax
 from jquant.numerics import require
 from jquant.numerics.extremes import largest, least
-
-
-class Kind(NamedTuple):
-    """One row of the table in the module docstring."""
-
-    bits: int
-    group: int
-    together: int = 1  # groups that share a float16 scale
-    scale_codes: tuple[int, int] | None = None
-    scale_dtype: str = ""
-    has_offset: bool = True
-
-
-KINDS: dict[str, Kind] = {
-    "Q4_1": Kind(4, 32),
-    "Q5_1": Kind(5, 32),
-    "Q2_K": Kind(2, 16, 16, (0, 15), "uint4"),
-    "Q3_K": Kind(3, 16, 16, (-32, 31), "int8", has_offset=False),
-    "Q4_K": Kind(4, 32, 8, (0, 63), "uint8"),
-    "Q5_K": Kind(5, 32, 8, (0, 63), "uint8"),
-    "Q6_K": Kind(6, 16, 16, (-128, 127), "int8", has_offset=False),
-}
 
 # A step below 2^-16 of the offset would leave float32 too few bits to tell codes apart.
 _LEAST_STEP = 2.0**-16
@@ -69,13 +53,16 @@ _HALF = float(jnp.finfo(jnp.float16).max)
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class GGUF:
-    """The points of an affine GGUF block type.
+    """The points of an affine GGUF block type: what `formats.gguf(kind)` writes as it is.
 
     Args:
-        kind: "Q4_1", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K" or "Q6_K".
+        kind: "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K" or "Q6_K".
+        range: `MinMax()` (default), or `MSE()` to search for scales and offsets that make the least
+            weighted error, levels of super-blocks included (see `gguf_search.py`). Its `norm` is
+            that of errors, its factors those of the ranges that are tried.
 
     Raises:
-        ValueError: it is another one.
+        ValueError: it is another kind, or another range.
 
     Example:
         >>> grid = GGUF("Q4_1")
@@ -87,9 +74,16 @@ class GGUF:
     """
 
     kind: str
+    range: MinMax | MSE = MinMax()
 
     def __post_init__(self) -> None:
         require.one_of("GGUF.kind", self.kind, tuple(KINDS))
+        require.made_by("GGUF.range", self.range, MinMax, MSE)
+
+    def __repr__(self) -> str:
+        """As it is made, the range left out where it is that of the weights."""
+        more = "" if isinstance(self.range, MinMax) else f", range={self.range!r}"
+        return f"GGUF(kind={self.kind!r}{more})"
 
     @property
     def row(self) -> Kind:
@@ -109,8 +103,7 @@ class GGUF:
     @property
     def codes(self) -> tuple[int, int]:
         """The smallest and the largest code, both included."""
-        half = 2 ** (self.bits - 1)
-        return (0, 2 * half - 1) if self.row.has_offset else (-half, half - 1)
+        return self.row.codes
 
     def fit(
         self, w: Float[Array, "*g b"], importance: Float[Array, "*#g #b"] | None = None
@@ -119,17 +112,27 @@ class GGUF:
         each super-block along the last of these axes; there also `scale_code` and `offset_code`,
         `[*g]`.
 
-        Ranges are those of the weights, with zero inside in K-quants; `importance` has no part.
-        Finite weights give finite parameters, positive scales and values that increase; weights
-        beyond what float16 scales reach are clipped. A group that holds NaN has a scale of NaN.
+        With `MinMax` ranges are those of the weights, with zero inside in K-quants; with `MSE` they
+        are those of the least error, weighed by `importance`, and never worse than these. Finite
+        weights give finite parameters, no scale of zero, and values that increase, or decrease in
+        all of a group; weights beyond what float16 scales reach are clipped. A group that holds NaN
+        has a scale of NaN.
         """
         w = w.astype(jnp.float32)
+        params = self._ranges(w)
+        if isinstance(self.range, MinMax):
+            return params
+        weight = jnp.float32(1.0) if importance is None else importance.astype(jnp.float32)
+        return self._searched(self.range, w, jnp.broadcast_to(weight, w.shape), params)
+
+    def _ranges(self, w: Float[Array, "*g b"]) -> GridParams:
+        """Parameters for the ranges of the weights."""
         row, zero_inside = self.row, 0.0 if self.row.scale_codes else None
         low = least(w, axis=-1, initial=zero_inside)
         high = largest(w, axis=-1, initial=zero_inside)
         if not row.has_offset:
-            top = jnp.maximum(high, -low)
-            return self._levels("scale", 2.0 * top / (2**row.bits - 1), floor=1)
+            step = 2.0 * jnp.maximum(high, -low) / (2**row.bits - 1)
+            return self._levels("scale", step, floor=1)
         low = jnp.clip(low, -_HALF, _HALF)
         if row.scale_codes is None:
             offset = (-low).astype(jnp.float16)
@@ -140,14 +143,49 @@ class GGUF:
         steps = self._levels("scale", (high - low) / (2**row.bits - 1), floor=1)
         return {**steps, **self._levels("offset", -low, floor=0)}
 
+    def _searched(
+        self, search: MSE, w: Float[Array, "*g b"], weight: Float[Array, "*g b"], start: GridParams
+    ) -> GridParams:
+        """Parameters of the least error that was found, from those of the ranges on."""
+        row = self.row
+        names = [name for name in ("scale", "offset") if name in start]
+        held = {name: leaf.astype(jnp.float32) for name, leaf in start.items()}
+        if row.scale_codes is None:
+            problem = Problem(row, search, w, weight)
+            at = Affine(held["scale"], held.get("offset", jnp.zeros_like(held["scale"])))
+            best = best_pair(problem, at)._asdict()
+            chosen = {"scale": best["step"], "offset": best["offset"]}
+            return {name: chosen[name].astype(jnp.float16) for name in names}
+        cut = partial(_in_blocks, together=row.together)
+        problem = Problem(row, search, cut(w, axis=-2), cut(weight, axis=-2))
+        nothing = jnp.zeros_like(held["scale"]), jnp.zeros_like(held["scale_code"])
+        unit, code, offset_unit, offset_code = (
+            held["scale"], held["scale_code"],
+            held.get("offset", nothing[0]), held.get("offset_code", nothing[1]),
+        )  # fmt: skip
+        best = best_levels(
+            problem, Held(unit[..., None], cut(code), offset_unit[..., None], cut(offset_code))
+        )
+        chosen = {
+            "scale": best.unit[..., 0], "scale_code": best.code,
+            "offset": best.offset_unit[..., 0], "offset_code": best.offset_code,
+        }  # fmt: skip
+        return {
+            name: chosen[name].reshape(*leaf.shape[:-1], -1)[..., : leaf.shape[-1]]
+            .astype(jnp.int32 if name.endswith("_code") else jnp.float16)
+            .astype(leaf.dtype)
+            for name, leaf in start.items()
+        }  # fmt: skip
+
     def _levels(self, name: str, x: Float[Array, "*g"], floor: int) -> GridParams:
         """Positive numbers as float16 ones of super-blocks and integers that these multiply."""
         row = self.row
-        assert row.scale_codes is not None
+        if row.scale_codes is None:
+            step = jnp.where(x == 0, 1.0, jnp.clip(x, LEAST_SCALE["float16"], _HALF))
+            return {name: step.astype(jnp.float16)}
         most = row.scale_codes[1]
         count = x.shape[-1]
-        pad = [(0, 0)] * (x.ndim - 1) + [(0, -count % row.together)]
-        blocks = jnp.pad(x, pad).reshape(*x.shape[:-1], -1, row.together)
+        blocks = _in_blocks(x, row.together)
         top = largest(blocks, axis=-1)
         unit = jnp.clip(top / most, LEAST_SCALE["float16"], _HALF)
         unit = jnp.where(top == 0, 1.0, unit).astype(jnp.float16)
@@ -199,3 +237,11 @@ class GGUF:
         step, offset = self._affine(params)
         values = step * codes.astype(jnp.float32)
         return values - offset if self.row.has_offset else values
+
+
+def _in_blocks(x: Array, together: int, axis: int = -1) -> Array:
+    """An axis of groups as one of super-blocks and one of their groups, zeros at the end."""
+    axis %= x.ndim
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, -x.shape[axis] % together)
+    return jnp.pad(x, pad).reshape(*x.shape[:axis], -1, together, *x.shape[axis + 1 :])

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # transformers takes a second to import, so only those who as
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # name: the expression that cuts text before byte-level BPE; None is GPT-2's, with single digits
-_PRE: dict[str, str | None] = {
+PRE: dict[str, str | None] = {
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), None),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _CONTRACTIONS + r"\p{N}{1,3}" + _REST),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _CONTRACTIONS + r"\p{N}" + _REST),
@@ -123,7 +123,7 @@ def _byte_level(
     metadata: Mapping[str, Any], tokens: list[str]
 ) -> tuple[tokenizers.Tokenizer, bool]:
     """Byte-level BPE, and whether texts begin with a token of their own unless the file tells."""
-    pre = only(metadata, _PRE_KEY, tuple(sorted(_PRE)), default=_GPT2)
+    pre = only(metadata, _PRE_KEY, tuple(sorted(PRE)), default=_GPT2)
     if _PRE_KEY not in metadata:
         warnings.warn(
             f"the file has no {_PRE_KEY}, so text is cut as {_GPT2} does, which is wrong for most "
@@ -135,7 +135,7 @@ def _byte_level(
         ignore_merges=pre in _LLAMA3,
     )  # fmt: skip
     tokenizer = tokenizers.Tokenizer(bpe)
-    pattern = _PRE[pre]
+    pattern = PRE[pre]
     cut = (
         pre_tokenizers.Digits(individual_digits=True)
         if pattern is None

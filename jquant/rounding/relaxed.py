@@ -90,7 +90,7 @@ class Target:
         params, grid = self.params if params is None else params, self.grouped
         lo, hi = grid.bracket(self.w, jax.lax.stop_gradient(params))
         low, high = grid.decode(lo, params), grid.decode(hi, params)
-        inside = (lo < hi) & (low < high)
+        inside = (lo < hi) & (low != high)
         y = jnp.where(inside, (self.w - low) / jnp.where(inside, high - low, 1.0), 0.5)
         return Cell(lo, hi, low, high, jnp.clip(y, 0.0, 1.0))
 

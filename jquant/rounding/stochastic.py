@@ -108,7 +108,10 @@ def _either(
     """The upper code where luck, uniform in `[0, 1)`, is below the number's share of the step."""
     lo, hi = grid.bracket(w, params)
     below, above = grid.decode(lo, params), grid.decode(hi, params)
-    return jnp.where(luck * (above - below) < w - below, hi, lo)
+    # Sizes: values fall as codes rise where a scale is negative.
+    step, part = above - below, w - below
+    part = jnp.where(step < 0, -part, part)
+    return jnp.where(luck * jnp.abs(step) < part, hi, lo)
 
 
 @partial(jax.jit, static_argnames=("to", "source"))

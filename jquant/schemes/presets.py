@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from jquant.axes.groups import Groups
 from jquant.errors import near
-from jquant.grids import MSE, MX, NF4, NV, Float, MinMax, Power, Uniform
+from jquant.grids import GGUF, MSE, MX, NF4, NV, Float, MinMax, Power, Uniform
 from jquant.rounding import GPTQ, NUPES, AdaRound, DiscQuant, Nearest, SignRound
 from jquant.schemes.scheme import Scheme
 from jquant.weights.activations import Activations
@@ -48,6 +48,13 @@ __all__ = [  # the best first
     "mxfp4_gptq",
     "nvfp4",
     "nvfp4_gptq",
+    "q6_k_qep",
+    "q5_k_qep",
+    "q4_k_qep",
+    "q3_k_qep",
+    "q2_k_qep",
+    "q4_0_qep",
+    "q8_0_nearest",
     "power4",
     "power4_nupes",
     "int4_adaround",
@@ -197,6 +204,54 @@ def nvfp4() -> Scheme:
 def nvfp4_gptq() -> Scheme:
     """`nvfp4`, rounded by GPTQ."""
     return Scheme(NV(), None, GPTQ())
+
+
+def _block(kind: str) -> GGUF:
+    """A block type, its scales searched: coarsely, as least squares follow each try."""
+    return GGUF(kind, MSE(steps=20, resolution=40, norm=2.0))
+
+
+def q6_k_qep() -> Scheme:
+    """llama.cpp's Q6_K as `q4_k_qep` has Q4_K."""
+    return Scheme(_block("Q6_K"), None, GPTQ(correction="qep"))
+
+
+def q5_k_qep() -> Scheme:
+    """llama.cpp's Q5_K as `q4_k_qep` has Q4_K."""
+    return Scheme(_block("Q5_K"), None, GPTQ(correction="qep"))
+
+
+def q4_k_qep() -> Scheme:
+    """llama.cpp's Q4_K by GPTQ with QEP's correction, both levels of scales searched.
+
+    What `exporters.write_gguf` writes for llama.cpp; a weight's inputs have to be a multiple of
+    256, as of all types with a K.
+
+    Example:
+        >>> q4_k_qep().grid.kind
+        'Q4_K'
+    """
+    return Scheme(_block("Q4_K"), None, GPTQ(correction="qep"))
+
+
+def q3_k_qep() -> Scheme:
+    """llama.cpp's Q3_K as `q4_k_qep` has Q4_K."""
+    return Scheme(_block("Q3_K"), None, GPTQ(correction="qep"))
+
+
+def q2_k_qep() -> Scheme:
+    """llama.cpp's Q2_K as `q4_k_qep` has Q4_K."""
+    return Scheme(_block("Q2_K"), None, GPTQ(correction="qep"))
+
+
+def q4_0_qep() -> Scheme:
+    """llama.cpp's Q4_0 by GPTQ with QEP's correction: 4-bit groups of 32, scales searched."""
+    return Scheme(_block("Q4_0"), None, GPTQ(correction="qep"))
+
+
+def q8_0_nearest() -> Scheme:
+    """llama.cpp's Q8_0, 8-bit groups of 32, rounded to nearest: near lossless."""
+    return Scheme(GGUF("Q8_0"), None, Nearest())
 
 
 def power4(group: int | None = None) -> Scheme:
