@@ -24,6 +24,7 @@ from benchmarks.sections import (
     listings,
     quality,
     speed,
+    zoo,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +58,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "encode": of("encode", speed.encode),
     "arithmetic": of("arithmetic", arithmetic.arithmetic),
     "architectures": of("architectures", architectures.architectures),
+    "zoo": of("zoo", zoo.zoo),
     "recipes": listings.recipes,
 }
 
