@@ -25,6 +25,7 @@ from benchmarks.sections import (
     listings,
     quality,
     speed,
+    zoo,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +60,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "arithmetic": of("arithmetic", arithmetic.arithmetic),
     "architectures": of("architectures", architectures.architectures),
     "clients": of("clients", clients.clients),
+    "zoo": of("zoo", zoo.zoo),
     "recipes": listings.recipes,
 }
 

@@ -1,0 +1,127 @@
+"""What is installed for each package, and its recipes: data, for Python without any of them.
+
+Versions are pinned, so that a result can be had again. `bare` is installed without dependencies:
+packages that ask for more than their models need (data sets, servers, CUDA).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BASE = ("jax==0.10.2", "flax==0.12.8")  # of all environments, beside jquant and its command line
+GROUP = 32  # inputs that share a scale
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network of a package.
+
+    Attributes:
+        name: what it is, in a few words.
+        maker: `module:function` that returns `(fn, params, batches)`.
+        ignore: what `find_weights` has to be told to leave out, or None.
+        arguments: what `jquant quantize` has to be told besides.
+    """
+
+    name: str
+    maker: str
+    ignore: str | None = None
+    arguments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Package:
+    """An environment.
+
+    Attributes:
+        name: of the file with its recipes.
+        recipes: its networks.
+        requirements: what pip installs beside `BASE`, pinned.
+        bare: what is installed after them, without dependencies.
+        python: the version of Python.
+    """
+
+    name: str
+    recipes: tuple[Recipe, ...]
+    requirements: tuple[str, ...] = ()
+    bare: tuple[str, ...] = ()
+    python: str = "3.12"
+
+
+def _recipe(package: str, function: str, name: str, **options: object) -> Recipe:
+    return Recipe(name, f"benchmarks.zoo.{package}:{function}", **options)  # type: ignore[arg-type]
+
+
+# Three colours are no group of 32.
+STEM = ("--rule", ".*stem.*=keep")
+LAYERS = ("--rule", ".*layers/[03]/.*=keep")
+FIRST = ("--rule", ".*initial_conv.*=keep")
+
+PACKAGES = (
+    Package(
+        "tunix",
+        (
+            _recipe("tunix", "qwen3", "Qwen3"),
+            _recipe("tunix", "llama3", "Llama 3"),
+            _recipe("tunix", "gemma3", "Gemma 3"),
+            _recipe("tunix", "experts", "Qwen3, mixture of experts"),
+        ),
+        ("einops==0.8.2",),
+        ("google-tunix==0.1.7", "qwix==0.1.8"),
+    ),
+    Package(
+        "gemma",
+        (_recipe("gemma", "make", "Gemma 3"),),
+        (
+            "einops==0.8.2",
+            "etils==1.15.0",
+            "lark==1.3.1",
+            "ml-collections",
+            "immutabledict",
+            "typeguard",
+            "sentencepiece==0.2.1",
+            "protobuf",
+            "chex==0.1.92",
+        ),
+        ("gemma==3.3.0", "kauldron==1.4.2"),
+    ),
+    Package(
+        "penzai",
+        (
+            _recipe("penzai", "make", "Llama"),
+            _recipe("penzai", "gemma2", "Gemma 2, `LayerStack`"),
+        ),
+        ("penzai==0.2.5",),
+    ),
+    Package(
+        "haiku",
+        (
+            _recipe("haiku", "make", "transformer"),
+            _recipe("haiku", "stack", "transformer, `layer_stack`"),
+            _recipe("haiku", "resnet", "`hk.nets.ResNet`", arguments=FIRST),
+        ),
+        ("dm-haiku==0.0.17",),
+    ),
+    Package(
+        "equinox",
+        (
+            _recipe("equinox", "make", "transformer"),
+            _recipe("equinox", "convolutions", "convolutions", arguments=LAYERS),
+        ),
+        ("equinox==0.13.8",),
+    ),
+    Package(
+        "flax",
+        (
+            _recipe("flax", "make", "NNX transformer"),
+            _recipe("flax", "scanned", "NNX transformer, `nnx.scan`"),
+            _recipe("flax", "linen", "Linen, convolutions and attention", arguments=STEM),
+            _recipe("flax", "recurrent", "Linen, LSTM and bidirectional GRU"),
+        ),
+    ),
+)
+
+
+def recipe_named(maker: str) -> tuple[Package, Recipe]:
+    """The recipe with this maker, and its package."""
+    return next((p, r) for p in PACKAGES for r in p.recipes if r.maker == maker)
