@@ -16,8 +16,8 @@ from test_families import NETWORKS, NOT_IN_GGUF, network
 
 import jquant as jq
 from jquant import models
-from jquant.errors import FormatError
-from jquant.exporters import write_gguf
+from jquant.errors import ExportError, FormatError
+from jquant.exporters import gguf as writing
 from jquant.exporters.gguf_metadata import describe
 from jquant.grids import GGUF, Uniform
 from jquant.models.config import DecoderConfig, from_hf
@@ -28,6 +28,10 @@ SMALL = DecoderConfig(
     vocab=96, width=64, hidden=256, layers=2, heads=4, kv_heads=2, context=64, tied=True
 )
 TOKENS = np.arange(24, dtype=np.int32).reshape(1, 24)
+
+
+def write_gguf(*args: Any, **options: Any) -> Path:
+    return writing.write_gguf(*args, **options).path
 
 
 def quantized(fn: models.Decoder, rules: dict[str, Any]) -> Any:
@@ -114,12 +118,13 @@ def test_llama_and_its_biases(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "grid": (jq.Scheme(Uniform(4), 32), r"Uniform\(bits=4.*GGUF's nearest type is Q4_0"),
-    "width": (jq.Scheme(GGUF("Q4_K")), r"64 inputs.*nearest type is Q4_0"),
-    "groups": (jq.Scheme(GGUF("Q4_0"), 16), r"size=16.*nearest type is Q4_0"),
+    "grid": (jq.Scheme(Uniform(4), 32), r"Uniform\(bits=4.*nearest that it holds: .*Q4_0"),
+    "width": (jq.Scheme(GGUF("Q4_K")), r"64 inputs.*nearest that it holds: .*Q4_0"),
+    "groups": (jq.Scheme(GGUF("Q4_0"), 16), r"size=16.*nearest that it holds: .*Q4_0"),
+    "axis": (jq.Scheme(GGUF("Q4_0"), jq.Groups("out", 32)), r"blocks lie along the inputs"),
     "low rank": (
         jq.Scheme(GGUF("Q4_0"), compensation=jq.LoRC(2, metric="frobenius")),
-        r"'layers/0/attention/q/kernel' has LowRank",
+        r"'layers/0/attention/q/kernel': gguf cannot hold parts .*LowRank",
     ),
 }
 
@@ -205,3 +210,32 @@ def test_a_tokenizer_without_words_is_refused(tmp_path: Path) -> None:
     fn = models.Decoder(dataclasses.replace(SMALL, vocab=20))
     with pytest.raises(FormatError, match="has 96 tokens, the network 20"):
         write_gguf(tmp_path / "m.gguf", fn, fn.init(jax.random.key(0)), tokenizer)
+
+
+def test_export_writes_it_too(tmp_path: Path) -> None:
+    fn = models.Decoder(SMALL)
+    qparams = quantized(fn, {"embed.*": jq.keep, ".*": jq.Scheme(GGUF("Q5_0"))})
+    done = jq.export(fn, qparams, tmp_path / "m.gguf", format="gguf")
+    assert done.nbytes == (tmp_path / "m.gguf").stat().st_size
+    assert set(done.weights.values()) == {"Q5_0"} and "layers/1/mlp/up/kernel" in done.weights
+    assert "token_embd.weight" in done.kept
+    with pytest.raises(ExportError, match="there already; pass force=True"):
+        jq.export(fn, qparams, tmp_path / "m.gguf", format="gguf")
+    jq.export(fn, qparams, tmp_path / "m.gguf", format="gguf", force=True)
+    with pytest.raises(ExportError, match="give another name, of a file"):
+        jq.export(fn, qparams, tmp_path, format="gguf", force=True)
+    with pytest.raises(FormatError, match="'embed/embedding': gguf cannot hold the grid"):
+        weights = jq.find_weights(fn, fn.init(jax.random.key(0)), TOKENS)
+        jq.exporters.need_held(fn, jq.plan(weights, {".*": jq.presets.nf4(32)}), "gguf")
+
+
+def test_what_is_not_what_was_to_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fn = models.Decoder(SMALL)
+    params = fn.init(jax.random.key(0))
+    original = writing._as_plain
+    monkeypatch.setattr(writing, "_as_plain", lambda array, *more: original(array + 1, *more))
+    with pytest.raises(ExportError, match="other values; this is a fault of jquant"):
+        write_gguf(tmp_path / "m.gguf", fn, params)
+    assert not any(tmp_path.iterdir())

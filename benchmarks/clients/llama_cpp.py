@@ -30,7 +30,7 @@ import numpy as np
 import jquant as jq
 from benchmarks.clients.padded import padded
 from jquant import models
-from jquant.exporters import write_gguf
+from jquant.exporters.gguf import write_gguf
 from jquant.grids import GGUF, MSE
 from jquant.models import smollm2
 from jquant.trees.lazy import realize

@@ -15,7 +15,7 @@ from jquant.app.sources import Model, names_maker
 from jquant.exporters import Exported, export, need_held
 from jquant.schemes.scheme import Plan
 
-Format = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "safetensors"]
+Format = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "gguf", "safetensors"]
 To = Annotated[
     Format | None,
     Parameter(help="Write what another engine reads, as `jquant export` does, not jquant's own."),
@@ -41,20 +41,22 @@ def export_model(
 
         jquant export model-w4 --to compressed-tensors -o model-ct
         jquant export model-w4 --to gptq -o model-gptq --like path/to/model
+        jquant export model-q4 --to gguf -o model-q4_k.gguf
 
     Parameters
     ----------
     output
-        The folder to write.
+        The folder to write, or the file, of gguf.
     like
         The Hugging Face folder that the model is of: its config.json, tokenizer and dtypes are
-        taken over. Without it they are told from the quantized model.
+        taken over. Of gguf, a folder or GGUF file with the tokenizer. Without it they are told from
+        the quantized model.
     shard
         Gigabytes of tensors that one file may have.
     verify
         Whether the folder is read back and compared, bit for bit.
     force
-        Replace an earlier export; no other folder ever is.
+        Replace an earlier export, or a file; no other folder ever is.
     """
     narrator = Narrator(quiet)
     _need_names(source)
@@ -82,7 +84,8 @@ def saved(model: Model, output: Path, qparams: Any, to: To, force: bool) -> int:
     if to is None:
         return model.save(output, qparams).stat().st_size
     source = Path(model.source)
-    like = source if (source / "config.json").is_file() else None
+    has_words = source.is_file() if to == "gguf" else (source / "config.json").is_file()
+    like = source if has_words else None
     words = model.tokenizer if like is None else None
     done = export(model.fn, qparams, output, format=to, like=like, tokenizer=words, force=force)
     return done.nbytes

@@ -7,7 +7,6 @@ can hold a plan.
 
 from jquant.exporters.exporting import Exported, export
 from jquant.exporters.folder import edited
-from jquant.exporters.gguf import write_gguf
 from jquant.exporters.planned import need_held
 
-__all__ = ["Exported", "edited", "export", "need_held", "write_gguf"]
+__all__ = ["Exported", "edited", "export", "need_held"]

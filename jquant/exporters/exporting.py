@@ -1,4 +1,4 @@
-"""`export`: a quantized model as a folder that others open.
+"""`export`: a quantized model as a folder, or a GGUF file, that others open.
 
 First everything is looked at and may be refused: the format, the place, the names, every weight.
 Then the folder is written, leaf by leaf, beside its place; read back; and renamed.
@@ -34,7 +34,7 @@ class Exported:
     """What was written.
 
     Attributes:
-        folder: where it lies.
+        folder: where it lies; a file, of GGUF.
         format: as it was asked for.
         nbytes: of all tensors.
         weights: path of every quantized weight → how it is held, such as "pack-quantized".
@@ -61,7 +61,7 @@ def export(
     verify: bool = True,
     force: bool = False,
 ) -> Exported:
-    """Write a quantized model as a folder that other engines open.
+    """Write a quantized model as a folder, or as a GGUF file, that other engines open.
 
     Codes and scales are carried over as they are: nothing is quantized anew. What the format cannot
     hold is refused before anything is written. The folder appears when it is complete, and has been
@@ -71,15 +71,19 @@ def export(
         fn: the model's function, as `jquant.models.load` gave it: a `Decoder` or `TorchFunction`.
         qparams: its parameters, quantized or not, lazy or not.
         folder: what to write. It must not exist, be empty, or be an earlier export, with `force`.
+            Of GGUF it is a file.
         format: "compressed-tensors" (which of its formats follows from each weight's grid), "gptq",
-            "gptq_v2", "awq", or "safetensors": the arrays that the weights stand for.
+            "gptq_v2", "awq"; "gguf": one file, for llama.cpp; or "safetensors": the arrays that the
+            weights stand for.
         like: the Hugging Face folder that the model is of: its `config.json`, tokenizer and other
             small files are taken over, and the dtypes of tensors that are not quantized where these
-            hold their values. None: `config.json` is told from the decoder's numbers.
+            hold their values. None: `config.json` is told from the decoder's numbers. Of GGUF, a
+            folder or GGUF file with the tokenizer.
         tokenizer: a `transformers` tokenizer to write; default: the one of `like`, if any.
-        max_shard_bytes: of the tensors in one file (default: 5 GB, as transformers had it).
-        verify: whether the folder is read back and compared, bit for bit.
-        force: whether an earlier export may be replaced; no other folder ever is.
+        max_shard_bytes: of the tensors in one file (default: 5 GB, as transformers had it); a GGUF
+            file is never split.
+        verify: whether what was written is read back and compared, bit for bit.
+        force: whether an earlier export, or a GGUF file, may be replaced; nothing else ever is.
 
     Returns:
         what was written, see `Exported`.
@@ -105,6 +109,10 @@ def export(
         (7, {'pack-quantized'}, 'model.embed_tokens.weight')
     """
     target, place = target_named(format), Path(folder)
+    if target.name == "gguf":
+        from jquant.exporters.gguf import export_gguf
+
+        return Exported(place, *export_gguf(place, fn, qparams, tokenizer, like, (force, verify)))
     need_place(place, force)
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be a positive int, got {max_shard_bytes!r}")

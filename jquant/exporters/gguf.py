@@ -20,23 +20,22 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import numpy as np
 
-from jquant.errors import FormatError, near
+from jquant.errors import ExportError, FormatError, near
+from jquant.exporters.described import Described, Holding
+from jquant.exporters.gguf_load_back import need_same_file
 from jquant.exporters.gguf_metadata import Description, describe
 from jquant.exporters.gguf_tokenizer import tokenizer_metadata
-from jquant.formats import gguf as codec_of
-from jquant.formats.base import formula
+from jquant.exporters.targets import TARGETS, held
 from jquant.formats.block_types import KINDS, TENSOR
 from jquant.models.assembly import Source, sources
 from jquant.models.decoder import Decoder
 from jquant.models.gguf_file import read_gguf
+from jquant.models.tokenizing import tokenizer_named
 from jquant.trees.lazy import read
 from jquant.weights.arguments import by_path
-from jquant.weights.inputs import Inputs
 from jquant.weights.qtensor import QTensor
 
 Plain = Literal["F32", "F16", "BF16"]
-# By the bits of a grid, the types that are nearest to it.
-_NEAREST = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 7: "Q8_0", 8: "Q8_0"}
 # llama.cpp's `general.file_type`, by the type of most weights.
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10,
@@ -47,14 +46,22 @@ _FILE_TYPES = {
 class Tensor(NamedTuple):
     """One tensor of the file: how it is called, of what type, and how its bytes are made.
 
-    `shape` is that of the bytes where the type is one of blocks.
+    `shape` is that of the bytes where the type is one of blocks, `path` that of the leaf it is of.
     """
 
     name: str
+    path: str
     kind: str
     shape: tuple[int, ...]
     dtype: np.dtype
     make: Callable[[], np.ndarray]
+
+
+class Written(NamedTuple):
+    """A file that was written, and its tensors."""
+
+    path: Path
+    tensors: tuple[Tensor, ...]
 
 
 def write_gguf(
@@ -67,8 +74,11 @@ def write_gguf(
     plain: Plain = "F16",
     architecture: str | None = None,
     overwrite: bool = False,
-) -> Path:
+    verify: bool = True,
+) -> Written:
     """The file at `path`, a GGUF file of version 3 that holds a decoder and its codes.
+
+    `jquant.export(..., format="gguf")` is the same with the defaults of `plain` and `architecture`.
 
     Args:
         path: where it is to be.
@@ -82,12 +92,14 @@ def write_gguf(
             converter has it), "F32" or "BF16". Norms, biases and routers are float32.
         architecture: `general.architecture`; default: the one that says most of the network.
         overwrite: whether a file that is there may be replaced.
+        verify: whether the file is read back and compared before it takes its place.
 
     Raises:
         FormatError: no architecture says the network; a weight is on a grid, in groups or of a
             width that no block type holds (the message names it, and the nearest type), has a
-            low-rank term, or numbers beyond float16; the tokenizer has no words in GGUF. Nothing is
-            left behind.
+            low-rank term or quantized inputs, or numbers beyond float16; the tokenizer has no words
+            in GGUF. Nothing is left behind.
+        ExportError: what was read back is not what was to be written.
         FileExistsError: there is a file.
 
     Example: `write_gguf("model-q4_k.gguf", fn, qparams, tokenizer)`, after `quantize` with the
@@ -118,8 +130,31 @@ def write_gguf(
         "general.quantization_version": 2,
         **taken,
     }
-    _write(path, metadata, tensors)
-    return path
+    with _new_file(path) as beside:
+        _write(beside, metadata, tensors)
+        if verify:
+            need_same_file(beside, fn, qparams, plain)
+    return Written(path, tuple(tensors))
+
+
+def export_gguf(
+    path: Path, fn: Any, qparams: Any, tokenizer: Any, like: Any, flags: tuple[bool, bool]
+) -> tuple[str, int, dict[str, str], tuple[str, ...]]:
+    """What `export` does for GGUF; `flags` are its `force` and `verify`.
+
+    Returns:
+        of `Exported`, all but the place.
+    """
+    force, verify = flags
+    if path.exists() and (path.is_dir() or not force):
+        advice = "" if path.is_dir() else "pass force=True (--force) to replace it, or "
+        raise ExportError(f"{path} is there already; {advice}give another name, of a file")
+    if like is not None and not Path(like).is_file():
+        tokenizer, like = tokenizer_named(like) if tokenizer is None else tokenizer, None
+    written = write_gguf(path, fn, qparams, tokenizer, like=like, overwrite=force, verify=verify)
+    weights = {t.path: t.kind for t in written.tensors if t.kind in KINDS}
+    kept = tuple(t.name for t in written.tensors if t.kind not in KINDS)
+    return "gguf", path.stat().st_size, weights, kept
 
 
 def _taken(like: str | Path) -> dict[str, Any]:
@@ -141,7 +176,7 @@ def _tensors(
     leaves = by_path(qparams)
     left = dict.fromkeys(leaves)
     for name, values in description.tensors.items():
-        yield Tensor(name, "F32", values.shape, values.dtype, lambda values=values: values)
+        yield Tensor(name, "", "F32", values.shape, values.dtype, lambda values=values: values)
     for source in sources(config, "gguf"):
         path = source.leaf
         if source.layer is not None and not fn.scan_layers:
@@ -175,11 +210,14 @@ class _Place(NamedTuple):
 def _tensor(leaf: Any, path: str, source: Source, place: _Place) -> Tensor:
     name, shape = source.name, source.shape
     if isinstance(leaf, QTensor):
-        kind, repeats = _kind_of(leaf, path, shape)
+        holding = held(TARGETS["gguf"], path, Described.of(leaf))
+        own, kind = tuple(leaf.codes.shape)[-len(shape) :], holding.settings
+        if own != shape:
+            raise FormatError(f"weight {path!r} has codes {own}; GGUF stores {shape}")
         nbytes = shape[-1] // KINDS[kind].weights * KINDS[kind].nbytes
         return Tensor(
-            name, kind, (*shape[:-1], nbytes), np.dtype(np.uint8),
-            lambda: _encoded(_of_layer(leaf, place), kind, repeats, shape),
+            name, path, kind, (*shape[:-1], nbytes), np.dtype(np.uint8),
+            lambda: _encoded(_of_layer(leaf, place), holding, shape),
         )  # fmt: skip
     matrix, kernel = len(shape) > 1, path.endswith("/kernel")
     ours = (*shape[:-2], shape[-1], shape[-2]) if kernel else shape
@@ -194,7 +232,7 @@ def _tensor(leaf: Any, path: str, source: Source, place: _Place) -> Tensor:
         array = array.swapaxes(-1, -2) if kernel else array
         return _as_plain(_in_pairs(array, place.heads), kind, path)
 
-    return Tensor(name, kind, shape, np.dtype(dtype), make)
+    return Tensor(name, path, kind, shape, np.dtype(dtype), make)
 
 
 def _of_layer(leaf: Any, place: _Place) -> Any:
@@ -233,78 +271,34 @@ def _as_plain(array: np.ndarray, kind: str, path: str) -> np.ndarray:
     return np.ascontiguousarray(stored).view(np.uint16 if kind == "BF16" else np.float16)
 
 
-def _encoded(q: QTensor, kind: str, repeats: int, shape: tuple[int, ...]) -> np.ndarray:
+def _encoded(q: QTensor, holding: Holding, shape: tuple[int, ...]) -> np.ndarray:
     """The bytes of a weight in memory; of experts one matrix after the other."""
-    codec = codec_of(kind)
-    codes = np.asarray(q.codes)
-    params = {name: np.repeat(np.asarray(leaf), repeats, -1) for name, leaf in q.params.items()}
-    batch = codes.shape[:-2]
+    assert holding.codec is not None
     parts = []
-    for at in np.ndindex(*batch):
-        own = {name: leaf[at] for name, leaf in params.items()}
-        one = replace(
-            q.only(lambda part: False), codes=codes[at], params=own, layout=_plain_layout(codes),
-            grid=codec.grid, groups=codec.groups,
-        )  # fmt: skip
-        parts.append(codec.encode(one)[TENSOR])
+    for at in np.ndindex(*np.shape(q.codes)[:-2]):
+        params = {name: np.asarray(leaf)[at] for name, leaf in q.params.items()}
+        one = holding.stored(replace(q, codes=np.asarray(q.codes)[at], params=params))
+        parts.append(holding.codec.encode(one)[TENSOR])
     return np.ascontiguousarray(np.stack(parts).reshape(*shape[:-1], -1))
 
 
-def _plain_layout(codes: np.ndarray) -> Any:
-    from jquant.axes.layout import Layout
-
-    return Layout.of(codes.shape[-2:], in_axes=(1,))
-
-
-def _kind_of(q: QTensor, path: str, shape: tuple[int, ...]) -> tuple[str, int]:
-    """The block type that holds a weight, and how often it has to repeat each scale.
-
-    Raises:
-        FormatError: none does.
-    """
-    width = shape[-1]
-    kind = _nearest(q.grid.bits, width)
-    instead = (
-        f"GGUF's nearest type is {kind}: quantize it with jq.Scheme(jq.grids.GGUF({kind!r}), ...)"
-        if kind else f"no type of GGUF has rows of {width} inputs: keep it"
-    )  # fmt: skip
-    if parts := [type(p).__name__ for p in q.parts if not isinstance(p, Inputs)]:
-        raise FormatError(f"weight {path!r} has {', '.join(parts)}, which GGUF has not; {instead}")
-    own = tuple(q.codes.shape)[-len(shape) :]
-    if own != shape or q.groups.axis != "in":
-        raise FormatError(
-            f"weight {path!r} has codes {own} with {q.groups}; GGUF stores {shape} with groups "
-            f"along the inputs; {instead}"
-        )
-    for kind, row in KINDS.items():
-        size, block = codec_of(kind).groups.group(width), q.groups.group(width)
-        if formula(q.grid) != formula(row.grid) or width % row.weights or block % size:
-            continue
-        if size == block or row.weights == size and width % block == 0:
-            return kind, block // size
-    raise FormatError(
-        f"weight {path!r} is on {q.grid} in {q.groups}, {width} inputs, which no block type of "
-        f"GGUF holds; {instead}"
-    )
-
-
-def _nearest(bits: int, width: int) -> str | None:
-    """The type of at least so many bits whose blocks divide a row."""
-    if width % 32:
-        return None
-    kind = _NEAREST[min(max(bits, 2), 8)]
-    small = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q4_0", "Q5_K": "Q5_0", "Q6_K": "Q8_0"}
-    return kind if width % KINDS[kind].weights == 0 else small[kind]
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """A file that becomes `path` when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _write(path: Path, metadata: Mapping[str, Any], tensors: list[Tensor]) -> None:
-    """The file, complete or not there."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
     logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    writer = GGUFWriter(beside, metadata["general.architecture"])
+    writer = GGUFWriter(path, metadata["general.architecture"])
     for key, value in metadata.items():
         if key != "general.architecture":
             _put(writer, key, value)
@@ -313,7 +307,7 @@ def _write(path: Path, metadata: Mapping[str, Any], tensors: list[Tensor]) -> No
         dtype = np.dtype(np.float32) if t.kind == "BF16" else t.dtype  # uint8 alone means bytes
         writer.add_tensor_info(t.name, t.shape, dtype, nbytes, GGMLQuantizationType[t.kind])
     try:
-        writer.write_header_to_file(beside)
+        writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for t in tensors:
@@ -323,12 +317,9 @@ def _write(path: Path, metadata: Mapping[str, Any], tensors: list[Tensor]) -> No
         for file in writer.fout or ():
             file.flush()
             os.fsync(file.fileno())
-        writer.close()
-        beside.replace(path)
     finally:
         with contextlib.suppress(Exception):
             writer.close()
-        beside.unlink(missing_ok=True)
 
 
 def _put(writer: Any, key: str, value: Any) -> None:

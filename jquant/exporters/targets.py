@@ -1,7 +1,8 @@
 """The formats that can be written, a row of a table each.
 
 A row says which weights a format holds, and how its configuration is said; how a folder is written
-is the same for all. To add a format of Hugging Face folders is to write these two functions.
+is the same for all but GGUF, which is one file. To add a format of Hugging Face folders is to write
+these two functions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jquant.errors import FormatError, near
-from jquant.exporters import compressed_tensors, transposed
+from jquant.exporters import compressed_tensors, gguf_types, transposed
 from jquant.exporters.described import Described, Holding
 from jquant.formats.transposed import BITS
 
@@ -19,7 +20,7 @@ Config = Callable[[Sequence[tuple[str, Holding]], Sequence[str]], dict[str, Any]
 
 
 class Target(NamedTuple):
-    """A format of Hugging Face folders.
+    """A format of Hugging Face folders, or GGUF.
 
     Attributes:
         name: of the format.
@@ -71,6 +72,7 @@ TARGETS: Mapping[str, Target] = {
             "awq", transposed.hold_awq, transposed.nearest_of((4,), 8, 1), transposed.AWQ_HOLDS,
             transposed.awq_config, alike=True,
         ),
+        Target("gguf", gguf_types.hold, gguf_types.nearest, gguf_types.HOLDS, linear=False),
         Target(
             "safetensors", _as_array, _without_inputs, "arrays of numbers", linear=False,
         ),

@@ -224,8 +224,8 @@ def q5_k_qep() -> Scheme:
 def q4_k_qep() -> Scheme:
     """llama.cpp's Q4_K by GPTQ with QEP's correction, both levels of scales searched.
 
-    What `exporters.write_gguf` writes for llama.cpp; a weight's inputs have to be a multiple of
-    256, as of all types with a K.
+    What `jquant.export(format="gguf")` writes for llama.cpp; a weight's inputs have to be a
+    multiple of 256, as of all types with a K.
 
     Example:
         >>> q4_k_qep().grid.kind
