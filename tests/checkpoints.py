@@ -12,8 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import jquant as jq
+from jquant import formats
+from jquant.axes.layout import Layout
+from jquant.grids import code_dtype
+from jquant.grids.grouped import Grouped
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -155,7 +162,7 @@ def write_gguf(
         chosen = [kind for key, kind in (types or {}).items() if key in name and value.ndim == 2]
         kind = gguf.GGMLQuantizationType[(chosen or ["F32"])[0]]
         with torch.no_grad():
-            stored = gguf.quants.quantize(value, kind)
+            stored = blocks_of(value, kind)
             parameter.copy_(torch.as_tensor(np.array(gguf.quants.dequantize(stored, kind))))
         if arch in PERMUTED and ("attn_q." in name or "attn_k." in name):
             heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
@@ -168,6 +175,20 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def blocks_of(value: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """The values as blocks of a type; those that gguf-py only reads, K-quants, are ours."""
+    try:
+        return gguf.quants.quantize(value, kind)
+    except NotImplementedError:
+        codec = formats.gguf(kind.name)
+        grid, w = Grouped(codec.grid, codec.groups), jnp.asarray(value)
+        params = grid.fit(w)
+        codes = grid.nearest(w, params).astype(code_dtype(codec.grid))
+        layout = Layout.of(w.shape, in_axes=(1,))
+        weight = jq.QTensor(codes, params, codec.grid, codec.groups, layout, w.dtype)
+        return codec.encode(weight)["weight"]
 
 
 def byte_tokenizer() -> dict[str, Any]:

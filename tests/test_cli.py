@@ -1,6 +1,7 @@
 """The command line from end to end on a tiny random model, and everything a user can get wrong."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -209,15 +210,15 @@ def test_a_tokenizer_beside_or_from_elsewhere(model: Path, tmp_path: Path, capsy
         assert "the model has 20: it is another model's" in capsys.readouterr().err
 
 
-def pieces(folder: Path, **options: Any) -> Path:
+def pieces(folder: Path, width: int = 32, **options: Any) -> Path:
     """A GGUF file of one layer with a SentencePiece vocabulary, and `text.txt` beside it."""
     pytest.importorskip("torch")
     from checkpoints import piece_tokenizer, torch_model, write_gguf
 
     words = piece_tokenizer("The quick brown fox jumps over the lazy dog")
     network = torch_model(
-        vocab_size=len(words["token_list"]), hidden_size=32, intermediate_size=32,
-        num_hidden_layers=1, tie_word_embeddings=True,
+        vocab_size=len(words["token_list"]), hidden_size=width,
+        intermediate_size=width, num_hidden_layers=1, tie_word_embeddings=True,
     )  # fmt: skip
     (folder / "text.txt").write_text(TEXT)
     return write_gguf(folder / "model.gguf", network, tokenizer=words, **options)
@@ -236,17 +237,27 @@ def test_a_gguf_file_of_sentencepiece_goes_all_the_way(tmp_path: Path, capsys) -
     assert said[0] == said[1]
 
 
-def test_a_quantized_gguf_file_runs_on_its_codes(tmp_path: Path, capsys) -> None:
-    path = pieces(tmp_path, types={"": "Q4_0"})
+@pytest.mark.parametrize(
+    ("kinds", "width"),
+    [(["Q4_0"], 32), pytest.param(["Q4_K", "Q6_K"], 256, marks=pytest.mark.slow)],
+)
+def test_a_quantized_gguf_file_runs_on_its_codes(
+    kinds: list[str], width: int, tmp_path: Path, capsys
+) -> None:
+    path = pieces(tmp_path, width, types={"ffn_down": kinds[-1], "": kinds[0]})
     text = ["--text", tmp_path / "text.txt", "--length", 32, "--samples", 2]
     shown = []
     for more in ([], ["--quantized", "keep"]):
         assert run("evaluate", path, *text, "-q", *more) == 0
         assert run("generate", path, "-p", "The fox", "--tokens", 4, *more) == 0
-        shown.append(capsys.readouterr().out)
-    assert shown[0] == shown[1]
+        shown.append(re.split(r"(\d+\.\d+)", capsys.readouterr().out))
+    (title, dense, *rest), (same, kept, *others) = shown
+    assert title == same and rest == others
+    np.testing.assert_allclose(float(kept), float(dense), rtol=1e-5)  # perplexity
     assert run("quantize", path, "-o", tmp_path / "w4", "-r", "int4-nearest", *text) == 0
-    assert "model.gguf is quantized already (Q4_0)" in " ".join(capsys.readouterr().err.split())
+    assert f"model.gguf is quantized already ({', '.join(kinds)})" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 # Help

@@ -40,6 +40,12 @@ def torch_model(**settings: Any) -> Any:
     return checkpoints.torch_model(**settings)
 
 
+def torch_logits(*args: Any) -> Any:
+    import checkpoints
+
+    return checkpoints.torch_logits(*args)
+
+
 def write_gguf(*args: Any, **options: Any) -> Any:
     import checkpoints
 
@@ -175,14 +181,17 @@ def test_a_weight_that_was_rounded_is_written_and_read(kind: str) -> None:
     assert equal(codec.decode(tensors), q)
 
 
-@pytest.mark.parametrize("kind", sorted({*KINDS} - {"Q3_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K"}))
-def test_codes_in_memory_take_what_blocks_take_in_a_file(kind: str) -> None:
-    """Types of 3, 5 and 6 bits are not among them: JAX has no such integers."""
+# JAX has integers of 2, 4 and 8 bits: codes of 3 bits lie in 4, those of 5 and 6 in 8.
+WIDER = {"Q3_K": 1.33, "Q5_0": 1.55, "Q5_1": 1.5, "Q5_K": 1.57, "Q6_K": 1.31}
+
+
+@kinds
+def test_codes_in_memory_take_little_more_than_blocks_in_a_file(kind: str) -> None:
     row = KINDS[kind]
     q = formats.gguf(kind).decode({"weight": random_blocks(kind, 0)})
     bits = sum(leaf.size * _width(leaf.dtype) for leaf in jax.tree.leaves(q))
-    assert bits / q.size <= 1.15 * 8 * row.nbytes / row.weights
-    assert weight_bits(q) == bits / q.size
+    assert bits / q.size <= WIDER.get(kind, 1.15) * 8 * row.nbytes / row.weights
+    assert kind in WIDER or weight_bits(q) == bits / q.size
 
 
 def _width(dtype: Any) -> int:
@@ -494,6 +503,29 @@ def test_a_gguf_model_runs_on_its_codes(kind: str, scan: bool, tmp_path: Path) -
     leaves = jax.tree.leaves(lazy)
     assert all(isinstance(leaf, jq.Lazy) for leaf in leaves)
     assert equal(jq.realize(lazy), kept)
+
+
+K_QUANTS = {
+    "attn_q": "Q2_K", "attn_k": "Q3_K", "attn_v": "Q6_K", "attn_output": "Q4_K",
+    "ffn_gate": "Q5_K", "ffn_up": "Q4_K", "ffn_down": "Q3_K", "token_embd": "Q6_K",
+    "output": "Q6_K",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("types", [{"ffn": "Q4_K"}, pytest.param(K_QUANTS, marks=pytest.mark.slow)])
+def test_a_gguf_model_of_k_quants_gives_the_logits_of_what_gguf_says(
+    types: dict[str, str], tmp_path: Path
+) -> None:
+    model = torch_model(hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    path = write_gguf(tmp_path / "m.gguf", model, types=types)
+    fn, kept, _ = models.load(path, quantized="keep")
+    weights = [q for q in jax.tree.leaves(kept, is_leaf=_is_q) if _is_q(q)]
+    assert len(weights) == (9 if types is K_QUANTS else 3)
+    assert {q.grid for q in weights} == {GGUF(kind) for kind in types.values()}
+    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    expected = torch_logits(model, np.array(tokens))  # of the arrays that gguf dequantizes
+    got = jq.apply(fn)(kept, tokens)
+    np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
 
 
 def _is_q(leaf: Any) -> bool:
