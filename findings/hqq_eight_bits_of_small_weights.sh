@@ -5,7 +5,7 @@
 # Seen:      Weights evenly spaced over +-1 lose 0.0037 of their largest at 8 bits and 0.0635 at 4. The same times
 #            1e-4 lose 0.246 at both widths, and only five of 256 levels are in use. compute_dtype is float32.
 # Expected:  the same relative loss at every size, as for any affine grid fitted to its group's minimum and
-#            maximum, and as bits are asked for by number (README of hqq, BaseQuantizeConfig). The
+#            maximum, and as bits are asked for by number (nbits of BaseQuantizeConfig). The
 #            package's own comment gives half precision as the reason of the cap of 2e4 on 1/scale.
 # Matters:   groups narrower than 0.0128 at 8 bits or 0.00075 at 4 get a coarser grid than asked for, silently.
 # Output seen:
