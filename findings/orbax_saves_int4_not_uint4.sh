@@ -4,8 +4,8 @@
 # Versions:  Python 3.11, orbax-checkpoint 0.12.8, tensorstore 0.1.86, jax 0.10.2, ml_dtypes 0.6.0, numpy 2.4.6.
 # Seen:      int4 and int2 come back equal, in their dtypes. Saving uint4 or uint2 ends in a ValueError about the
 #            tensorstore dtype.
-# Expected:  all four, or none: JAX has all four dtypes (jnp.int2, jnp.uint2, jnp.int4, jnp.uint4), and Orbax's
-#            checkpointing guide promises PyTrees of jax.Array without a list of dtypes that are left out.
+# Expected:  all four, or none: jax.numpy has all four dtypes, and by Orbax's pages a StandardCheckpointer stores
+#            PyTrees of jax.Array. The signed pair works since tensorstore has a dtype for it.
 # Matters:   unsigned codes, the usual ones of asymmetric quantization, cannot be kept in their own dtype.
 # Output seen:
 #            int4 comes back equal: True
