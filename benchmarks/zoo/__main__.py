@@ -1,7 +1,7 @@
 """Makes an environment for each package, measures its recipes there, and writes what came of it.
 
     python -m benchmarks.zoo                     # all packages
-    python -m benchmarks.zoo tunix flax          # some; results of the others stay
+    python -m benchmarks.zoo tunix flax:make     # some; results of the others stay
     python -m benchmarks.zoo --python 3.13       # on another Python than the packages' own
 
 Needs nothing but Python, pip and the network. Environments lie in `build/zoo` and are made again
@@ -15,7 +15,8 @@ import argparse
 import datetime
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,39 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {maker: {**old, **new}[maker] for maker in every if maker in old or maker in new}
 
 
+def asked_for(names: Collection[str]) -> list[Package]:
+    """The packages of these names, with those of their recipes that are named; of none, all.
+
+    Raises:
+        ValueError: there is no package or recipe of a name.
+
+    Example:
+        >>> [[r.name for r in package.recipes] for package in asked_for(["tunix:qwen3"])]
+        [['Qwen3']]
+    """
+    short = {r.maker.removeprefix("benchmarks.zoo."): p for p in PACKAGES for r in p.recipes}
+    there = {package.name for package in PACKAGES} | set(short)
+    if unknown := sorted(set(names) - there):
+        raise ValueError(f"no {', '.join(unknown)}; there are {', '.join(sorted(there))}")
+    chosen = []
+    for package in PACKAGES:
+        every = not names or package.name in names
+        recipes = tuple(r for r in package.recipes if every or r.maker.split(".")[-1] in names)
+        chosen += [replace(package, recipes=recipes)] if recipes else []
+    return chosen
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [package.name for package in PACKAGES]
-    parser.add_argument("packages", nargs="*", help=f"of {', '.join(names)}; default: all")
+    parser.add_argument("names", nargs="*", help="packages, or recipes such as tunix:qwen3")
     parser.add_argument("--python", help="a version such as 3.13; default: each package's own")
     asked = parser.parse_args()
-    if unknown := set(asked.packages) - set(names):
-        parser.error(f"no package {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    try:
+        packages = asked_for(asked.names)
+    except ValueError as error:
+        parser.error(str(error))
     path = RESULTS / "zoo.json"
-    for package in PACKAGES:
-        if asked.packages and package.name not in asked.packages:
-            continue
+    for package in packages:
         print(f"{package.name}: {', '.join((*package.requirements, *package.bare))}", flush=True)
         for maker, row in rows_of(package, asked.python or package.python):
             print(f"  {maker}: {row.get('failed') or round(row['gptq'], 4)}", flush=True)
