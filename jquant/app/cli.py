@@ -29,7 +29,7 @@ from jquant.app.demo import run_demo
 from jquant.app.examples import Examples, calibration, held_out, one_by_one
 from jquant.app.listing import listing
 from jquant.app.measuring import alone, beside, described, full_and_quantized
-from jquant.app.options import Backend, Kept, Orbax, Quiet, Recipe, Source, Tokenizer
+from jquant.app.options import Kept, Orbax, Quiet, Reading, Recipe, Source
 from jquant.app.quantizing import (
     Chosen,
     Granularity,
@@ -119,8 +119,7 @@ def quantize_model(
     objective: Aim = "own",
     examples: Examples = Examples(),
     params: Orbax = None,
-    tokenizer: Tokenizer = None,
-    backend: Backend = "auto",
+    reading: Reading = Reading(),
     force: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     sequential: Sequential = "weight",
@@ -179,7 +178,7 @@ def quantize_model(
     need_free(output, force)
     need_unquantized(source)
     narrator.say(f"loading {source}")
-    model = opened(source, params=params, tokenizer=tokenizer, backend=backend, lazy=True)
+    model = opened(source, params=params, lazy=True, **reading.choices())
     say_requantized(narrator, source)
     batches = calibration(model, examples)
     weights = find_weights(model.fn, model.params, *inputs_of(batches[0]))
@@ -238,8 +237,7 @@ def evaluate(
     against: str | None = None,
     examples: Examples = Examples(),
     params: Orbax = None,
-    tokenizer: Tokenizer = None,
-    backend: Backend = "auto",
+    reading: Reading = Reading(),
     quantized: Kept = "dequantize",
     quiet: Quiet = False,
 ) -> None:
@@ -257,7 +255,7 @@ def evaluate(
         squared error of its outputs, relative to their squares.
     """
     narrator = Narrator(quiet)
-    choices = {"tokenizer": tokenizer, "backend": backend, "quantized": quantized}
+    choices = {"quantized": quantized, **reading.choices()}
     if against is None:
         narrator.say(f"loading {source}")
         model = opened(source, params=params, **choices)
@@ -305,8 +303,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = True,
-    tokenizer: Tokenizer = None,
-    backend: Backend = "auto",
+    reading: Reading = Reading(),
     quantized: Kept = "dequantize",
 ) -> None:
     """Let a model write.
@@ -327,9 +324,7 @@ def generate(
     chat
         Ask in the model's chat format, where its tokenizer has one.
     """
-    fn, params, words = models.load(
-        source, tokenizer=tokenizer, backend=backend, quantized=quantized
-    )
+    fn, params, words = models.load(source, quantized=quantized, **reading.choices())
     need_language_model(fn, source)
     need_tokenizer(words, source)
     start = np.asarray(asked(words, prompt, chat), np.int32)

@@ -87,12 +87,14 @@ def opened(
     Raises:
         CheckpointError, TreeError: files are missing, damaged, or do not fit.
         ValueError: there is no such callable, it returns something else, or `params` is given for a
-            model that has its own.
+            model that has its own, or `architecture` for one that code makes.
     """
     if not names_maker(source):
         if params is not None:
             raise ValueError(f"--params is for models that code makes; {source} has its own")
         return Model(source, *models.load(source, lazy=lazy, tokenizer=tokenizer, **choices))
+    if choices.get("architecture") is not None:
+        raise ValueError(f"--architecture is for Hugging Face folders; {source} is code of its own")
     fn, made, batches = _made(source)
     if params is not None:
         made = lazy_orbax(params, like=made)

@@ -27,6 +27,7 @@ from jquant.models.hf_folder import read_json
 from jquant.models.hf_loading import Backend, Choices, Quantized, load_folder
 from jquant.models.quantized import CHECKPOINT, is_quantized, load_quantized
 from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_named
+from jquant.models.torch_function import TorchFunction
 from jquant.trees.lazy import realize
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -67,7 +68,8 @@ def load(
             decoder where it serves, else "torch".
         architecture: the class of `transformers` to run (then by "torch"), such as "BertModel";
             default: the one `config.json` names. Tensors that the class has no place for are left
-            out if it is given, and refused if not.
+            out if it is given, and refused if not. A directory that `save_quantized` wrote runs as
+            the class that it was saved as, and no other.
 
     Returns:
         The function, its parameters, and a `transformers` tokenizer; None in its place if the
@@ -90,7 +92,9 @@ def load(
     if path.name == CHECKPOINT and path.is_file():
         path = path.parent
     if is_quantized(path):
-        return load_quantized(path, tokenizer, lazy=lazy)
+        saved = load_quantized(path, tokenizer, lazy=lazy)
+        _need_saved_as(saved[0], architecture, source)
+        return saved
     if path.is_file() and path.suffix in (".safetensors", ".json", ".bin", ".pth", ".pt"):
         raise CheckpointError(f"{source}: a file of a Hugging Face model; pass its folder")
     if path.is_file():
@@ -109,6 +113,16 @@ def load(
         )
         fn, params, tokens = load_folder(folder, choices)
     return fn, params if lazy else realize(params), tokens
+
+
+def _need_saved_as(fn: Any, architecture: str | None, source: str | Path) -> None:
+    """CheckpointError: a function that was saved is not of the class that is asked for."""
+    own = fn.config.architecture if isinstance(fn, TorchFunction) else "the reference decoder"
+    if architecture not in (None, own):
+        raise CheckpointError(
+            f"{source} was saved as {own}, and cannot run as {architecture!r}; leave out "
+            "architecture (--architecture)"
+        )
 
 
 def quantized_as(source: str | Path) -> tuple[str, ...]:
