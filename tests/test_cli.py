@@ -245,8 +245,11 @@ def test_a_quantized_gguf_file_runs_on_its_codes(tmp_path: Path, capsys) -> None
         assert run("generate", path, "-p", "The fox", "--tokens", 4, *more) == 0
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
-    assert run("quantize", path, "-o", tmp_path / "w4", "-r", "int4-nearest", *text) == 0
+    command = ["quantize", path, "-o", tmp_path / "w4", "-r", "int4-nearest", *text]
+    assert run(*command) == 1
     assert "model.gguf is quantized already (Q4_0)" in " ".join(capsys.readouterr().err.split())
+    assert run(*command, "--requantize") == 0
+    assert "its weights are decoded" in " ".join(capsys.readouterr().err.split())
 
 
 # Help

@@ -33,23 +33,18 @@ from jquant.app.options import Kept, Orbax, Quiet, Reading, Recipe, Source
 from jquant.app.quantizing import (
     Chosen,
     Granularity,
+    decoded,
     need_foreseeable,
     need_free,
+    need_unquantized,
     needs_text,
-    say_requantized,
     sequential_of,
     show_weights,
     write_report,
 )
 from jquant.app.recipes import Aim, objective_of, plan_of, read_rules
-from jquant.app.sources import opened
-from jquant.app.texts import (
-    asked,
-    need_known,
-    need_language_model,
-    need_tokenizer,
-    need_unquantized,
-)
+from jquant.app.sources import need_options, opened
+from jquant.app.texts import asked, need_known, need_language_model, need_tokenizer
 from jquant.calibration import find_weights
 from jquant.calibration.stages import Sequential
 from jquant.io import read_header
@@ -120,6 +115,7 @@ def quantize_model(
     examples: Examples = Examples(),
     params: Orbax = None,
     reading: Reading = Reading(),
+    requantize: Annotated[bool, Parameter(negative="")] = False,
     force: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     sequential: Sequential = "weight",
@@ -160,6 +156,9 @@ def quantize_model(
     objective
         What recipes that learn (int3-discquant, …) descend: the error of each weight's own outputs,
         of its stage, or the KL divergence of the whole model.
+    requantize
+        Take a model that is quantized already (GGUF, GPTQ, AWQ, compressed-tensors, jquant's own):
+        decode its weights and quantize them anew. Its errors and the new ones add up.
     force
         Replace what is in the folder.
     dry_run
@@ -176,10 +175,11 @@ def quantize_model(
     default = named(recipe, group)  # a wrong word is cheap to find now, dear after loading
     rules = read_rules(rule)
     need_free(output, force)
-    need_unquantized(source)
+    need_options(source, params, reading.architecture)
+    need_unquantized(source, requantize)
     narrator.say(f"loading {source}")
     model = opened(source, params=params, lazy=True, **reading.choices())
-    say_requantized(narrator, source)
+    model = decoded(model, requantize, narrator)
     batches = calibration(model, examples)
     weights = find_weights(model.fn, model.params, *inputs_of(batches[0]))
     plan, chosen = plan_of(weights, default, rules, lorc), Chosen()
