@@ -254,10 +254,12 @@ def test_a_quantized_gguf_file_runs_on_its_codes(
     (title, dense, *rest), (same, kept, *others) = shown
     assert title == same and rest == others
     np.testing.assert_allclose(float(kept), float(dense), rtol=1e-5)  # perplexity
-    assert run("quantize", path, "-o", tmp_path / "w4", "-r", "int4-nearest", *text) == 0
-    assert f"model.gguf is quantized already ({', '.join(kinds)})" in " ".join(
-        capsys.readouterr().err.split()
-    )
+    command = ["quantize", path, "-o", tmp_path / "w4", "-r", "int4-nearest", *text]
+    assert run(*command) == 1
+    refusal = " ".join(capsys.readouterr().err.split())
+    assert f"model.gguf is quantized already ({', '.join(kinds)})" in refusal
+    assert run(*command, "--requantize") == 0
+    assert "its weights are decoded" in " ".join(capsys.readouterr().err.split())
 
 
 # Help

@@ -91,6 +91,15 @@ def _chain(params, x):
     return {"s": jnp.stack(moments).reshape(2, 2, 4, 4)}
 
 
+def _two_stacks(params, x):
+    moments = {"s": [], "t": []}
+    for w, v in zip(params["t"], params["s"][::-1], strict=True):
+        moments["t"].append(_gram(x))
+        moments["s"].append(_gram(x @ w))
+        x = jnp.tanh(x @ w @ v)
+    return {"t": jnp.stack(moments["t"]), "s": jnp.stack(moments["s"][::-1])}
+
+
 CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "a sum": (
         lambda p, x: x @ (p["w"] + p["v"]), {"w": (4, 6), "v": (4, 6)}, _same("w", "v"),
@@ -154,6 +163,24 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "columns in another order": (
         lambda p, x: x @ p["w"][:, jnp.array([3, 1, 0])], {"w": (4, 6)}, _same("w"),
     ),
+    "every other column": (
+        lambda p, x: (x @ p["w"][:, ::2], 2 * x @ p["w"][:, 1::2]), {"w": (4, 6)},
+        lambda p, x: {"w": jnp.stack([_gram(x), 4 * _gram(x)])},
+    ),
+    "every third column of seven": (
+        lambda p, x: x @ p["w"][:, 1::3], {"w": (4, 7)}, _same("w"),
+    ),
+    "every other row": (
+        lambda p, x: (x[:, :2] @ p["w"][::2], x[:, 2:] @ p["w"][1::2]), {"w": (4, 6)},
+        lambda p, x: {"w": jnp.stack([_gram(x[:, :2]), _gram(x[:, 2:])])},
+    ),
+    "layers by turns": (
+        lambda p, x: lax.scan(
+            lambda h, w: (jnp.tanh(h @ w[0] @ w[1]), None), x, (p["s"][::2], p["s"][1::2])
+        )[0],
+        {"s": (2, 4, 4)},
+        lambda p, x: {"s": jnp.stack([_gram(x), _gram(x @ p["s"][0])])},
+    ),
     "read column by column": (
         lambda p, x: x @ lax.reshape(p["w"], (4, 4), dimensions=(1, 0)), {"w": (4, 4)}, _same("w"),
     ),
@@ -165,6 +192,12 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["s"][::-1])[0],
         {"s": (2, 4, 4)},
         lambda p, x: {"s": jnp.stack([_gram(jnp.tanh(x @ p["s"][1])), _gram(x)])},
+    ),
+    "a stack beside another backwards": (
+        lambda p, x: lax.scan(
+            lambda h, w: (jnp.tanh(h @ w[0] @ w[1]), None), x, (p["t"], p["s"][::-1])
+        )[0],
+        {"s": (2, 4, 4), "t": (2, 4, 4)}, _two_stacks,
     ),
     "a stack scanned twice over": (
         lambda p, x: lax.scan(
@@ -424,9 +457,22 @@ HIDDEN = {
     ),
     "masked by data": (lambda w, x: x @ jnp.where(x[:4, :4] > 0, w, 0), "select_n"),
     "rows in another order": (lambda w, x: x @ w[jnp.array([3, 1, 0, 2])], "dot_general"),
-    "columns left out, beside another": (
-        lambda w, x: x @ jnp.concatenate([w[:, ::2], jnp.ones((4, 2), w.dtype)], 1),
-        "slice",
+    "columns in order of size, beside another": (
+        lambda w, x: x @ jnp.concatenate([jnp.sort(w), jnp.ones((4, 2), w.dtype)], 1),
+        "sort",
+    ),
+    "every other row": (lambda w, x: x[:, :2] @ w[jnp.array([0, 2])], "dot_general"),
+    "sums by an associative scan": (
+        lambda w, x: x @ lax.associative_scan(jnp.add, w.reshape(4, 4, 1))[..., 0],
+        "lax.associative_scan does (instead of adding weights up, add up their products with",
+    ),
+    "products by an associative scan": (
+        lambda w, x: x[:, :2] @ lax.associative_scan(jnp.matmul, w.reshape(4, 2, 2))[2],
+        "multiply the input by one after the other, as in lax.scan",
+    ),
+    "a choice by an associative scan": (
+        lambda w, x: x[:, :2] @ lax.associative_scan(lambda a, b: b, w.reshape(4, 2, 2))[2],
+        "lax.associative_scan",
     ),
     "added after a transform": (
         lambda w, x: x @ (jnp.eye(4, dtype=w.dtype) + jnp.linalg.qr(w)[0]),

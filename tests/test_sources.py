@@ -164,6 +164,7 @@ def test_what_is_missing_is_told(folder: Path, capsys) -> None:
         (["made:complete", "--batches", "x.npz"], "x.npz: No such file"),
         (["made:complete", "--batches", "made:fn"], "made:fn is called without arguments: missing"),
         (["nowhere.gguf", "--params", "run"], "--params is for models that code makes"),
+        (["made:make", "--architecture", "BertModel"], "--architecture is for Hugging Face fold"),
     ]:
         assert run("quantize", *options, "-o", "out", "-q") == 1
         assert message in capsys.readouterr().err

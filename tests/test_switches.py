@@ -114,6 +114,29 @@ def test_strict_switches_change_no_type(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["nearest A1-4-mse", "gptq in-8", "discquant in-8", "adaround in-8", "low rank"]
 )
+def test_weights_of_float64_and_bfloat16_change_no_type_but_their_own(name: str) -> None:
+    """What is learned, and what is kept, is float32 whatever the weights and inputs are."""
+
+    def solved(w: Any, x: Any) -> Any:
+        layout, key = Layout.of(SHAPE, in_axes=(2,), batch_axes=(0,)), jax.random.key(0)
+        evidence = Evidence.of(x, spread=True)
+        q, info = quantize_weight(w, SCHEMES[name], layout, evidence=evidence, key=key)
+        return (q, info), dequantize_weight(q)
+
+    def types(dtype: Any) -> list[Any]:
+        w, rows = jax.ShapeDtypeStruct(SHAPE, dtype), jax.ShapeDtypeStruct((2, 30, 20), dtype)
+        kept, decoded = jax.eval_shape(solved, w, rows)
+        assert decoded.dtype == dtype
+        return [(x.shape, x.dtype) for x in jax.tree.leaves(kept)]
+
+    with strictest():
+        wanted = types(jnp.float32)
+        assert types(jnp.float64) == types(jnp.bfloat16) == wanted
+
+
+@pytest.mark.parametrize(
+    "name", ["nearest A1-4-mse", "gptq in-8", "discquant in-8", "adaround in-8", "low rank"]
+)
 def test_evidence_of_float64_changes_no_type(name: str) -> None:
     """Whoever adds up second moments by hand with x64 has them in float64."""
 

@@ -154,6 +154,43 @@ def test_a_class_may_be_named_and_takes_what_is_its(
     fn, params, _ = models.load(path, architecture="OPTModel")
     assert fn.output == "last_hidden_state" and "more" not in params
     assert fn(params, inputs_of("OPTForCausalLM")[0]).shape == (2, 12, 32)
+    saved = tmp_path / "saved"
+    models.save_quantized(saved, fn, params)
+    assert models.load(saved, architecture="OPTModel")[0] == fn
+    with pytest.raises(CheckpointError, match="was saved as OPTModel, and cannot run as 'OPT"):
+        models.load(saved, architecture="OPTForCausalLM")
+    with pytest.raises(ValueError, match="backend='jax' is the reference decoder, .*leave out one"):
+        models.load(path, backend="jax", architecture="OPTModel")
+
+
+def test_a_class_may_be_named_on_the_command_line(
+    opt: tuple[Path, dict[str, np.ndarray]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from jquant.app import cli
+
+    folder, tensors = opt
+    path = rewritten(folder, tmp_path, tensors, architectures=None)
+    np.save(tmp_path / "tokens.npy", inputs_of("OPTForCausalLM", rows=4)[0])
+
+    def run(command: str, *more: object) -> tuple[int, str, str]:
+        status = cli.run([command, str(path), *map(str, more), "-q"])
+        return (status, *capsys.readouterr())
+
+    given = ("--batches", tmp_path / "tokens.npy")
+    named = (*given, "-o", tmp_path / "w4", "-r", "int4-nearest", "--group", 8, "--architecture")
+    for command in (named[:-1], (*named, "OPTForCausalLm"), (*named, "OPTModel", "--backend=jax")):
+        status, _, err = run("quantize", *command)
+        assert status == 1 and not (tmp_path / "w4").exists()
+        assert "--architecture" in err or "near: 'OPTForCausalLM'" in err or "leave out one" in err
+    assert run("quantize", *named, "OPTModel")[0] == 0
+    assert models.load(tmp_path / "w4")[0].config.architecture == "OPTModel"
+    status, out, _ = run("evaluate", *given, "--architecture", "OPTForCausalLM")
+    assert status == 0 and "perplexity" in out
+    path = tmp_path / "w4"
+    status, _, err = run("evaluate", *given, "--architecture", "OPTForCausalLM")
+    assert status == 1 and "was saved as OPTModel" in err
 
 
 @pytest.mark.parametrize(

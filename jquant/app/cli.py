@@ -31,27 +31,22 @@ from jquant.app.exporting import To, export_model, need_plan, saved
 from jquant.app.listing import listing
 from jquant.app.measuring import alone, beside, described, full_and_quantized
 from jquant.app.named_inputs import taking
-from jquant.app.options import Backend, Kept, Orbax, Quiet, Recipe, Source, Tokenizer
+from jquant.app.options import Kept, Orbax, Quiet, Reading, Recipe, Source
 from jquant.app.quantizing import (
     Chosen,
     Granularity,
+    decoded,
     need_foreseeable,
     need_free,
+    need_unquantized,
     needs_text,
-    say_requantized,
     sequential_of,
     show_weights,
     write_report,
 )
 from jquant.app.recipes import Aim, objective_of, plan_of, read_rules
-from jquant.app.sources import opened
-from jquant.app.texts import (
-    asked,
-    need_known,
-    need_language_model,
-    need_tokenizer,
-    need_unquantized,
-)
+from jquant.app.sources import need_options, opened
+from jquant.app.texts import asked, need_known, need_language_model, need_tokenizer
 from jquant.calibration import find_weights
 from jquant.calibration.stages import Sequential
 from jquant.io import read_header
@@ -122,8 +117,8 @@ def quantize_model(
     objective: Aim = "own",
     examples: Examples = Examples(),
     params: Orbax = None,
-    tokenizer: Tokenizer = None,
-    backend: Backend = "auto",
+    reading: Reading = Reading(),
+    requantize: Annotated[bool, Parameter(negative="")] = False,
     force: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     to: To = None,
@@ -165,6 +160,9 @@ def quantize_model(
     objective
         What recipes that learn (int3-discquant, …) descend: the error of each weight's own outputs,
         of its stage, or the KL divergence of the whole model.
+    requantize
+        Take a model that is quantized already (GGUF, GPTQ, AWQ, compressed-tensors, jquant's own):
+        decode its weights and quantize them anew. Its errors and the new ones add up.
     force
         Replace what is in the folder.
     dry_run
@@ -181,10 +179,11 @@ def quantize_model(
     default = named(recipe, group)  # a wrong word is cheap to find now, dear after loading
     rules = read_rules(rule)
     need_free(output, force)
-    need_unquantized(source)
+    need_options(source, params, reading.architecture)
+    need_unquantized(source, requantize)
     narrator.say(f"loading {source}")
-    model = opened(source, params=params, tokenizer=tokenizer, backend=backend, lazy=True)
-    say_requantized(narrator, source)
+    model = opened(source, params=params, lazy=True, **reading.choices())
+    model = decoded(model, requantize, narrator)
     model = taking(model, examples.batches)
     batches = calibration(model, examples)
     weights = find_weights(model.fn, model.params, *inputs_of(batches[0]))
@@ -247,8 +246,7 @@ def evaluate(
     against: str | None = None,
     examples: Examples = Examples(),
     params: Orbax = None,
-    tokenizer: Tokenizer = None,
-    backend: Backend = "auto",
+    reading: Reading = Reading(),
     quantized: Kept = "dequantize",
     quiet: Quiet = False,
 ) -> None:
@@ -266,7 +264,7 @@ def evaluate(
         squared error of its outputs, relative to their squares.
     """
     narrator = Narrator(quiet)
-    choices = {"tokenizer": tokenizer, "backend": backend, "quantized": quantized}
+    choices = {"quantized": quantized, **reading.choices()}
     if against is None:
         narrator.say(f"loading {source}")
         model = taking(opened(source, params=params, **choices), examples.batches)
@@ -315,8 +313,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = True,
-    tokenizer: Tokenizer = None,
-    backend: Backend = "auto",
+    reading: Reading = Reading(),
     quantized: Kept = "dequantize",
 ) -> None:
     """Let a model write.
@@ -337,9 +334,7 @@ def generate(
     chat
         Ask in the model's chat format, where its tokenizer has one.
     """
-    fn, params, words = models.load(
-        source, tokenizer=tokenizer, backend=backend, quantized=quantized
-    )
+    fn, params, words = models.load(source, quantized=quantized, **reading.choices())
     need_language_model(fn, source)
     need_tokenizer(words, source)
     start = np.asarray(asked(words, prompt, chat), np.int32)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from jquant import models
 from jquant.app.console import Narrator, megabytes
-from jquant.app.options import Quiet, Source, Tokenizer
+from jquant.app.options import Quiet, Reading, Source
 from jquant.app.sources import Model, names_maker
 from jquant.exporters import Exported, export, need_held
 from jquant.schemes.scheme import Plan
@@ -28,7 +28,7 @@ def export_model(
     to: Annotated[Format, Parameter(help="What the other engine reads.")],
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     like: Path | None = None,
-    tokenizer: Tokenizer = None,
+    reading: Reading = Reading(),
     shard: Annotated[float, Parameter(name="--shard-gb")] = 5.0,
     verify: bool = True,
     force: Annotated[bool, Parameter(negative="")] = False,
@@ -61,11 +61,11 @@ def export_model(
     narrator = Narrator(quiet)
     _need_names(source)
     narrator.say(f"loading {source}")
-    fn, qparams, words = models.load(source, lazy=True, tokenizer=tokenizer, quantized="keep")
+    fn, qparams, words = models.load(source, lazy=True, quantized="keep", **reading.choices())
     narrator.say(f"writing {output}" + (", and reading it back" if verify else ""))
     done = export(
         fn, qparams, output, format=to, like=like, verify=verify, force=force,
-        tokenizer=words if like is None or tokenizer is not None else None,
+        tokenizer=words if like is None or reading.tokenizer is not None else None,
         max_shard_bytes=int(shard * 1e9),
     )  # fmt: skip
     narrator.show(f"{source} → {output}")

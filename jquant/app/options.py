@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -21,13 +22,32 @@ Orbax = Annotated[
         "parameters of a model that code makes."
     ),
 ]
-Tokenizer = Annotated[
-    str | None, Parameter(help="A folder, GGUF file or hub id to take the tokenizer from instead.")
-]
-Backend = Annotated[
-    Literal["auto", "jax", "torch"],
-    Parameter(help="The reference decoder (jax), or a folder's own PyTorch code (torch)."),
-]
 Kept = Annotated[
     Quantized, Parameter(help="Of a GGUF or HF file's own codes: keep takes less memory.")
 ]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Reading:
+    """What a command line says about how a model's files are read: its options."""
+
+    tokenizer: Annotated[
+        str | None,
+        Parameter(help="A folder, GGUF file or hub id to take the tokenizer from instead."),
+    ] = None
+    backend: Annotated[
+        Literal["auto", "jax", "torch"],
+        Parameter(help="The reference decoder (jax), or a folder's own PyTorch code (torch)."),
+    ] = "auto"
+    architecture: Annotated[
+        str | None,
+        Parameter(
+            help="The class of transformers to run a folder by, such as BertModel, in place of the "
+            "one that its config.json names; tensors that it has no place for are left out."
+        ),
+    ] = None
+
+    def choices(self) -> dict[str, Any]:
+        """The options by the names that `models.load` has for them."""
+        return dict(vars(self))

@@ -87,11 +87,10 @@ def opened(
     Raises:
         CheckpointError, TreeError: files are missing, damaged, or do not fit.
         ValueError: there is no such callable, it returns something else, or `params` is given for a
-            model that has its own.
+            model that has its own, or `architecture` for one that code makes.
     """
+    need_options(source, params, choices.get("architecture"))
     if not names_maker(source):
-        if params is not None:
-            raise ValueError(f"--params is for models that code makes; {source} has its own")
         return Model(source, *models.load(source, lazy=lazy, tokenizer=tokenizer, **choices))
     fn, made, batches = _made(source)
     if params is not None:
@@ -100,6 +99,14 @@ def opened(
         raise ValueError(f"{source} returned shapes in place of parameters; pass --params FOLDER")
     words = None if tokenizer is None else tokenizer_named(tokenizer)
     return Model(source, fn, made if lazy else realize(made), words, batches, is_made=True)
+
+
+def need_options(source: str, params: Path | None, architecture: str | None) -> None:
+    """ValueError: an option that is for code is given for a file, or one for files for code."""
+    if params is not None and not names_maker(source):
+        raise ValueError(f"--params is for models that code makes; {source} has its own")
+    if architecture is not None and names_maker(source):
+        raise ValueError(f"--architecture is for Hugging Face folders; {source} is code of its own")
 
 
 def names_maker(source: str) -> bool:

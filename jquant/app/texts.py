@@ -13,9 +13,7 @@ import numpy as np
 from jquant import models
 from jquant.app.documents import tokens_of
 from jquant.app.named_inputs import taken
-from jquant.errors import CheckpointError
 from jquant.models import smollm2
-from jquant.models.quantized import CHECKPOINT
 
 TOKENS = ("input_ids",)
 LENGTH = 512  # tokens per window, where the model's context has so many
@@ -123,15 +121,6 @@ def need_known(fn: Any, tokens: np.ndarray) -> None:
 def limit_of(fn: Any, name: Literal["context", "vocab"]) -> int | None:
     """How many tokens a model's context or vocabulary has; None of a function that does not say."""
     return getattr(getattr(fn, "config", None), name, None)
-
-
-def need_unquantized(source: str) -> None:
-    """CheckpointError: a model that is to be quantized is quantized."""
-    if models.is_quantized(source) or Path(source).name == CHECKPOINT:
-        raise CheckpointError(
-            f"{source} is quantized already, and quantizing twice would add one error to another; "
-            "give the model it was made from (jquant inspect and evaluate take this one)"
-        )
 
 
 def asked(tokenizer: Any, prompt: str, chat: bool) -> list[int]:

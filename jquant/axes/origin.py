@@ -143,6 +143,21 @@ class Origin:
         own[dim] = (part._replace(start=part.start + skipped, length=length),)
         return self._with(len(shape), own, offsets)
 
+    def strided(
+        self, shape: Sequence[int], dim: int, start: int, stride: int, length: int
+    ) -> Origin | None:
+        """Every `stride`-th value of one array axis, `length` of them from `start` on.
+
+        Where the axis has as many values as that takes, it is one of its inner digit's; elsewhere
+        a choice like others.
+        """
+        if shape[dim] != stride * length:
+            return self.shuffle(shape, dim, length)
+        digits = (*shape[:dim], length, stride, *shape[dim + 1 :])
+        split = self.reshape(shape, digits)
+        one = split and split.window(digits, dim + 1, start, 1)
+        return one and one.squeeze(len(digits), [dim + 1])
+
     def place(self, rank: int, dim: int, offset: int) -> Origin | None:
         """One array axis as a share of a longer one, beginning at `offset`."""
         offsets = list(self.own_offsets(rank))

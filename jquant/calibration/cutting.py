@@ -118,7 +118,7 @@ def cut_for(
         whole = {path for path, where in layers.items() if not _covers(shapes[path].shape, where)}
         if not whole:
             return cut if tokens is None else replace(cut, places=_places(flat, tokens))
-        stacks = {path: axes for path, axes in stacks.items() if path not in whole}
+        stacks = {path: () if path in whole else axes for path, axes in stacks.items()}
 
 
 def _cut(flat: Flat, recording: Recording) -> Cut:

@@ -55,6 +55,7 @@ class Observer:
     Attributes:
         uses: by site and operand, each use once.
         mixed: path → the operation that took the weight in as a plain array.
+        interleaved: weights whose elements were spread out to lie between others.
         pending: uses that are not decided yet.
         picked: the matrices that data has picked from stacks, by number.
         deferred: where those were picked that met rows.
@@ -73,6 +74,7 @@ class Observer:
         self.rows: dict[Any, jax.Array] = {}
         self.uses: dict[tuple[tuple[int, ...], Any], Sighting] = {}
         self.mixed: dict[str, str] = {}
+        self.interleaved: set[str] = set()
         self.pending = Pending(roots)
         self.picked: list[Picked] = []
         self.deferred: set[tuple[int, ...]] = set()
@@ -166,6 +168,9 @@ class Observer:
         if name == "broadcast_in_dim":  # of one number
             return [Tagged(r, dependent=not free, uniform=True) for r in bind(eqn, values)]
         if free and name in MADE:
+            if name == "pad" and any(inner > 0 for _, _, inner in eqn.params["padding_config"]):
+                weights = values[0].origins if isinstance(values[0], Tagged) else ()
+                self.interleaved |= {self.pending.weight(origin).path for origin in weights}
             return [MADE[name](eqn, values)]
         return self.other(eqn, values, free)
 

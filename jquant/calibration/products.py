@@ -22,8 +22,15 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, Tagged) and bool(value.origins)
 
 
-def _lost(origin: Origin, eqn: core.JaxprEqn) -> Exception:
-    return unsupported(origin, eqn.primitive.name, f"it has been through {origin.broken!r}")
+def _lost(observer: Any, origin: Origin, eqn: core.JaxprEqn) -> Exception:
+    why = f"it has been through {origin.broken!r}"
+    if origin.path in observer.interleaved:
+        why += (
+            " where elements of weights are interleaved, as lax.associative_scan does (instead of "
+            "adding weights up, add up their products with the input; instead of multiplying them "
+            "together, multiply the input by one after the other, as in lax.scan)"
+        )
+    return unsupported(origin, eqn.primitive.name, why)
 
 
 def dot(observer: Any, eqn: core.JaxprEqn, values: list[Any], walker: Walker) -> Sequence[Any]:
@@ -42,7 +49,7 @@ def dot(observer: Any, eqn: core.JaxprEqn, values: list[Any], walker: Walker) ->
             values[slot] = observer.met(weight)
             continue
         if weight.lost and not _is_weight(other):
-            raise _lost(weight.lost[0], eqn)
+            raise _lost(observer, weight.lost[0], eqn)
         if not weight.dependent:
             rows = Rows(array_of(other), 1 - slot)
             meet(observer, walker, slot, weight, rows, Contraction.of(eqn, slot))
@@ -106,7 +113,7 @@ def _second(observer: Any, eqn: core.JaxprEqn, values: list[Any], walker: Walker
     with refusing(weight.origins[0], eqn.primitive.name):
         contraction = Contraction.of(eqn, 1)
     if weight.lost:
-        raise _lost(weight.lost[0], eqn)
+        raise _lost(observer, weight.lost[0], eqn)
     for origin in weight.good:
         if origin.product is not None:
             raise unsupported(origin, eqn.primitive.name, "it is a product of parameters")

@@ -99,13 +99,18 @@ def padded(eqn: core.JaxprEqn, values: list[Any]) -> Tagged:
 
 
 def _slice(origin: Origin, shape: tuple[int, ...], params: dict[str, Any]) -> list[Origin | None]:
-    if params["strides"] is not None and any(s != 1 for s in params["strides"]):
-        return [None]
     now: Origin | None = origin
-    bounds = zip(params["start_indices"], params["limit_indices"], strict=True)
-    for dim, (start, stop) in enumerate(bounds):
-        if now is not None and now is not GONE:
-            now = now.window(shape, dim, start, stop - start)
+    steps = params["strides"] or (1,) * len(shape)
+    bounds = zip(params["start_indices"], params["limit_indices"], steps, strict=True)
+    for dim, (start, stop, step) in enumerate(bounds):
+        length = -(-(stop - start) // step)
+        if now is None or now is GONE:
+            break
+        if step == 1:
+            now = now.window(shape, dim, start, length)
+        else:
+            now = now.strided(shape, dim, start, step, length)
+        shape = (*shape[:dim], length, *shape[dim + 1 :])
     return [now]
 
 

@@ -25,15 +25,18 @@ from jquant.weights.qtensor import QTensor, dequantize_weight, is_qtensor
 Leaf = Lazy | QTensor
 
 
-def dequantized(q: QTensor) -> Lazy:
-    """The array that a weight of lazy arrays stands for, float32, dequantized when it is read."""
+def dequantized(q: QTensor, dtype: Any = np.float32) -> Lazy:
+    """The array that a weight of lazy arrays stands for, dequantized when it is read.
+
+    What belongs to the weight is in it (its low-rank term); how inputs are quantized is not.
+    """
     codes: Any = q.codes
+    whole = replace(q.only(lambda part: not part.alters), dtype=np.dtype(dtype))
 
     def values(window: Window) -> np.ndarray:
-        whole = replace(q.only(lambda part: False), dtype=np.dtype(np.float32))
         return np.asarray(dequantize_weight(realize(whole)))[window]
 
-    return Lazy(q.shape, np.dtype(np.float32), values, f"{codes.identity}, dequantized")
+    return Lazy(q.shape, whole.dtype, values, f"{codes.identity}, dequantized")
 
 
 def checked(leaf: Leaf, what: str) -> Leaf:

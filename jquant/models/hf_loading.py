@@ -73,6 +73,11 @@ def _reference(claims: Mapping[str, Any], choices: Choices) -> Decoder | Checkpo
     if choices.backend not in ("auto", "jax", "torch"):
         raise ValueError(f"backend = {choices.backend!r}; supported: 'auto', 'jax', 'torch'")
     if choices.backend == "torch" or choices.architecture is not None:
+        if choices.backend == "jax":
+            raise ValueError(
+                f"backend='jax' is the reference decoder, architecture={choices.architecture!r} a "
+                "class of transformers; leave out one"
+            )
         need_torch()
         return None
     try:

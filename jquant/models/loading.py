@@ -8,7 +8,7 @@ read them all, unless the caller would rather do that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +17,7 @@ import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from jquant.errors import CheckpointError
+from jquant.io import read_header
 from jquant.models.assembly import Checkpoint, assemble
 from jquant.models.coded import Leaf, in_halves
 from jquant.models.config import MAX_HEAD_DIM, DecoderConfig, from_gguf
@@ -27,8 +28,10 @@ from jquant.models.hf_folder import read_json
 from jquant.models.hf_loading import Backend, Choices, Quantized, load_folder
 from jquant.models.quantized import CHECKPOINT, is_quantized, load_quantized
 from jquant.models.tokenizing import tokenizer_from_gguf, tokenizer_named
+from jquant.models.torch_function import TorchFunction
 from jquant.trees.lazy import realize
 
+_INTEGERS = {"I8", "I16", "I32", "I64"}
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -67,7 +70,8 @@ def load(
             decoder where it serves, else "torch".
         architecture: the class of `transformers` to run (then by "torch"), such as "BertModel";
             default: the one `config.json` names. Tensors that the class has no place for are left
-            out if it is given, and refused if not.
+            out if it is given, and refused if not. A directory that `save_quantized` wrote runs as
+            the class that it was saved as, and no other.
 
     Returns:
         The function, its parameters, and a `transformers` tokenizer; None in its place if the
@@ -86,13 +90,11 @@ def load(
     """
     if quantized not in get_args(Quantized):
         raise ValueError(f"quantized must be one of {get_args(Quantized)}, got {quantized!r}")
-    path = Path(source)
-    if path.name == CHECKPOINT and path.is_file():
-        path = path.parent
+    path = _local(source)
     if is_quantized(path):
-        return load_quantized(path, tokenizer, lazy=lazy)
-    if path.is_file() and path.suffix in (".safetensors", ".json", ".bin", ".pth", ".pt"):
-        raise CheckpointError(f"{source}: a file of a Hugging Face model; pass its folder")
+        saved = load_quantized(path, tokenizer, lazy=lazy)
+        _need_saved_as(saved[0], architecture, source)
+        return saved
     if path.is_file():
         if backend == "torch" or architecture is not None:
             raise CheckpointError(
@@ -111,21 +113,56 @@ def load(
     return fn, params if lazy else realize(params), tokens
 
 
-def quantized_as(source: str | Path) -> tuple[str, ...]:
-    """How a GGUF file or a local folder holds its quantized weights; nothing where it holds none.
-
-    GGUF's block types, or the `quant_method` of a `config.json`.
+def _local(source: str | Path) -> Path:
+    """Where a source lies if it is no hub id.
 
     Raises:
-        CheckpointError: the file is none.
+        CheckpointError: it is one file of a folder.
     """
     path = Path(source)
+    if path.name == CHECKPOINT and path.is_file():
+        return path.parent
+    if path.is_file() and path.suffix in (".safetensors", ".json", ".bin", ".pth", ".pt"):
+        raise CheckpointError(f"{source}: a file of a Hugging Face model; pass its folder")
+    return path
+
+
+def _need_saved_as(fn: Any, architecture: str | None, source: str | Path) -> None:
+    """CheckpointError: a function that was saved is not of the class that is asked for."""
+    own = fn.config.architecture if isinstance(fn, TorchFunction) else "the reference decoder"
+    if architecture not in (None, own):
+        raise CheckpointError(
+            f"{source} was saved as {own}, and cannot run as {architecture!r}; leave out "
+            "architecture (--architecture)"
+        )
+
+
+def quantized_as(source: str | Path) -> tuple[str, ...]:
+    """How a source that `load` takes holds its quantized weights; nothing where it holds none.
+
+    GGUF's block types; what the `quantization_config` of a `config.json` is called; the grids of a
+    directory that `save_quantized` wrote. No weight is read, and of a hub id no more is fetched
+    than its `config.json`.
+
+    Raises:
+        CheckpointError: there is no such source, or it is damaged.
+    """
+    path = _local(source)
+    if is_quantized(path):
+        grids = [leaf.grid for leaf in read_header(path / CHECKPOINT).leaves.values()]
+        kinds = (f"{type(grid).__name__} of {grid.bits} bits" for grid in grids if grid is not None)
+        return tuple(sorted(set(kinds)))
     if path.is_file():
-        kinds = {info.kind for info in read_gguf(path).tensors.values()} - {*NUMBERS}
-        return tuple(sorted(kind.name for kind in kinds))
-    config = read_json(path / "config.json") if path.is_dir() else {}
-    quantization = config.get("quantization_config")
-    return (str(quantization.get("quant_method")),) if isinstance(quantization, Mapping) else ()
+        names = {info.kind.name for info in read_gguf(path).tensors.values()}
+        return tuple(sorted(names - {kind.name for kind in NUMBERS} - _INTEGERS))
+    folder = path if path.is_dir() else _download(str(source), ["config.json"])
+    config = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(config, Mapping):
+        return () if config is None else (f"quantization_config: {config!s:.40}",)
+    words = [str(config.get("quant_method", "no quant_method"))]
+    words += [str(config[key]) for key in ("format", "quant_algo") if config.get(key)]
+    words += [f"{config['bits']} bits"] if "bits" in config else []
+    return (" ".join(word[:40] for word in words),)
 
 
 def _open_gguf(
@@ -181,12 +218,12 @@ def _unpermuted(tensors: Callable[[str], Leaf], config: DecoderConfig) -> Callab
     return tensor
 
 
-def _download(name: str) -> Path:
-    """The local snapshot of a hub id, downloaded where it is not there yet."""
+def _download(name: str, files: Sequence[str] = _HUB_FILES) -> Path:
+    """The local snapshot of such files of a hub id, downloaded where it is not there yet."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         raise CheckpointError(f"{name!r}: no such file or directory, and not a hub id 'owner/name'")
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*files]))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{name!r} is neither a local path nor a model that could be fetched from the hub "

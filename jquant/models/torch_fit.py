@@ -76,8 +76,8 @@ def fit(
     if left and not partly:
         raise CheckpointError(
             f"{folder.name}: {len(left)} tensors that {config.architecture} has no place for, such "
-            f"as {min(left)!r}; pass architecture= with the name of the class that the checkpoint "
-            f"is of, or with {config.architecture!r} to leave them out"
+            f"as {min(left)!r}; pass architecture= (--architecture) with the name of the class "
+            f"that the checkpoint is of, or with {config.architecture!r} to leave them out"
         )
     dtype = jax.dtypes.canonicalize_dtype(param_dtype)
     return {

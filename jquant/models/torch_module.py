@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jquant.errors import CheckpointError, extra
+from jquant.errors import CheckpointError, extra, near
 from jquant.models.claims import only
 
 # What differs between two files of one network, or is set here whatever a file says.
@@ -56,8 +56,8 @@ class TorchConfig:
             names = config.get("architectures")
             if not isinstance(names, list) or not names or not isinstance(names[0], str):
                 raise CheckpointError(
-                    "architectures: config.json names none; pass architecture= with the name of a "
-                    "class of transformers, such as 'BertModel'"
+                    "architectures: config.json names none; pass architecture= (--architecture) "
+                    "with the name of a class of transformers, such as 'BertModel'"
                 )
             architecture = names[0]
         values = {k: v for k, v in config.items() if k not in _NOT_OF_THE_NETWORK}
@@ -123,10 +123,13 @@ def architecture_class(name: str) -> Any:
     model = getattr(transformers, name, None) if name.isidentifier() else None
     is_model = isinstance(model, type) and issubclass(model, transformers.PreTrainedModel)
     if not is_model or not model.__module__.startswith("transformers.models."):
+        models = (own for own in dir(transformers) if "Model" in own or "For" in own)
+        others = [own for own in models if not own.startswith(("Auto", "PreTrained"))]
         raise CheckpointError(
             f"architectures = {name[:80]!r}: transformers {transformers.__version__} has no such "
-            "model (code that lies beside a checkpoint is never run); a newer transformers may "
-            "have it, or write the network in JAX and pass it to jquant.quantize"
+            f"model; near: {near(name[:80], others)} (code that lies beside a checkpoint is never "
+            "run); a newer transformers may have it, or write the network in JAX and pass it to "
+            "jquant.quantize"
         )
     return model
 

@@ -105,7 +105,8 @@ def flatten(
         params: the leaves of its parameters, `(path, shape and dtype)`.
         structure: the tree they are the leaves of.
         inputs: arrays, or their shapes.
-        stacks: the leaves whose layers are to be walked one by one: path → axes they lie along.
+        stacks: the weights, path → the axes along which layers lie that are to be walked one by
+            one, if any.
     """
     tree = jax.tree.unflatten(structure, [shape for _, shape in params])
     closed, _ = trace(fn, tree, *inputs)
@@ -138,6 +139,7 @@ class _Flattener:
         self._numbers: dict[Piece, int] = {}
         self._views: dict[int, _View] = {}
         self._known: dict[Any, tuple[int, ...]] = {}  # equal equations on equal operands
+        self._fixed: dict[int, bool] = {}  # values of parameters alone: whether of a weight
         self._loops = 0
 
     def value(self, like: Any) -> int:
@@ -161,6 +163,7 @@ class _Flattener:
             number = self.value(shape)
             self.pieces[number] = piece
             self._numbers[piece] = number
+            self._fixed[number] = piece.path in self.stacks
             self._views[number] = _View(piece, (), tuple(range(len(shape.shape))))
         return self._numbers[piece]
 
@@ -204,6 +207,9 @@ class _Flattener:
             return list(self._known[key])
         outs = tuple(map(self.value, shapes))
         self._known[key] = outs
+        of = {a for a in ins if isinstance(a, int)} - self.consts.keys()
+        if of and of <= self._fixed.keys():
+            self._fixed |= dict.fromkeys(outs, any(self._fixed[a] for a in of))
         self.steps.append(Step(eqn, tuple(ins), outs))
         self._view(eqn, ins, outs)
         return list(outs)
@@ -229,18 +235,19 @@ class _Flattener:
         view = self._views.get(x) if isinstance(x, int) else None
         if view is None or not isinstance(x, int):
             return None
-        bounds = zip(eqn.params["start_indices"], eqn.params["limit_indices"], strict=True)
+        starts, sizes = eqn.params["start_indices"], self.shapes[x].shape
+        result: Any = eqn.outvars[0].aval
         cut = [
-            (axis, start, stop)
-            for axis, size, (start, stop) in zip(
-                view.axes, self.shapes[x].shape, bounds, strict=True
+            (axis, start, length)
+            for axis, size, start, length in zip(
+                view.axes, sizes, starts, result.shape, strict=True
             )
-            if stop - start != size
+            if length != size
         ]
         if len(cut) != 1:
             return None
-        ((axis, start, stop),) = cut
-        if stop - start != 1 or axis not in self.stacks.get(view.piece.path, ()):
+        ((axis, start, length),) = cut
+        if length != 1 or axis not in self.stacks.get(view.piece.path, ()):
             return None
         return self._layer(view, axis, (-1, start))
 
@@ -268,6 +275,9 @@ class _Flattener:
     def _row(self, x: Atom, loop: int, turn: int) -> Atom:
         """What the scan's body sees of `x` in this turn."""
         view = self._views.get(x) if isinstance(x, int) else None
+        if view is None and isinstance(x, int) and self._fixed.get(x):
+            # A weight is followed only where it is told which of its layers this is.
+            return self.call(functools.partial(_picked, turn=turn), x)[0]
         if view is None:
             at = self.const(np.int32(turn))  # an operand, so that all turns have one program
             return self.call(_pick, x, at)[0]
@@ -291,6 +301,10 @@ def _bind(eqn: core.JaxprEqn, value: Any) -> Any:
 
 def _pick(x: jax.Array, at: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(x, at, 0, keepdims=False)
+
+
+def _picked(x: jax.Array, turn: int) -> jax.Array:
+    return lax.index_in_dim(x, turn, 0, keepdims=False)
 
 
 def _first(x: jax.Array) -> jax.Array:
