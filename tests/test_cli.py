@@ -262,6 +262,22 @@ def test_a_quantized_gguf_file_runs_on_its_codes(
     assert "its weights are decoded" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_model_leaves_in_the_formats_of_others(tmp_path: Path, capsys) -> None:
+    path = pieces(tmp_path)
+    text = ["--text", tmp_path / "text.txt", "--length", 32, "--samples", 2, "-q"]
+    quantize = ["quantize", path, "-r", "q8-0-nearest", *text]
+    assert run(*quantize, "-o", tmp_path / "w8.gguf", "--to", "gguf") == 0
+    assert "weights" in json.loads((tmp_path / "w8.gguf.report.json").read_text())
+    assert run(*quantize, "-o", tmp_path / "w8") == 0
+    export = ["export", tmp_path / "w8", "--to", "gguf", "--like", path, "-o"]
+    assert run(*export, tmp_path / "again.gguf") == 0
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "w8.gguf").read_bytes()
+    assert run(*export, tmp_path / "again.gguf") == 1
+    assert run(*quantize, "-o", tmp_path / "gptq", "--to", "gptq") == 1
+    assert "gptq cannot hold the grid GGUF" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "gptq").exists()
+
+
 # Help
 
 

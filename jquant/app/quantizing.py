@@ -117,12 +117,14 @@ def needs_text(plan: Mapping[str, Scheme], objective: Aim) -> bool:
     return objective != "own" or any(scheme.needs for scheme in plan.values())
 
 
-def write_report(folder: Path, report: Report, chosen: Chosen) -> None:
-    """Leaves `report.json` beside the checkpoint."""
+def write_report(output: Path, report: Report, chosen: Chosen) -> None:
+    """Leaves `report.json` in the folder that was written, or beside the file."""
+    folder = output.is_dir()
+    place = output / "report.json" if folder else output.with_name(f"{output.name}.report.json")
     rows = report.to_json()
     if chosen.shares is not None:
         rows |= {"allocation": chosen.shares.to_json()}
-    (folder / "report.json").write_text(json.dumps(rows, indent=1, default=str), "utf-8")
+    place.write_text(json.dumps(rows, indent=1, default=str), "utf-8")
 
 
 def show_weights(narrator: Narrator, report: Report, chosen: Chosen) -> None:
