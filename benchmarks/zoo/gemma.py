@@ -18,7 +18,7 @@ from benchmarks.zoo.data import VOCABULARY, WIDTH, tokens
 
 def _imported() -> Any:
     """`gemma.gm`, for models alone."""
-    if importlib.util.find_spec("tensorflow") is None:
+    if "tensorflow" not in sys.modules and importlib.util.find_spec("tensorflow") is None:
         stand_in = types.ModuleType("tensorflow")
         stand_in.__getattr__ = lambda name: type(name, (), {})  # type: ignore[method-assign]
         sys.modules["tensorflow"] = stand_in
