@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import jquant as jq
 from jquant.app import cli
 from jquant.app.console import Narrator, megabytes
+from jquant.app.decoding import decoded_once
 from jquant.app.demo import Sizes, run_demo
 from jquant.models.assembly import sources
 from jquant.models.config import from_hf
@@ -148,13 +150,33 @@ def test_evaluate(model: Path, quantized: Path, capsys) -> None:
 
 def test_generate(quantized: Path, capsys) -> None:
     assert run("generate", quantized, "--prompt", "The quick", "--tokens", 5) == 0
-    first = capsys.readouterr().out
+    first, err = capsys.readouterr()
+    assert "decoding 14 weights once (" in err
     assert run("generate", quantized, "-p", "The quick", "--tokens", 5, "--no-chat") == 0
     assert capsys.readouterr().out == first and first.endswith("\n")
+    assert run("generate", quantized, "-p", "The quick", "--tokens", 5, "--quantized", "keep") == 0
+    kept, err = capsys.readouterr()
+    assert kept == first and "decoding" not in err
     warm = ("generate", quantized, "-p", "The", "--tokens", 5, "--temperature", 1.5, "--seed")
     assert run(*warm, 1) == run(*warm, 1) == 0
     out = capsys.readouterr().out
     assert out[: len(out) // 2] == out[len(out) // 2 :]
+
+
+def test_weights_are_decoded_once_where_that_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    fn = lambda p, x: x @ p["a"] @ p["b"]  # noqa: E731
+    params = {name: jnp.eye(8) for name in "ab"}
+    inputs = jq.Activations(jq.grids.Uniform(8))
+    rules = {
+        "a": jq.Scheme(jq.grids.Uniform(4)),
+        "b": jq.Scheme(jq.grids.Uniform(8), None, activations=inputs),
+    }
+    qparams, _ = jq.quantize(fn, params, jq.plan(jq.find_weights(fn, params, jnp.eye(8)), rules))
+    once = decoded_once(qparams, Narrator(quiet=True))
+    np.testing.assert_array_equal(once["a"], jq.dequantize(qparams["a"]))
+    assert once["b"] is qparams["b"]  # an array would forget how its inputs are quantized
+    monkeypatch.setattr("jquant.app.decoding._memory", lambda: 2 * 4 * 64 - 1)
+    assert decoded_once(qparams, Narrator(quiet=True)) is qparams
 
 
 def test_the_demo_runs_from_end_to_end(model: Path, tmp_path: Path, capsys) -> None:

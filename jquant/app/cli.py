@@ -25,6 +25,7 @@ from jquant import models
 from jquant.allocation import adadim as choose_axes
 from jquant.app.budgets import share_bits
 from jquant.app.console import Narrator, summary
+from jquant.app.decoding import decoded_once
 from jquant.app.demo import run_demo
 from jquant.app.examples import Examples, calibration, held_out, one_by_one
 from jquant.app.exporting import To, export_model, need_plan, saved
@@ -315,8 +316,11 @@ def generate(
     chat: bool = True,
     reading: Reading = Reading(),
     quantized: Kept = "dequantize",
+    quiet: Quiet = False,
 ) -> None:
     """Let a model write.
+
+    On the CPU, weights are decoded once, if they fit; --quantized keep leaves them codes.
 
         jquant generate model-w4 --prompt "Why is the sky blue?"
         jquant generate model-w4 -p "Once upon a time" --no-chat --temperature 0.8 --seed 7
@@ -340,6 +344,8 @@ def generate(
     start = np.asarray(asked(words, prompt, chat), np.int32)
     need_known(fn, start)
     eos = () if words.eos_token_id is None else words.eos_token_id
+    if quantized == "dequantize":
+        params = decoded_once(params, Narrator(quiet))
     key = jax.random.key(seed)
     ids: list[int] = []
     printed = ""

@@ -23,7 +23,7 @@ Orbax = Annotated[
     ),
 ]
 Kept = Annotated[
-    Quantized, Parameter(help="Of a GGUF or HF file's own codes: keep takes less memory.")
+    Quantized, Parameter(help="Of weights that are codes: keep takes less memory, and more time.")
 ]
 
 
