@@ -15,6 +15,7 @@ import pytest
 from cases import layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import mostly_slow
 from oracles import formats as oracle
 from oracles.compressed_tensors import COMPRESSED_TENSORS, Stored
 from safetensors.numpy import load_file, save_file
@@ -487,7 +488,7 @@ def test_formats_that_are_none_are_refused(make: Any) -> None:
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("kind", mostly_slow(["Q4_0", "Q8_0"], ["Q4_0"]))
 def test_a_gguf_model_runs_on_its_codes(kind: str, scan: bool, tmp_path: Path) -> None:
     model = torch_model(tie_word_embeddings=scan)  # a Llama: rows of q and k are sorted
     path = write_gguf(tmp_path / "m.gguf", model, types={"": kind})
@@ -608,7 +609,7 @@ def write_folder(folder: Path, name: str, **more: Any) -> None:
     path.write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", mostly_slow(FOLDERS, ["pack-quantized", "gptq"]))
 def test_a_folder_of_quantized_modules(name: str, tmp_path: Path) -> None:
     write_folder(tmp_path, name)
     fn, dense, _ = models.load(tmp_path)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import layer
+from marks import mostly_slow
 from oracles import gptq as oracle
 
 import jquant as jq
@@ -81,7 +82,10 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "blocks", "order", "groups"), SETTINGS)
+@pytest.mark.parametrize(
+    ("shape", "blocks", "order", "groups"),
+    mostly_slow(SETTINGS, [SETTINGS[k] for k in (1, 3, 6, 9)]),
+)
 def test_agrees_with_the_column_loop(shape, blocks, order, groups):
     w, moment = layer(*shape)
     result = GPTQ(order=order, groups=groups)(w, GRID, blocks, evidence=moment)
@@ -153,7 +157,7 @@ def test_is_nearest_bit_for_bit_when_inputs_are_uncorrelated(rounding, blocks):
 
 @pytest.mark.parametrize("blocks", [Groups("in", 8), Groups("out", 8)])
 @pytest.mark.parametrize(
-    "grid", [NV(), MX(), Power(4), Float(2, 1, scale="float16"), NF4, KMeans(3)]
+    "grid", mostly_slow([NV(), MX(), Power(4), Float(2, 1, scale="float16"), NF4, KMeans(3)], [NF4])
 )
 def test_every_grid_with_a_diagonal_moment_is_nearest(grid, blocks):
     """Also those with a parameter for many groups, which every column must be given."""

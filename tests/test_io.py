@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from cases import GRIDS
+from marks import mostly_slow
 
 import jquant as jq
 from jquant import io
@@ -137,7 +138,14 @@ def test_a_stream_wider_than_its_integers_is_refused() -> None:
 # Round trips
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+# One of each kind of layout, and of each width of codes that is stored in another way.
+QUICK = (
+    "2 bits", "3 bits symmetric", "4 bits", "7 bits", "ragged groups", "attention", "mx", "nv",
+    "12 bits", "16 bits", "batch axis in the middle", "groups along out", "nf4", "kmeans-4",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", mostly_slow(SCHEMES, QUICK))
 def test_every_scheme_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     grid, groups, shape, in_axes, batch_axes = SCHEMES[name]
     q = quantized(grid, groups, shape, in_axes, batch_axes)

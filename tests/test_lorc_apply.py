@@ -19,6 +19,7 @@ from jquant.rounding import GPTQ
 from jquant.trees.lazy import realize
 from jquant.weights.qtensor import QTensor, dequantize_weight, weight_bits
 from tests.functions import CASES, Case, _normal
+from tests.marks import mostly_slow
 
 COARSE = Uniform(2)
 BYTES = Uniform(8, symmetric=True)
@@ -55,7 +56,7 @@ def bare(tree):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("grid", [None, BYTES], ids=["floats", "codes"])
+@pytest.mark.parametrize("grid", mostly_slow([None, BYTES], [BYTES], ids=["floats", "codes"]))
 def test_equals_the_function_of_dequantized_parameters(case: Case, grid) -> None:
     q = quantized(case.fn, case.params, case.batches[0], LoRC(2, grid))
     wanted = case.fn(jq.dequantize(q), case.batches[0])
@@ -139,7 +140,7 @@ SPLIT = [plain, transposed, scanned, experts, heads, bfloat]
 
 
 @pytest.mark.parametrize("fn", [*SPLIT, tied, looked_up_only], ids=lambda fn: fn.__name__)
-@pytest.mark.parametrize("grid", [None, BYTES], ids=["floats", "codes"])
+@pytest.mark.parametrize("grid", mostly_slow([None, BYTES], [BYTES], ids=["floats", "codes"]))
 def test_all_shapes_of_products(fn, grid) -> None:
     params = {k: v for k, v in W.items() if (k == "w") != (fn is heads)}
     x = _normal(9, 7, 20)
@@ -238,7 +239,7 @@ def test_no_compensation_is_no_leaf() -> None:
 # Stages
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", mostly_slow(CASES, lambda case: case.name == "views", ids=str))
 def test_stages_run_on_with_the_compensated_weights(case: Case, tmp_path: Path) -> None:
     """And their layers' factors are joined; a job with a work directory gives the same bits."""
     weights = jq.find_weights(case.fn, case.params, case.batches[0])
