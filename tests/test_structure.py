@@ -40,7 +40,6 @@ OPTIONAL = {
     "transformers",
 }  # fmt: skip
 WHEN_USED = {
-    "exporters": {"gguf", "ml_dtypes"},
     "models": {"flax", "gguf", "huggingface_hub", "safetensors", "tokenizers"},
     "app": {"cyclopts", "rich"},
 }

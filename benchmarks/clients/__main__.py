@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import jquant as jq
-from benchmarks.clients.flavours import COMPRESSED, TRANSPOSED, Flavour
+from benchmarks.clients.flavours import TRANSFORMERS, Flavour
 from benchmarks.harness import write
 from jquant.models import Decoder, DecoderConfig
 
@@ -34,9 +34,8 @@ class Client(NamedTuple):
 
 CLIENTS = {
     "transformers": Client(
-        (*_TORCH, "compressed-tensors==0.20.1"), "transformers_client.py", COMPRESSED
+        (*_TORCH, "compressed-tensors==0.20.1"), "transformers_client.py", TRANSFORMERS
     ),
-    "gptqmodel": Client((*_TORCH, "gptqmodel==7.2.0"), "gptqmodel_client.py", TRANSPOSED),
 }
 
 
@@ -63,13 +62,23 @@ def exported(flavour: Flavour, folder: Path) -> dict[str, int]:
     return {kind: kinds.count(kind) for kind in kinds}
 
 
-def asked(python: Path, script: str, folder: Path, way: str) -> dict[str, Any]:
-    """What a client says of a folder, or why it does not."""
-    command = [str(python), str(HERE / script), str(folder), str(folder.with_suffix(".npz")), way]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1][:300]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def asked(python: Path, script: str, folders: Mapping[Path, str]) -> list[dict[str, Any]]:
+    """What a client says of folders, each to be loaded in its way."""
+    command = [str(python), str(HERE / script)]
+    for folder, way in folders.items():
+        command += [str(folder), str(folder.with_suffix(".npz")), way]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if len(lines) != len(folders):
+        raise SystemExit(f"{script} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return [json.loads(line) for line in lines]
+
+
+def _row(flavour: Flavour, folder: Path) -> dict[str, Any]:
+    held = exported(flavour, folder)
+    return {
+        "format": flavour.format, "held": held, "way": flavour.way, "note": flavour.note,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -81,15 +90,16 @@ def main() -> None:
     for name in options.only or CLIENTS:
         client = CLIENTS[name]
         python = interpreter(options.environments.resolve() / name, client.packages)
-        rows[name] = {}
         with tempfile.TemporaryDirectory() as scratch:
-            for number, (title, flavour) in enumerate(client.flavours.items()):
-                folder = Path(scratch) / f"model-{number}"
-                held = exported(flavour, folder)
-                result = asked(python, client.script, folder, flavour.way)
-                own = {"format": flavour.format, "held": held, "way": flavour.way}
-                rows[name][title] = {**own, "note": flavour.note, **result}
-                print(name, title, result, flush=True)
+            folders = {
+                title: Path(scratch) / f"model-{k}" for k, title in enumerate(client.flavours)
+            }
+            rows[name] = {title: _row(client.flavours[title], f) for title, f in folders.items()}
+            ways = {folders[title]: flavour.way for title, flavour in client.flavours.items()}
+            results = asked(python, client.script, ways)
+        for row, result in zip(rows[name].values(), results, strict=True):
+            row |= result
+        print(name, json.dumps(rows[name], indent=1), flush=True)
     write("clients", rows=rows)
 
 

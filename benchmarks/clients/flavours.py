@@ -34,7 +34,7 @@ def _all(format: str, scheme: jq.Scheme, way: str = "compressed", note: str = ""
 
 
 _CT = "compressed-tensors"
-COMPRESSED: Mapping[str, Flavour] = {
+TRANSFORMERS: Mapping[str, Flavour] = {
     "W4A16, groups of 32": _all(_CT, jq.Scheme(Uniform(4, True, **_BF16), 32)),
     "W4A16, channels": _all(_CT, jq.Scheme(Uniform(4, True))),
     "W3A16, groups of 32": _all(_CT, jq.Scheme(Uniform(3, True, **_F16), 32)),
@@ -72,11 +72,3 @@ COMPRESSED: Mapping[str, Flavour] = {
     ),
     "arrays": _all("safetensors", jq.presets.int4_nearest(32)),
 }  # fmt: skip
-TRANSPOSED: Mapping[str, Flavour] = {
-    "4 bits, groups of 32": _all("gptq", jq.presets.int4_nearest(32)),
-    "8 bits, channels, symmetric": _all("gptq", jq.Scheme(Uniform(8, True, **_F16))),
-    "3 bits, groups of 32": _all("gptq", jq.presets.int3_nearest(32)),
-    "2 bits, groups of 32": _all("gptq", jq.presets.int2_nearest(32)),
-    "4 bits, groups of 32, version 2": _all("gptq_v2", jq.presets.int4_nearest(32)),
-    "AWQ, groups of 32": _all("awq", jq.presets.int4_nearest(32)),
-}

@@ -1,10 +1,13 @@
-"""A folder through `transformers`, in an environment of its own: `python FILE FOLDER NPZ [WAY]`.
+"""Folders through `transformers`, in an environment of its own.
 
-NPZ holds `tokens [B, T]` and `logits [B, T, vocab]`, what jquant's `apply` computes. Printed is one
-line of JSON: the largest difference of logits, the largest logit, the KL divergence per token in
-nats, how often both find the same token likeliest, and the versions of what was used. WAY is
-"compressed" (default: as `from_pretrained` loads it) or "dequantized": compressed-tensors makes
-arrays of the weights while it loads. Imports nothing of jquant.
+Called as `python FILE [FOLDER NPZ WAY] ...`.
+
+NPZ holds `tokens [B, T]` and `logits [B, T, vocab]`, what jquant's `apply` computes. For each
+folder one line of JSON is printed: why it cannot be loaded, or the largest difference of logits,
+the largest logit, the KL divergence per token in nats, and how often both find the same token
+likeliest; and the versions of what was used. WAY is "compressed" (as `from_pretrained` loads it) or
+"dequantized": compressed-tensors makes arrays of the weights while it loads. Imports nothing of
+jquant.
 """
 
 import importlib.metadata
@@ -45,21 +48,29 @@ def compared(logits: np.ndarray, expected: np.ndarray) -> dict[str, float]:
     }
 
 
-def main(folder: str, arrays: str, way: str = "compressed") -> None:
-    held = np.load(arrays)
+def told(run: Any, *triples: str) -> None:
+    """A line for each folder: what `run(folder, way, tokens)` gives beside what it should."""
+    for folder, arrays, way in zip(triples[::3], triples[1::3], triples[2::3], strict=True):
+        held = np.load(arrays)
+        try:
+            with torch.no_grad():
+                logits = run(folder, way, torch.as_tensor(held["tokens"], dtype=torch.long))
+            row: dict[str, Any] = compared(logits.float().numpy(), held["logits"])
+        except Exception as error:  # of whatever kind: it is the engine's answer
+            row = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        names = ("torch", "transformers", "compressed-tensors")
+        print(json.dumps({**row, "versions": versions(*names)}), flush=True)
+
+
+def run(folder: str, way: str, tokens: torch.Tensor) -> torch.Tensor:
     options: dict[str, Any] = {}
     if way == "dequantized":
         from transformers import CompressedTensorsConfig
 
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    model = model.eval()
-    with torch.no_grad():
-        tokens = torch.as_tensor(held["tokens"], dtype=torch.long)
-        logits = model(tokens).logits.float().numpy()
-    names = ("torch", "transformers", "compressed-tensors", "gptqmodel")
-    print(json.dumps({**compared(logits, held["logits"]), "versions": versions(*names)}))
+    return model.eval()(tokens).logits
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    told(run, *sys.argv[1:])

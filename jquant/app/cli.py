@@ -318,9 +318,7 @@ def generate(
     quantized: Kept = "dequantize",
     quiet: Quiet = False,
 ) -> None:
-    """Let a model write.
-
-    On the CPU, weights are decoded once, if they fit; --quantized keep leaves them codes.
+    """Let a model write. On the CPU its weights are decoded once, if they fit.
 
         jquant generate model-w4 --prompt "Why is the sky blue?"
         jquant generate model-w4 -p "Once upon a time" --no-chat --temperature 0.8 --seed 7
