@@ -398,6 +398,24 @@ def test_what_is_advised_can_be_had(target: str) -> None:
     assert refused > len(UNHELD)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_plan_is_described_as_its_weights_are(scan: bool) -> None:
+    fn = Decoder(SMALL, scan_layers=scan)
+    params = fn.init(jax.random.key(0))
+    weights = jq.find_weights(fn, params, jnp.zeros((1, 4), jnp.int32))
+    scheme = jq.Scheme(Uniform(8, True, **HALF), 32, activations=INPUTS)
+    plan = jq.plan(weights, {"layers/.*": scheme, ".*": jq.keep})
+    after = weights_of(quantized(params, scheme))
+    for path in plan:
+        assert Described.planned(plan.weights[path], plan[path]) == Described.of(after[path])
+    exporters.need_held(fn, plan, "compressed-tensors")
+    with pytest.raises(FormatError, match="'layers/.*': gptq cannot hold quantized inputs"):
+        exporters.need_held(fn, plan, "gptq")
+    table = jq.plan(weights, {"embed.*": jq.Scheme(Uniform(8, True)), ".*": jq.keep})
+    with pytest.raises(FormatError, match="'embed/embedding': .*linear layers alone"):
+        exporters.need_held(fn, table, "compressed-tensors")
+
+
 @pytest.mark.parametrize("name", UNHELD)
 def test_what_no_format_holds_is_refused_before_anything_is_written(
     name: str, decoder: Any, tmp_path: Path
