@@ -20,6 +20,7 @@ from benchmarks.sections import (
     architectures,
     arithmetic,
     choices,
+    clients,
     learned,
     listings,
     quality,
@@ -57,6 +58,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "encode": of("encode", speed.encode),
     "arithmetic": of("arithmetic", arithmetic.arithmetic),
     "architectures": of("architectures", architectures.architectures),
+    "llama_cpp": of("llama_cpp", clients.llama_cpp),
     "recipes": listings.recipes,
 }
 
