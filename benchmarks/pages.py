@@ -23,6 +23,7 @@ from benchmarks.sections import (
     clients,
     learned,
     listings,
+    llama_cpp,
     quality,
     speed,
     zoo,
@@ -61,6 +62,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "architectures": of("architectures", architectures.architectures),
     "clients": of("clients", clients.clients),
     "zoo": of("zoo", zoo.zoo),
+    "llama_cpp": of("llama_cpp", llama_cpp.llama_cpp),
     "recipes": listings.recipes,
 }
 

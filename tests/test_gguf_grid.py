@@ -22,12 +22,21 @@ from jquant.grids.grouped import Grouped
 from jquant.rounding import GPTQ, Nearest
 from jquant.weights.qtensor import QTensor
 
+LONG = ("Q2_K", "Q4_K", "Q5_K")  # to compile
 SEARCH = MSE(steps=20, resolution=40, norm=2.0)
 
 
 def grouped(kind: str, **options: Any) -> Grouped:
     grid = GGUF(kind, **options)
     return Grouped(grid, Groups("in", grid.group))
+
+
+def each(*kinds: str, slow: tuple[str, ...] = LONG) -> pytest.MarkDecorator:
+    """A parameter `kind`; those that take long are slow."""
+    marks = [pytest.mark.slow]
+    return pytest.mark.parametrize(
+        "kind", [pytest.param(kind, marks=marks if kind in slow else ()) for kind in kinds]
+    )
 
 
 def loss(grid: Grouped, w: jax.Array, importance: jax.Array, fitted_to: Any) -> np.ndarray:
@@ -53,7 +62,7 @@ def written(q: QTensor, kind: str) -> np.ndarray:
     return gguf.quants.dequantize(tensors["weight"], gguf.GGMLQuantizationType[kind])
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K"])
+@each("Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K")
 def test_a_search_is_never_worse_than_ranges_in_any_super_block(kind: str) -> None:
     w, moment = layer(4, 512)
     importance = jnp.diagonal(moment)[None]
@@ -75,7 +84,7 @@ def test_a_search_beats_gguf_py(kind: str) -> None:
     assert best.sum() < most * float(((theirs - w) ** 2).sum())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each(*KINDS)
 def test_what_was_rounded_is_what_gguf_reads(kind: str) -> None:
     w, moment = layer(4, 512)
     grid = grouped(kind, range=MSE(steps=2, norm=2.0))
@@ -85,7 +94,7 @@ def test_what_was_rounded_is_what_gguf_reads(kind: str) -> None:
     np.testing.assert_array_equal(written(q, kind), np.asarray(jq.dequantize(q)))
 
 
-@pytest.mark.parametrize("kind", ["Q3_K", "Q4_0"])
+@each("Q3_K", "Q4_0", slow=("Q3_K",))
 def test_gptq_rounds_on_values_that_the_file_holds(kind: str) -> None:
     """By its correction too; with steps of both signs."""
     w, _ = layer(4, 256)

@@ -126,7 +126,6 @@ def calibrated(one: Subject, kinds: list[str], folder: Path) -> dict[str, tuple[
     for kind in kinds:
         for row, preset in {
             "QEP": getattr(jq.presets, f"{kind.lower()}_qep")(),
-            "GPTQ": jq.Scheme(GGUF(kind, SEARCH), None, jq.rounding.GPTQ()),
             "nearest": jq.Scheme(GGUF(kind, SEARCH)),
         }.items():
             file = folder / f"{kind}-{row}.gguf"
@@ -158,7 +157,7 @@ def main() -> None:
     row: dict[str, Any] = {
         "evaluation": one.tokens.shape, "calibration": [len(one.batches), *one.batches[0].shape],
     }  # fmt: skip
-    tables = {"types": types(one, args.kinds, folder)}
+    tables = {}
     if args.calibrated:
         tables["calibrated"] = calibrated(one, args.calibrated, folder)
         job = {
@@ -166,6 +165,7 @@ def main() -> None:
             "importance": str(folder / "importance.npz"),
         }  # fmt: skip
         child(args.client, "quantize", job, folder)
+    tables["types"] = types(one, args.kinds, folder)
     for name, files in tables.items():
         job = {"tokens": str(folder / "tokens.npy"), "files": files}
         row[name] = child(args.client, "measure", job, folder)

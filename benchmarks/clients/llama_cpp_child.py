@@ -39,7 +39,7 @@ def measured(file: str, tokens: np.ndarray, against: np.ndarray) -> dict[str, An
     length = tokens.shape[1]
     model = llama_cpp.Llama(
         file, n_ctx=length, n_batch=length, n_ubatch=length, logits_all=True, verbose=False,
-        n_threads=2, n_threads_batch=2,
+        n_threads=1, n_threads_batch=1,
     )  # fmt: skip
     kl, ours, theirs, agree, largest = [], [], [], [], 0.0
     for window, reference in zip(tokens, against, strict=True):
