@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jquant as jq
-from jquant.grids import MX, NV, Float, Grid, Uniform
+from jquant.grids import GGUF, MX, NV, Float, Grid, Uniform
 from tests.functions import CASES, Case, _normal
 from tests.marks import mostly_slow
 
@@ -158,3 +158,24 @@ def test_a_quantized_stack_can_be_sliced_as_a_pytree() -> None:
     layer = jax.tree.map(lambda leaf: leaf[1], q)
     assert layer["w"].shape == (4, 6)
     np.testing.assert_array_equal(jq.dequantize(layer)["w"], jq.dequantize(q)["w"][1])
+
+
+@pytest.mark.parametrize(
+    "grid", mostly_slow([GGUF("Q4_K"), GGUF("Q5_K"), Uniform(8), MX("INT8")], [GGUF("Q4_K")])
+)
+def test_a_large_product_between_a_sum_and_a_norm(grid: Grid) -> None:
+    """Where XLA's CPU compiler fuses decoding, product and norm, sums of bytes came out wrong."""
+    params = {"w": _normal(0, 512, 256) / 16}
+    x, h = _normal(1, 16, 256, 512), _normal(2, 16, 256, 256)
+
+    def fn(p, x, h):
+        y = h + x @ p["w"]
+        return y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True))
+
+    weights = jq.find_weights(fn, params, x, h)
+    q, _ = jq.quantize(
+        fn,
+        params,
+        jq.plan(weights, {"w": jq.Scheme(grid, None if isinstance(grid, (GGUF, Float)) else 32)}),
+    )
+    _close(jax.jit(jq.apply(fn))(q, x, h), jax.jit(fn)(jq.dequantize(q), x, h))

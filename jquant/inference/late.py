@@ -52,8 +52,13 @@ def _held(leaves: Any, after: jax.Array) -> Any:
 
 def _plus(leaf: Array, zero: Int32[Array, ""]) -> Array:
     """The leaf itself, computed from `zero` too."""
-    if leaf.dtype.itemsize > 1 or jnp.issubdtype(leaf.dtype, jnp.integer):
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+        # Not by a sum: where the CPU compiler of JAX 0.10 fuses a large product with what is done
+        # to its operands and result, sums of a byte in two operands come out wrong.
+        return leaf | zero.astype(leaf.dtype)
+    if leaf.dtype.itemsize > 1:
         return leaf + zero.astype(leaf.dtype)
     # The bits of floats of one byte: among powers of two there is no zero to add.
-    bits = lax.bitcast_convert_type(leaf, jnp.uint8) + zero.astype(jnp.uint8)
-    return lax.bitcast_convert_type(bits, leaf.dtype)
+    return lax.bitcast_convert_type(
+        _plus(lax.bitcast_convert_type(leaf, jnp.uint8), zero), leaf.dtype
+    )
