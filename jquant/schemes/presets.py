@@ -38,6 +38,7 @@ __all__ = [  # the best first
     "int3_nearest",
     "int2_nearest",
     "int4_per_input",
+    "w4a16_qep",
     "w8a8",
     "w4a8_qep",
     "w8a8_fp8",
@@ -147,6 +148,20 @@ def int4_per_input(group: int | None = 128) -> Scheme:
     """
     grid = Uniform(4, convention="A2", scale_dtype="float16")
     return Scheme(grid, Groups("out", group), GPTQ(groups="dynamic"))
+
+
+def w4a16_qep(group: int | None = 128) -> Scheme:
+    """4-bit symmetric groups by GPTQ with QEP's correction: the W4A16 that engines serve.
+
+    What `jquant.export` writes as compressed-tensors' pack-quantized, which vLLM reads on GPUs and
+    tpu-inference on TPUs; both take symmetric codes with bfloat16 scales, in groups of 128.
+
+    Example:
+        >>> w4a16_qep().grid.symmetric, w4a16_qep().groups
+        (True, 128)
+    """
+    grid = Uniform(4, symmetric=True, range=MSE(), scale_dtype="bfloat16")
+    return Scheme(grid, group, GPTQ(correction="qep"))
 
 
 def w8a8(group: int | None = None) -> Scheme:
