@@ -59,7 +59,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jquant")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what `-m` says
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = set((Path(__file__).with_name("slow.txt")).read_text("utf-8").splitlines())
+    for item in items:
+        if item.nodeid in slow:  # by their time; others are marked in their files
+            item.add_marker(pytest.mark.slow)
     if not OPTIMIZED:
         skip = pytest.mark.skip(reason="of what the compiler makes: OPTIMIZED=1 ./run tests")
         for item in items:

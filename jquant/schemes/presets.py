@@ -157,8 +157,8 @@ def w4a16_qep(group: int | None = 128) -> Scheme:
     tpu-inference on TPUs; both take symmetric codes with bfloat16 scales, in groups of 128.
 
     Example:
-        >>> w4a16_qep().grid.symmetric, w4a16_qep().groups
-        (True, 128)
+        >>> w4a16_qep().grid.symmetric, w4a16_qep().grid.scale_dtype
+        (True, 'bfloat16')
     """
     grid = Uniform(4, symmetric=True, range=MSE(), scale_dtype="bfloat16")
     return Scheme(grid, group, GPTQ(correction="qep"))
