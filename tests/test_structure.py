@@ -9,6 +9,8 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from benchmarks.structure import BRANCHY, branches
+
 PACKAGE = Path(__file__).parents[1] / "jquant"
 
 # A folder or module imports only from the rows above its own. Inside a folder, imports must not
@@ -140,6 +142,13 @@ def test_files_are_short_and_open_with_their_idea(path: Path) -> Iterator[str]:
         yield f"{lines} lines, where 400 are allowed"
     if not ast.get_docstring(TREES[path]):
         yield "a file opens with its idea"
+
+
+@each_file
+def test_no_function_forks_too_often(path: Path) -> Iterator[str]:
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.FunctionDef) and (forks := branches(node)) >= BRANCHY:
+            yield f"{node.name} has {forks} branches, where {BRANCHY - 1} are allowed"
 
 
 @each_file

@@ -168,11 +168,16 @@ class Observer:
         if name == "broadcast_in_dim":  # of one number
             return [Tagged(r, dependent=not free, uniform=True) for r in bind(eqn, values)]
         if free and name in MADE:
-            if name == "pad" and any(inner > 0 for _, _, inner in eqn.params["padding_config"]):
-                weights = values[0].origins if isinstance(values[0], Tagged) else ()
-                self.interleaved |= {self.pending.weight(origin).path for origin in weights}
-            return [MADE[name](eqn, values)]
+            return [self._made(eqn, values)]
         return self.other(eqn, values, free)
+
+    def _made(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
+        """An array that an operation makes of weights alone."""
+        name = eqn.primitive.name
+        if name == "pad" and any(inner > 0 for _, _, inner in eqn.params["padding_config"]):
+            weights = values[0].origins if isinstance(values[0], Tagged) else ()
+            self.interleaved |= {self.pending.weight(origin).path for origin in weights}
+        return MADE[name](eqn, values)
 
     def _closed_loop(
         self, eqn: core.JaxprEqn, values: list[Any], walker: Walker

@@ -83,6 +83,11 @@ class Holding(NamedTuple):
     settings: Any = None
     stored: Callable[[QTensor], QTensor] = lambda q: q
 
+    @property
+    def name(self) -> str:
+        """What weights are held as."""
+        return "array" if self.codec is None else self.codec.name
+
 
 def need_alone(weight: Described) -> None:
     """FormatError: there is something besides codes that no format of files has."""

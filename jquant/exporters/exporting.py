@@ -116,7 +116,7 @@ def export(
     need_place(place, force)
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be a positive int, got {max_shard_bytes!r}")
-    from jquant.exporters.hugging_face import BESIDE, hf_model
+    from jquant.exporters.hugging_face import hf_model
     from jquant.exporters.load_back import need_same
 
     original = None if like is None else _folder(Path(like))
@@ -127,21 +127,25 @@ def export(
     with new_folder(place, force) as temporary:
         nbytes = write_shards(temporary, pieces, max_shard_bytes)
         (temporary / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
-        for file in () if original is None else map(original.joinpath, BESIDE):
-            if file.is_file():
-                shutil.copyfile(file, temporary / file.name)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        _write_beside(temporary, original, tokenizer)
         if verify:
             need_same(temporary, fn, expected)
         write_sidecar(temporary, target.name)
-    weights = {
-        t.path: "array" if (codec := holdings[t.name].codec) is None else codec.name
-        for t in model.tensors
-        if t.name in holdings
-    }
+    paths = {tensor.name: tensor.path for tensor in model.tensors}
+    weights = {paths[name]: holding.name for name, holding in holdings.items()}
     kept = tuple(name for name in expected if name not in holdings)
     return Exported(place, target.name, nbytes, weights, kept)
+
+
+def _write_beside(folder: Path, original: Path | None, tokenizer: Any) -> None:
+    """Write what lies beside tensors and `config.json`: the original's small files, a tokenizer."""
+    from jquant.exporters.hugging_face import BESIDE
+
+    for file in () if original is None else map(original.joinpath, BESIDE):
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _folder(like: Path) -> Path:
