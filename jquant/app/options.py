@@ -23,7 +23,11 @@ Orbax = Annotated[
     ),
 ]
 Kept = Annotated[
-    Quantized, Parameter(help="Of weights that are codes: keep takes less memory, and more time.")
+    Quantized,
+    Parameter(
+        help="Of a GGUF or HF file's own codes, and of all codes in generate: keep takes less "
+        "memory, and more time."
+    ),
 ]
 
 
