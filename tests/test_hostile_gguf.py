@@ -10,6 +10,7 @@ import struct
 import tracemalloc
 from pathlib import Path
 
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -246,3 +247,14 @@ def test_weights_of_a_type_without_values(valid: bytes, tmp_path: Path) -> None:
     path.write_bytes(valid[:at] + struct.pack("<I", 26) + valid[at + 4 :])  # F32 becomes I32
     with pytest.raises(CheckpointError, match="'output_norm.weight' has type I32"):
         models.load(path)
+
+
+def test_a_type_that_holds_no_numbers_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("codes", np.zeros((4, 32), np.int8))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"m.gguf: tensor 'codes' has type I8, .* convert"):
+        read_gguf(tmp_path / "m.gguf").tensor("codes")

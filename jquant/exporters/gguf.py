@@ -20,19 +20,19 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import numpy as np
 
-from jquant.errors import ExportError, FormatError, near
+from jquant.errors import ExportError, FormatError
 from jquant.exporters.described import Described, Holding
 from jquant.exporters.gguf_load_back import need_same_file
 from jquant.exporters.gguf_metadata import Description, describe
 from jquant.exporters.gguf_tokenizer import tokenizer_metadata
 from jquant.exporters.targets import TARGETS, held
 from jquant.formats.block_types import KINDS, TENSOR
-from jquant.models.assembly import Source, sources
 from jquant.models.decoder import Decoder
+from jquant.models.disassembly import Tensor as Disassembled
+from jquant.models.disassembly import disassemble
 from jquant.models.gguf_file import read_gguf
 from jquant.models.tokenizing import tokenizer_named
 from jquant.trees.lazy import read
-from jquant.weights.arguments import by_path
 from jquant.weights.qtensor import QTensor
 
 Plain = Literal["F32", "F16", "BF16"]
@@ -100,6 +100,7 @@ def write_gguf(
             low-rank term or quantized inputs, or numbers beyond float16; the tokenizer has no words
             in GGUF. Nothing is left behind.
         ExportError: what was read back is not what was to be written.
+        TreeError: the parameters are not those of `fn`.
         FileExistsError: there is a file.
 
     Example: `write_gguf("model-q4_k.gguf", fn, qparams, tokenizer)`, after `quantize` with the
@@ -172,78 +173,44 @@ def _tensors(
     fn: Decoder, qparams: Mapping[str, Any], description: Description, plain: str
 ) -> Iterator[Tensor]:
     """Every tensor of the file, checked, its values still where they are."""
-    config = fn.config
-    leaves = by_path(qparams)
-    left = dict.fromkeys(leaves)
     for name, values in description.tensors.items():
         yield Tensor(name, "", "F32", values.shape, values.dtype, lambda values=values: values)
-    for source in sources(config, "gguf"):
-        path = source.leaf
-        if source.layer is not None and not fn.scan_layers:
-            path = path.replace("layers/", f"layers/{source.layer}/", 1)
-        if path not in leaves:
-            raise FormatError(f"{path!r} is missing of the parameters; near: {near(path, leaves)}")
-        left.pop(path, None)
-        layer = source.layer if fn.scan_layers else None
+    for one in disassemble(fn.config, qparams, "gguf", scan_layers=fn.scan_layers):
         heads = 0
-        if description.permuted and source.name.rsplit(".", 2)[1] in ("attn_q", "attn_k"):
-            heads = config.heads if ".attn_q." in source.name else config.kv_heads
-        yield _tensor(leaves[path], path, source, _Place(layer, heads, plain))
-    if left:
-        raise FormatError(f"{min(left)!r} has no place in a file of this decoder")
+        if description.permuted and one.name.rsplit(".", 2)[1] in ("attn_q", "attn_k"):
+            heads = fn.config.heads if ".attn_q." in one.name else fn.config.kv_heads
+        yield _coded(one, heads) if isinstance(one.leaf, QTensor) else _plain(one, heads, plain)
 
 
-class _Place(NamedTuple):
-    """Where a tensor's values are in a leaf, and what it is if it is not quantized.
+def _coded(one: Disassembled, heads: int) -> Tensor:
+    """A quantized weight; rows of `heads` heads are to be in llama.cpp's order, 0: they stay."""
+    shape = tuple(one.leaf.shape)
+    holding = held(TARGETS["gguf"], one.path, Described.of(one.leaf))
+    if tuple(one.leaf.codes.shape) != shape:
+        raise FormatError(
+            f"weight {one.path!r} has codes {one.leaf.codes.shape}; GGUF stores {shape}"
+        )
+    kind = holding.settings
+    nbytes = shape[-1] // KINDS[kind].weights * KINDS[kind].nbytes
 
-    Attributes:
-        layer: of a stack; None: the leaf is of one layer.
-        heads: whose rows are to be in llama.cpp's order; 0: they stay.
-        plain: the type of matrices.
-    """
+    def make() -> np.ndarray:
+        rows = jax.tree.map(lambda array: _in_pairs(np.asarray(read(array)), heads), one.leaf)
+        return _encoded(rows, holding, shape)
 
-    layer: int | None
-    heads: int
-    plain: str
+    return Tensor(one.name, one.path, kind, (*shape[:-1], nbytes), np.dtype(np.uint8), make)
 
 
-def _tensor(leaf: Any, path: str, source: Source, place: _Place) -> Tensor:
-    name, shape = source.name, source.shape
-    if isinstance(leaf, QTensor):
-        holding = held(TARGETS["gguf"], path, Described.of(leaf))
-        own, kind = tuple(leaf.codes.shape)[-len(shape) :], holding.settings
-        if own != shape:
-            raise FormatError(f"weight {path!r} has codes {own}; GGUF stores {shape}")
-        nbytes = shape[-1] // KINDS[kind].weights * KINDS[kind].nbytes
-        return Tensor(
-            name, path, kind, (*shape[:-1], nbytes), np.dtype(np.uint8),
-            lambda: _encoded(_of_layer(leaf, place), holding, shape),
-        )  # fmt: skip
-    matrix, kernel = len(shape) > 1, path.endswith("/kernel")
-    ours = (*shape[:-2], shape[-1], shape[-2]) if kernel else shape
-    got = tuple(leaf.shape)[0 if place.layer is None else 1 :]
-    if got != ours:
-        raise FormatError(f"{path!r} is {got}, the decoder's is {ours}")
-    kind = place.plain if matrix and "ffn_gate_inp" not in name else "F32"
+def _plain(one: Disassembled, heads: int, plain: str) -> Tensor:
+    """An array: matrices of type `plain`, all others and routers float32."""
+    shape = tuple(one.leaf.shape)
+    kind = plain if len(shape) > 1 and "ffn_gate_inp" not in one.name else "F32"
     dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[kind]
 
     def make() -> np.ndarray:
-        array = np.asarray(_of_layer(leaf, place), np.float32)
-        array = array.swapaxes(-1, -2) if kernel else array
-        return _as_plain(_in_pairs(array, place.heads), kind, path)
+        rows = _in_pairs(np.asarray(one.leaf[...], np.float32), heads)
+        return _as_plain(rows, kind, one.path)
 
-    return Tensor(name, path, kind, shape, np.dtype(dtype), make)
-
-
-def _of_layer(leaf: Any, place: _Place) -> Any:
-    """The leaf's own layer in memory; rows of codes and parameters in llama.cpp's order."""
-
-    def one(array: Any) -> np.ndarray:
-        return np.asarray(read(array) if place.layer is None else array[place.layer])
-
-    if not isinstance(leaf, QTensor):
-        return one(leaf)
-    return jax.tree.map(lambda array: _in_pairs(one(array), place.heads), leaf)
+    return Tensor(one.name, one.path, kind, shape, np.dtype(dtype), make)
 
 
 def _in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jquant.errors import CheckpointError, ExportError
+from jquant.errors import ExportError
+from jquant.exporters.load_back import reading_back
 from jquant.models import load
 from jquant.models.decoder import Decoder
 from jquant.models.hf_config import unlike
@@ -32,7 +33,7 @@ def need_same_file(path: Path, fn: Decoder, qparams: Mapping[str, Any], plain: s
     Raises:
         ExportError: it holds others; names the first.
     """
-    try:
+    with reading_back():
         again, leaves, _ = load(path, lazy=True, quantized="keep", scan_layers=fn.scan_layers)
         if difference := unlike(fn.config, again.config):
             raise ExportError(f"it is of another network ({difference})")
@@ -42,11 +43,6 @@ def need_same_file(path: Path, fn: Decoder, qparams: Mapping[str, Any], plain: s
                 raise ExportError(f"parameter {name!r} has other values")
         if theirs:
             raise ExportError(f"parameter {min(theirs)!r} is there besides")
-    except (CheckpointError, ExportError) as error:
-        raise ExportError(
-            f"what was written is not what is read back, so nothing is left of it: {error}; this "
-            "is a fault of jquant, please report it"
-        ) from error
 
 
 def _same(leaf: Any, other: Any, plain: str) -> bool:

@@ -28,7 +28,8 @@ class Tensor(NamedTuple):
 
     Attributes:
         name: in the checkpoint.
-        leaf: `[out, in]` as stored: a `Lazy`, or a weight.
+        leaf: `[out, in]` as stored, of experts in one tensor `[experts, out, in]`: a `Lazy`, or a
+            weight.
         path: of the leaf in the tree of parameters, with the layer and the expert taken out of it.
         linear: whether it is the weight of a linear layer.
     """
@@ -91,7 +92,7 @@ def disassemble(
 
 def _tensor(source: Source, leaf: Leaf, path: str, offset: float) -> Tensor:
     is_kernel = source.leaf.endswith("/kernel")
-    shape = source.shape[::-1] if is_kernel else source.shape
+    shape = (*source.shape[:-2], *source.shape[:-3:-1]) if is_kernel else source.shape
     if tuple(leaf.shape) != shape:
         raise TreeError(f"parameter {path!r} has shape {tuple(leaf.shape)}; expected {shape}")
     if isinstance(leaf, Lazy):
@@ -100,7 +101,8 @@ def _tensor(source: Source, leaf: Leaf, path: str, offset: float) -> Tensor:
             leaf = leaf.astype(np.float32)
             leaf = leaf.map(lambda scale: scale - np.float32(offset), np.float32, f"- {offset}")
     elif is_kernel:  # its codes are `[out, in]` already
-        layout = Layout.of(source.shape, in_axes=(1,))
+        rank = len(source.shape)
+        layout = Layout.of(source.shape, in_axes=(rank - 1,), batch_axes=tuple(range(rank - 2)))
         leaf = replace(leaf, layout=layout)
     return Tensor(source.name, leaf, path, is_kernel)
 

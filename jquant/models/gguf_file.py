@@ -13,6 +13,7 @@ token of a vocabulary; only its dequantization tables are used here.)
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import struct
@@ -67,11 +68,16 @@ class GGUFFile:
     def tensor(self, name: str) -> Lazy:
         """The tensor `name` as float32, dequantized when it is read; a window reads whole rows.
 
-        Reading it raises:
-            CheckpointError: the tensor's type is not one that holds weights, or the file has
-                changed.
+        Raises:
+            CheckpointError: the tensor's type is not one that can be dequantized; and when it is
+                read, if the file has changed.
         """
         info = self.tensors[name]
+        if not _is_decodable(info.kind):
+            raise CheckpointError(
+                f"{self.state.path}: tensor {name!r} has type {info.kind.name}, which the gguf "
+                "package cannot dequantize; convert the file to F16, Q8_0, Q4_0, Q4_K or the like"
+            )
 
         def read(window: Window) -> np.ndarray:
             return self._rows(info, window[:-1])[..., window[-1]]
@@ -122,14 +128,18 @@ class GGUFFile:
             if info.kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
                 dtype = "<f4" if info.kind == GGMLQuantizationType.F32 else "<f2"
                 return raw.view(dtype).astype(np.float32)
-            try:
-                with np.errstate(all="ignore"):  # damaged scales overflow; the reader checks values
-                    return dequantize(raw, info.kind)
-            except NotImplementedError as error:
-                raise CheckpointError(
-                    f"tensor {info.name!r} has type {info.kind.name}, which the gguf package "
-                    "cannot dequantize; convert the file to F16, Q8_0, Q4_0, Q4_K or the like"
-                ) from error
+            with np.errstate(all="ignore"):  # damaged scales overflow; the reader checks values
+                return dequantize(raw, info.kind)
+
+
+@functools.cache
+def _is_decodable(kind: GGMLQuantizationType) -> bool:
+    """Whether the gguf package makes numbers of this type; it says so only when it is asked to."""
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
