@@ -32,7 +32,7 @@ from jquant.models.disassembly import Tensor as Disassembled
 from jquant.models.disassembly import disassemble
 from jquant.models.gguf_file import read_gguf
 from jquant.models.tokenizing import tokenizer_named
-from jquant.trees.lazy import read
+from jquant.trees.lazy import Lazy, read
 from jquant.weights.qtensor import QTensor
 
 Plain = Literal["F32", "F16", "BF16"]
@@ -179,35 +179,38 @@ def _tensors(
         heads = 0
         if description.permuted and one.name.rsplit(".", 2)[1] in ("attn_q", "attn_k"):
             heads = fn.config.heads if ".attn_q." in one.name else fn.config.kv_heads
-        yield _coded(one, heads) if isinstance(one.leaf, QTensor) else _plain(one, heads, plain)
-
-
-def _coded(one: Disassembled, heads: int) -> Tensor:
-    """A quantized weight; rows of `heads` heads are to be in llama.cpp's order, 0: they stay."""
-    shape = tuple(one.leaf.shape)
-    holding = held(TARGETS["gguf"], one.path, Described.of(one.leaf))
-    if tuple(one.leaf.codes.shape) != shape:
-        raise FormatError(
-            f"weight {one.path!r} has codes {one.leaf.codes.shape}; GGUF stores {shape}"
+        leaf = one.leaf
+        yield (
+            _coded(one, leaf, heads)
+            if isinstance(leaf, QTensor)
+            else _plain(one, leaf, heads, plain)
         )
+
+
+def _coded(one: Disassembled, leaf: QTensor, heads: int) -> Tensor:
+    """A quantized weight; rows of `heads` heads are to be in llama.cpp's order, 0: they stay."""
+    shape = tuple(leaf.shape)
+    holding = held(TARGETS["gguf"], one.path, Described.of(leaf))
+    if tuple(leaf.codes.shape) != shape:
+        raise FormatError(f"weight {one.path!r} has codes {leaf.codes.shape}; GGUF stores {shape}")
     kind = holding.settings
     nbytes = shape[-1] // KINDS[kind].weights * KINDS[kind].nbytes
 
     def make() -> np.ndarray:
-        rows = jax.tree.map(lambda array: _in_pairs(np.asarray(read(array)), heads), one.leaf)
+        rows = jax.tree.map(lambda array: _in_pairs(np.asarray(read(array)), heads), leaf)
         return _encoded(rows, holding, shape)
 
     return Tensor(one.name, one.path, kind, (*shape[:-1], nbytes), np.dtype(np.uint8), make)
 
 
-def _plain(one: Disassembled, heads: int, plain: str) -> Tensor:
+def _plain(one: Disassembled, leaf: Lazy, heads: int, plain: str) -> Tensor:
     """An array: matrices of type `plain`, all others and routers float32."""
-    shape = tuple(one.leaf.shape)
+    shape = tuple(leaf.shape)
     kind = plain if len(shape) > 1 and "ffn_gate_inp" not in one.name else "F32"
     dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[kind]
 
     def make() -> np.ndarray:
-        rows = _in_pairs(np.asarray(one.leaf[...], np.float32), heads)
+        rows = _in_pairs(np.asarray(leaf[...], np.float32), heads)
         return _as_plain(rows, kind, one.path)
 
     return Tensor(one.name, one.path, kind, shape, np.dtype(dtype), make)
