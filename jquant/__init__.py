@@ -27,6 +27,7 @@ from jquant.rounding import stochastic_round
 from jquant.schemes import presets
 from jquant.schemes.cite import cite
 from jquant.schemes.lorc import LoRC
+from jquant.schemes.rotation import Hadamard
 from jquant.schemes.scheme import Plan, Scheme, keep
 from jquant.trees.lazy import Lazy, realize
 from jquant.weights.activations import Activations, Percentile
@@ -41,6 +42,7 @@ __all__ = [
     "Evidence",
     "Exported",
     "Groups",
+    "Hadamard",
     "Layout",
     "Lazy",
     "LoRC",

@@ -53,6 +53,7 @@ def check_weights(plan: Mapping[str, Scheme], arrays: Mapping[str, Any]) -> None
         if leaf.ndim < 2:
             raise WeightError(f"weight {path!r} has {leaf.ndim} axes, needs at least 2; keep it")
         _check_rank(path, plan[path], plan.weights[path])
+        _check_transforms(path, plan[path], plan.weights[path])
         _check_uses(path, plan[path], plan.weights[path])
         if isinstance(leaf, jax.Array):  # what lies in a file is checked when it is read
             flags[path] = is_finite(leaf)
@@ -67,6 +68,24 @@ def _check_rank(path: str, scheme: Scheme, weight: Weight) -> None:
         raise PlanError(
             f"weight {path!r} is a matrix of {sides[0]} outputs and {sides[1]} inputs, so its "
             f"compensation can have a rank of at most {min(sides)}, got {choice}"
+        )
+
+
+def _check_transforms(path: str, scheme: Scheme, weight: Weight) -> None:
+    """Refuse transforms that cannot be taken off a weight of these sides."""
+    sides = weight.layout.size("out"), weight.layout.size("in")
+    w = jax.ShapeDtypeStruct(sides, jnp.float32)
+    evidence = jax.eval_shape(lambda x: Evidence.of(x, full=x, spread=True), w)
+    for transform in scheme.transforms:
+        try:
+            _, w, evidence = jax.eval_shape(transform.apart, w, evidence)
+        except PlanError as error:
+            raise PlanError(f"weight {path!r}: {error}") from error
+    choice = scheme.activations
+    if choice is not None and choice.granularity == "static" and evidence.abs_max is None:
+        raise PlanError(
+            f"weight {path!r}: the static ranges of its inputs after {scheme.transforms} are not "
+            "known; pass Activations(granularity='token'), or no transforms"
         )
 
 

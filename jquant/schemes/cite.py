@@ -49,6 +49,9 @@ def _papers(choice: Any) -> Iterator[str]:
     if isinstance(choice, Plan):
         for scheme in choice.values():
             yield from _papers(scheme)
+    elif isinstance(choice, tuple):
+        for one in choice:
+            yield from _papers(one)
     elif dataclasses.is_dataclass(choice) and not isinstance(choice, type):
         for field in dataclasses.fields(choice):
             yield from _papers(getattr(choice, field.name))
