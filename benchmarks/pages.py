@@ -25,6 +25,7 @@ from benchmarks.sections import (
     listings,
     llama_cpp,
     quality,
+    rotation,
     speed,
     zoo,
 )
@@ -61,6 +62,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "arithmetic": of("arithmetic", arithmetic.arithmetic),
     "architectures": of("architectures", architectures.architectures),
     "clients": of("clients", clients.clients),
+    "tpu_inference": of("tpu_inference", clients.tpu_inference),
+    "w4a16": of("w4a16", clients.w4a16),
+    "rotation": of("rotation", rotation.rotation),
     "zoo": of("zoo", zoo.zoo),
     "llama_cpp": of("llama_cpp", llama_cpp.llama_cpp),
     "recipes": listings.recipes,

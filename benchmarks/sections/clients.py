@@ -38,3 +38,33 @@ def clients(result: dict[str, Any]) -> str:
 
 def _number(row: dict[str, Any], key: str, unit: float = 1.0) -> str:
     return f"{max(row[key], 0.0) / unit:.0e}" if key in row else "–"
+
+
+def tpu_inference(result: dict[str, Any]) -> str:
+    lines = [[name, f"{row['equal']} of {row['weights']}"] for name, row in result["rows"].items()]
+    return (
+        f"tpu-inference {result['version']}'s own function that unpacks such weights, run without "
+        "a TPU on exports of a small network: weights whose codes, scales and values are those of "
+        "jquant to the bit. Its layers need vLLM and a TPU and were not run.\n\n"
+        + table(["export", "equal"], lines)
+        + f"\n{ran(result)}.\n"
+    )
+
+
+def w4a16(result: dict[str, Any]) -> str:
+    rows = result["rows"]
+    rival = min(row["kl"] for name, row in rows.items() if name.startswith("llm-compressor"))
+    lines = [
+        [name, f"{row['kl']:.4f}", f"{row['kl'] / rival:.2f}", f"{100 * row['same_token']:.1f} %"]
+        for name, row in rows.items()
+    ]
+    versions = ", ".join(f"{package} {version}" for package, version in result["client"].items())
+    return (
+        "SmolLM2-135M as W4A16, symmetric, in groups of 64 (128 do not divide its width), all "
+        f"linears of its blocks; {result['windows']} calibration windows of 512 tokens, the same "
+        "for all. Every folder is loaded by transformers with compressed-tensors and compared "
+        "there with the full model on 4 held-out windows: KL in nats per token, its ratio to "
+        "llm-compressor's, and how often the likeliest token is the same.\n\n"
+        + table(["folder of", "KL", "ratio", "same token"], lines)
+        + f"\n{versions}. {ran(result)}.\n"
+    )
