@@ -388,6 +388,72 @@ def test_what_only_scales_or_shifts_is_no_weight() -> None:
     assert set(weights.others) == {"scale", "shift", "gain", "norm"}
 
 
+def _group_norm(p, x):
+    y = x.reshape(3, 4, 2, 2)
+    y = (y - y.mean((1, 3), keepdims=True)) / (1 + y.std((1, 3), keepdims=True))
+    return (y * p["scale"] + p["shift"]).reshape(12, 4)
+
+
+def _rotated(p, x):
+    a, b = x.reshape(12, 2, 2)[..., 0], x.reshape(12, 2, 2)[..., 1]
+    cos, sin = p["cos"][:12], p["sin"][:12]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def _decaying(p, x):
+    """A state that decays by each channel's own rates, from a learned start."""
+
+    def step(h, row):
+        return h * jnp.exp(p["rate"]) + row[:, None], h.sum(1)
+
+    return lax.scan(step, p["start"], x)[1]
+
+
+def _two_states(p, x):
+    return lax.while_loop(
+        lambda c: c[0] < 2,
+        lambda c: (c[0] + 1, jnp.tanh(c[1] + x), c[1] * c[2]),
+        (0, jnp.tanh(p["first"]), p["second"]),
+    )[2]
+
+
+# What of the parameters is beside the product with `w`, and what that meets of them and x.
+BESIDE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "a group norm over two axes": (_group_norm, {"scale": (2, 2), "shift": (2, 1)}),
+    "a scale of each position": (
+        lambda p, x: (x.reshape(3, 4, 4) * p["scale"]).reshape(12, 4), {"scale": (4, 4)},
+    ),
+    "gains of two axes multiplied": (
+        lambda p, x: x * (p["rows"] * p["columns"]), {"rows": (12, 1), "columns": (1, 4)},
+    ),
+    "tables of a rotation": (_rotated, {"cos": (16, 2), "sin": (16, 2)}),
+    "decays and a start": (_decaying, {"rate": (4, 3), "start": (4, 3)}),
+    "starts of a loop, one through a map": (_two_states, {"first": (12, 4), "second": (12, 4)}),
+    "a temperature and a bias of scores": (
+        lambda p, x: jax.nn.softmax(x @ x.T * p["heat"] + p["near"]) @ x,
+        {"heat": (1, 1), "near": (12, 12)},
+    ),
+    "decays by an associative scan": (
+        lambda p, x: lax.associative_scan(
+            lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1]), (p["rate"], x)
+        )[1],
+        {"rate": (12, 4)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_stands_beside_a_product_is_no_weight(name: str) -> None:
+    before, shapes = BESIDE[name]
+    params = {path: _normal(k, *shape) for k, (path, shape) in enumerate(shapes.items())}
+    params["w"] = _normal(9, 4, 6)
+    fn = lambda p, x: before(p, x) @ p["w"]  # noqa: E731
+    weights = jq.find_weights(fn, params, X)
+    assert list(weights) == ["w"] and set(weights.others) == set(shapes)
+    (found,) = jq.capture(fn, params, [X]).values()
+    np.testing.assert_allclose(found.second_moment, _gram(before(params, X)), rtol=1e-4, atol=1e-4)
+
+
 def test_the_first_state_of_a_recurrence_is_no_weight() -> None:
     params = {"h": _normal(0, 3, 4), "w": _normal(1, 4, 4), "u": _normal(2, 4, 4)}
 
@@ -501,7 +567,7 @@ HIDDEN = {
         lambda w, x: lax.scan(
             lambda h, w: (h @ w, None), x[:, :2], w.reshape(4, 2, 2)[jnp.array([2, 0])]
         )[0],
-        "goes along with a loop",
+        "inputs or a loop go along",
     ),
     "sums by an associative scan": (
         lambda w, x: x @ lax.associative_scan(jnp.add, w.reshape(4, 4, 1))[..., 0],

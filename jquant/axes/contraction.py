@@ -160,7 +160,7 @@ class Contraction(NamedTuple):
         reading = Reading.of(self.kind, origin, self.roles)
         if reading is None:
             raise UnreadableError(
-                "it was indexed along an axis that is contracted, or that goes along with a loop"
+                "it was indexed along an axis that is contracted, or that inputs or a loop go along"
             )
         return reading
 
