@@ -85,10 +85,24 @@ def _two_axes(params, x):
 
 def _chain(params, x):
     moments = []
-    for w in params["s"].reshape(4, 4, 4):
+    for w in params["s"].reshape(-1, 4, 4):
         moments.append(_gram(x))
         x = jnp.tanh(x @ w)
-    return {"s": jnp.stack(moments).reshape(2, 2, 4, 4)}
+    return {"s": np.stack(moments).reshape(params["s"].shape)}
+
+
+def _layers(stack, x):
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, stack)[0]
+
+
+def _halves(stack, x):
+    """The second two of four layers out of a stack read backwards."""
+    return _layers(stack[::-1][:2][::-1], _layers(stack[:2], x))
+
+
+def _pieces(stack, x):
+    x = _layers(stack[:3], x)
+    return _layers(stack[4:], jnp.tanh(x @ stack[3]))
 
 
 def _two_stacks(params, x):
@@ -212,6 +226,27 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
             lambda h, w: (jnp.tanh(h @ w), None), x, p["s"].reshape(4, 4, 4)
         )[0],
         {"s": (2, 2, 4, 4)}, _chain,
+    ),
+    "halves of merged stack axes": (
+        lambda p, x: _halves(p["s"].reshape(4, 4, 4), x), {"s": (2, 2, 4, 4)}, _chain,
+    ),
+    "a layer of merged stack axes, and the others": (
+        lambda p, x: _pieces(p["s"].reshape(6, 4, 4), x), {"s": (2, 3, 4, 4)}, _chain,
+    ),
+    "stack axes swapped, then merged": (
+        lambda p, x: _layers(p["s"].swapaxes(0, 1).reshape(4, 4, 4), x), {"s": (2, 2, 4, 4)},
+        lambda p, x: {"s": _chain({"s": p["s"].swapaxes(0, 1)}, x)["s"].swapaxes(0, 1)},
+    ),
+    "three levels out of one axis": (
+        lambda p, x: lax.scan(
+            lambda h, a: (lax.scan(lambda h, b: (_layers(b, h), None), h, a)[0], None),
+            x, p["s"].reshape(2, 2, 1, 4, 4),
+        )[0],
+        {"s": (4, 4, 4)}, _chain,
+    ),
+    "a window of merged in axes": (
+        lambda p, x: x[:, :2] @ p["w"].reshape(6, 6)[3:5], {"w": (2, 3, 6)},
+        lambda p, x: {"w": np.pad(_gram(x[:, :2]), ((3, 1), (3, 1)))},
     ),
     "stacks joined before a loop": (
         lambda p, x: lax.scan(
@@ -353,6 +388,72 @@ def test_what_only_scales_or_shifts_is_no_weight() -> None:
     assert set(weights.others) == {"scale", "shift", "gain", "norm"}
 
 
+def _group_norm(p, x):
+    y = x.reshape(3, 4, 2, 2)
+    y = (y - y.mean((1, 3), keepdims=True)) / (1 + y.std((1, 3), keepdims=True))
+    return (y * p["scale"] + p["shift"]).reshape(12, 4)
+
+
+def _rotated(p, x):
+    a, b = x.reshape(12, 2, 2)[..., 0], x.reshape(12, 2, 2)[..., 1]
+    cos, sin = p["cos"][:12], p["sin"][:12]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def _decaying(p, x):
+    """A state that decays by each channel's own rates, from a learned start."""
+
+    def step(h, row):
+        return h * jnp.exp(p["rate"]) + row[:, None], h.sum(1)
+
+    return lax.scan(step, p["start"], x)[1]
+
+
+def _two_states(p, x):
+    return lax.while_loop(
+        lambda c: c[0] < 2,
+        lambda c: (c[0] + 1, jnp.tanh(c[1] + x), c[1] * c[2]),
+        (0, jnp.tanh(p["first"]), p["second"]),
+    )[2]
+
+
+# What of the parameters is beside the product with `w`, and what that meets of them and x.
+BESIDE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "a group norm over two axes": (_group_norm, {"scale": (2, 2), "shift": (2, 1)}),
+    "a scale of each position": (
+        lambda p, x: (x.reshape(3, 4, 4) * p["scale"]).reshape(12, 4), {"scale": (4, 4)},
+    ),
+    "gains of two axes multiplied": (
+        lambda p, x: x * (p["rows"] * p["columns"]), {"rows": (12, 1), "columns": (1, 4)},
+    ),
+    "tables of a rotation": (_rotated, {"cos": (16, 2), "sin": (16, 2)}),
+    "decays and a start": (_decaying, {"rate": (4, 3), "start": (4, 3)}),
+    "starts of a loop, one through a map": (_two_states, {"first": (12, 4), "second": (12, 4)}),
+    "a temperature and a bias of scores": (
+        lambda p, x: jax.nn.softmax(x @ x.T * p["heat"] + p["near"]) @ x,
+        {"heat": (1, 1), "near": (12, 12)},
+    ),
+    "decays by an associative scan": (
+        lambda p, x: lax.associative_scan(
+            lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1]), (p["rate"], x)
+        )[1],
+        {"rate": (12, 4)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_stands_beside_a_product_is_no_weight(name: str) -> None:
+    before, shapes = BESIDE[name]
+    params = {path: _normal(k, *shape) for k, (path, shape) in enumerate(shapes.items())}
+    params["w"] = _normal(9, 4, 6)
+    fn = lambda p, x: before(p, x) @ p["w"]  # noqa: E731
+    weights = jq.find_weights(fn, params, X)
+    assert list(weights) == ["w"] and set(weights.others) == set(shapes)
+    (found,) = jq.capture(fn, params, [X]).values()
+    np.testing.assert_allclose(found.second_moment, _gram(before(params, X)), rtol=1e-4, atol=1e-4)
+
+
 def test_the_first_state_of_a_recurrence_is_no_weight() -> None:
     params = {"h": _normal(0, 3, 4), "w": _normal(1, 4, 4), "u": _normal(2, 4, 4)}
 
@@ -462,6 +563,12 @@ HIDDEN = {
         "sort",
     ),
     "every other row": (lambda w, x: x[:, :2] @ w[jnp.array([0, 2])], "dot_general"),
+    "layers in another order": (
+        lambda w, x: lax.scan(
+            lambda h, w: (h @ w, None), x[:, :2], w.reshape(4, 2, 2)[jnp.array([2, 0])]
+        )[0],
+        "inputs or a loop go along",
+    ),
     "sums by an associative scan": (
         lambda w, x: x @ lax.associative_scan(jnp.add, w.reshape(4, 4, 1))[..., 0],
         "lax.associative_scan does (instead of adding weights up, add up their products with",
@@ -510,18 +617,72 @@ def test_codes_of_the_weight_before_a_map_are_told() -> None:
     assert report["w"].note == "codes are of the weight before mul"
 
 
-def test_slices_of_a_fused_kernel_that_meet_different_inputs_are_told() -> None:
+def _indexed(w, low, high):
+    return jnp.take(w, jnp.arange(low, high), axis=1)
+
+
+# Whose outputs meet how many inputs, and the moment of all of them.
+SLICES: dict[str, tuple[Any, tuple[int, ...], int, Any]] = {
+    "alike": (lambda w, x: (x @ w[:, :3], x @ w[:, 3:]), (4, 6), 1, _gram),
+    "in two": (
+        lambda w, x: (x @ w[:, :3], jnp.tanh(x) @ w[:, 3:]), (4, 6), 2,
+        lambda x: _gram(x) + _gram(np.tanh(x)),
+    ),
+    "split in three": (
+        lambda w, x: [y @ w for y, w in zip((x, 2 * x, 3 * x), jnp.split(w, 3, 1), strict=True)],
+        (4, 6), 3, lambda x: 14 * _gram(x),
+    ),
+    "overlapping": (lambda w, x: (x @ w[:, :4], 2 * x @ w[:, 2:]), (4, 6), 2,
+                    lambda x: 5 * _gram(x)),
+    "at fixed positions": (
+        lambda w, x: (x @ _indexed(w, 0, 3), 2 * x @ _indexed(w, 3, 6)), (4, 6), 2,
+        lambda x: 5 * _gram(x),
+    ),
+    "at fixed positions, alike": (
+        lambda w, x: (x @ _indexed(w, 0, 3), x @ _indexed(w, 3, 6)), (4, 6), 1, _gram,
+    ),
+    "crosswise in two layers": (
+        lambda w, x: (x @ w[0][:, :3], 2 * x @ w[0][:, 3:], 2 * x @ w[1][:, :3], x @ w[1][:, 3:]),
+        (2, 4, 6), 2, lambda x: np.stack([5 * _gram(x)] * 2),
+    ),
+    "of layers with inputs of their own": (
+        lambda w, x: (x @ w[0][:, :3], x @ w[0][:, 3:], 2 * x @ w[1][:, :3]), (2, 4, 6), 1,
+        lambda x: np.stack([_gram(x), 4 * _gram(x)]),
+    ),
+    "of experts": (
+        lambda w, x: jax.vmap(lambda w, x: (x @ w[:, :2], 2 * x @ w[:, 2:]))(
+            w, x.reshape(3, 4, 4)
+        ),
+        (3, 4, 6), 2, lambda x: np.stack([5 * _gram(y) for y in x.reshape(3, 4, 4)]),
+    ),
+    "of a convolution": (
+        lambda w, x: [
+            lax.conv_general_dilated(
+                k * x[None], w[..., :2] if k == 1 else w[..., 2:], (1,), "VALID",
+                dimension_numbers=("NWC", "WIO", "NWC"),
+            )
+            for k in (1, 2)
+        ],
+        (1, 4, 6), 2, lambda x: 5 * _gram(x),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_slices_of_a_fused_kernel_that_meet_different_inputs_are_told(name: str) -> None:
+    product, shape, count, moment = SLICES[name]
+    params = {"w": _normal(0, *shape)}
+    fn = lambda p, x: product(p["w"], x)  # noqa: E731
+    weights = jq.find_weights(fn, params, X)
+    assert weights["w"].slices == count
+    assert (f"meet {count} inputs" in weights["w"].note) == (count > 1)
+    found = jq.capture(fn, params, [X])["w"]
+    np.testing.assert_allclose(found.second_moment, moment(np.asarray(X)), rtol=1e-4)
+
+
+def test_the_report_tells_of_slices() -> None:
     params = {"w": _normal(0, 4, 6)}
-
-    def crossed(p, x):
-        return x @ p["w"][:, :3], jnp.tanh(x) @ p["w"][:, 3:]
-
-    def alike(p, x):
-        return x @ p["w"][:, :3], x @ p["w"][:, 3:]
-
-    assert jq.find_weights(alike, params, X)["w"].slices == 1
-    weights = jq.find_weights(crossed, params, X)
-    assert weights["w"].slices == 2
-    plan = jq.plan(weights, {".*": jq.presets.int4_gptq()})
-    _, report = jq.quantize(crossed, params, plan, [X])
+    fn = lambda p, x: SLICES["in two"][0](p["w"], x)  # noqa: E731
+    plan = jq.plan(jq.find_weights(fn, params, X), {".*": jq.presets.int4_gptq()})
+    _, report = jq.quantize(fn, params, plan, [X])
     assert "meet 2 inputs" in report["w"].note

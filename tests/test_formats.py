@@ -399,8 +399,8 @@ def _put(at: int, value: Any) -> Any:
         ("pack-4", {"weight_shape": lambda t: t + [0, 10]}, "'weight_packed' is int32"),
         ("pack-4", {"weight_shape": lambda t: t + [0, 1]}, "31 inputs; .* groups of 10"),
         ("pack-4", {"weight_shape": lambda t: t + 2**40}, "'weight_shape'"),
-        ("pack-index", {"weight_g_idx": lambda t: t[::-1]}, "'weight_g_idx' puts inputs.*desc_act"),
-        ("gptq-4-v1", {"g_idx": lambda t: np.roll(t, 1)}, "'g_idx' puts inputs"),
+        ("pack-index", {"weight_g_idx": _put(0, 1)}, "'weight_g_idx' puts 9 inputs.*desc_act"),
+        ("gptq-4-v1", {"g_idx": _put(3, -1)}, "'g_idx' puts 1 inputs into group -1, which has 0"),
         ("int-4-zeros", {"weight": _put(0, 8)}, r"'weight' holds codes outside 0 \.\. 15"),
         (
             "float-channel",

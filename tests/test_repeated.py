@@ -38,6 +38,29 @@ CASES: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], Any]] = {
         lambda w: jnp.repeat(w, 2, 1), (4, 2, 5), (64, 4),
         lambda x, w: jax.lax.ragged_dot(x, w, GROUPS),
     ),
+    "kron": (
+        lambda w: jnp.kron(jnp.ones((2, 1)), jnp.kron(w, jnp.ones((2, 1)))), (3, 5), (64, 12),
+        jnp.matmul,
+    ),
+    "blocks": (
+        lambda w: jnp.tile(w, (2, 1, 1)), (1, 2, 5), (64, 2, 2),
+        lambda x, w: jnp.einsum("tgd,gdf->tgf", x, w),
+    ),
+    "experts-dense": (
+        lambda w: jnp.repeat(w, 2, 0), (2, 4, 5), (4, 6, 4),
+        lambda x, w: jnp.einsum("etd,edf->etf", x, w),
+    ),
+    "conv-groups": (
+        lambda w: jnp.repeat(w, 2, 1), (3, 1, 6), (2, 6, 4),
+        lambda x, w: jax.lax.conv_general_dilated(
+            x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2
+        ),
+    ),
+    "sliced": (lambda w: jnp.repeat(w, 2, 0)[:3], (2, 5), (64, 3), jnp.matmul),
+    "by index": (
+        lambda w: w[jnp.array([0, 0, 1, 1])], (2, 4, 5), (4, 6, 4),
+        lambda x, w: jnp.einsum("etd,edf->etf", x, w),
+    ),
     "dot-in": (lambda w: jnp.repeat(w, 2, 0), (2, 5), (64, 4), jnp.matmul),
 }  # fmt: skip
 

@@ -96,8 +96,28 @@ def _joined(p: Any, x: Any, mask: Any) -> Any:
     return jnp.concatenate([x, jnp.tanh(x)], -1) @ jnp.concatenate([p["w"], p["b"]])
 
 
+def _class_token(p: Any, x: Any, mask: Any) -> Any:
+    """A learned token before the others, read alone in the end; a pooled one behind them."""
+    batch, time, _ = x.shape
+    first = jnp.broadcast_to(p["h"].reshape(2, 8)[:1], (batch, 1, 8))
+    last = jnp.where(mask[..., None], x, 0).sum(1, keepdims=True)
+    x = jnp.concatenate([first, x, last], 1)
+    mask = jnp.pad(mask, ((0, 0), (1, 1)), constant_values=True)
+    q, k, v = x @ p["w"], x @ p["b"], x @ p["s"][0]
+    score = jnp.where(mask[:, None], jnp.einsum("btd,bsd->bts", q, k), -1e9)
+    y = (jnp.tanh(x + jax.nn.softmax(score) @ v)) @ p["s"][1]
+    return y[:, 0] @ p["s"][2], y[:, 1:-1] @ p["x"][0]
+
+
+def _registers(p: Any, x: Any, mask: Any) -> Any:
+    """As many learned tokens as a batch has others, which are dropped."""
+    rows = jnp.broadcast_to(_normal(7, 12, 8), (x.shape[0], 12, 8))
+    y = jnp.tanh(jnp.concatenate([rows, x], 1) @ p["w"])
+    return y[:, :12] @ p["b"]
+
+
 FUNCTIONS = [_attention, _time_major, _experts, _layers, _heads, _loop, _pooled, _first, _grouped,
-             _causal_conv, _joined]  # fmt: skip
+             _causal_conv, _joined, _class_token, _registers]  # fmt: skip
 
 
 def _alone(fn: Any, **kwargs: Any) -> dict[str, jq.Evidence]:

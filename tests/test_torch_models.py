@@ -444,6 +444,48 @@ def test_arrays_of_a_file_count_by_their_names(
     np.testing.assert_array_equal(read_batches(file, fn.inputs)[0][0], mask)
 
 
+def test_tokens_that_a_mask_hides_do_not_count(folder_of: Callable[[str], Path]) -> None:
+    from jquant.app.named_inputs import real_tokens
+    from jquant.app.sources import Model
+
+    fn, params, _ = models.load(folder_of("BertModel"), lazy=True)
+    mask = (np.arange(12) < np.array([[12], [5]])).astype(np.int32)
+    model = Model("bert", dataclasses.replace(fn, inputs=("input_ids", "attention_mask")), params)
+    weights = real_tokens(model, [(TOKENS, mask)])
+    assert weights is not None and weights.unmatched == "count" and callable(weights.of)
+    np.testing.assert_array_equal(weights.of(TOKENS, mask), mask == 1)
+    assert real_tokens(model, [(TOKENS, np.ones_like(mask))]) is None
+    assert real_tokens(model, [(TOKENS, np.zeros((2, 1, 12, 12)))]) is None  # not of tokens
+    assert real_tokens(Model("bert", fn, params), [TOKENS]) is None
+    both = ("input_ids", "attention_mask", "decoder_input_ids")
+    paired = Model("t5", dataclasses.replace(fn, inputs=both), params)
+    assert real_tokens(paired, [(TOKENS, mask, TOKENS)]) is None
+
+
+@pytest.mark.slow
+def test_the_command_line_leaves_padding_out(
+    folder_of: Callable[[str], Path], tmp_path: Path, capsys: Any
+) -> None:
+    from jquant.app import cli
+
+    mask = np.tile(np.arange(12) < np.array([[12], [5]]), (8, 1))
+    folder, out, file = str(folder_of("Qwen3ForCausalLM")), tmp_path / "out", tmp_path / "x.npz"
+    line = ["-q", "--architecture", "Qwen3ForCausalLM", "--batches", str(file)]
+    shown = []
+    for padding in (0, 7):
+        tokens = np.where(mask, np.tile(TOKENS, (8, 1)), padding)
+        np.savez(file, input_ids=tokens, attention_mask=mask.astype(np.int32))
+        if not shown:
+            command = ["quantize", folder, "-o", str(out), "--recipe", "int8-gptq", *line]
+            assert cli.run(command) == 0
+            rows = json.loads((out / "report.json").read_text())["weights"]
+            assert rows["model.layers.0.self_attn.q_proj.weight"]["tokens"] == mask.sum()
+            capsys.readouterr()
+        assert cli.run(["evaluate", str(out), "--against", folder, *line]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "KL" in shown[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
 def test_experts_gathered_for_each_token_have_the_evidence_of_sorted_ones(

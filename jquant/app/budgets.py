@@ -20,6 +20,7 @@ from jquant.allocation import Allocation, Candidates, allocate, candidates, fish
 from jquant.allocation.bits import budget_bytes
 from jquant.allocation.candidates import draft
 from jquant.app.console import Narrator
+from jquant.app.named_inputs import real_tokens
 from jquant.app.sources import Model
 from jquant.errors import PlanError
 from jquant.grids import MSE, MinMax
@@ -59,7 +60,8 @@ def share_bits(
     with narrator.stage("finding out who needs bits", len(examples)) as update:
         scores = fisher(
             model.fn, model.params, drafts, examples,
-            key=jax.random.key(0), progress=lambda done, total: update(done),
+            token_weights=real_tokens(model, examples), key=jax.random.key(0),
+            progress=lambda done, total: update(done),
         )  # fmt: skip
     plan, allocation = allocate(scores.losses(drafts), real, bytes=budget)
     return plan, replace(allocation, by=scores.name, papers=scores.papers)

@@ -31,7 +31,7 @@ from jquant.app.examples import Examples, calibration, held_out, one_by_one
 from jquant.app.exporting import To, export_model, need_plan, saved
 from jquant.app.listing import listing
 from jquant.app.measuring import alone, beside, described, full_and_quantized
-from jquant.app.named_inputs import taking
+from jquant.app.named_inputs import real_tokens, taking
 from jquant.app.options import Kept, Orbax, Quiet, Reading, Recipe, Source
 from jquant.app.quantizing import (
     Chosen,
@@ -187,11 +187,12 @@ def quantize_model(
     model = decoded(model, requantize, narrator)
     model = taking(model, examples.batches)
     batches = calibration(model, examples)
-    weights = find_weights(model.fn, model.params, *inputs_of(batches[0]))
-    plan, chosen = plan_of(weights, default, rules, lorc), Chosen()
+    fn, leaves, chosen = model.fn, model.params, Chosen()
+    plan = plan_of(find_weights(fn, leaves, *inputs_of(batches[0])), default, rules, lorc)
+    real = None if objective == "stage" else real_tokens(model, batches)
     if adadim:
         with narrator.job("choosing axes") as move:
-            plan, axes = choose_axes(model.fn, model.params, plan, batches, progress=move)
+            plan, axes = choose_axes(fn, leaves, plan, batches, token_weights=real, progress=move)
         chosen = chosen._replace(axes=axes)
     if bits is not None:
         plan, shares = share_bits(model, plan, rules, one_by_one(batches), bits, narrator)
@@ -199,16 +200,16 @@ def quantize_model(
         narrator.show(f"bits: {shares}")
     need_plan(to, model, plan)
     used = batches if needs_text(plan, objective) else None
+    how: Any = {"sequential": sequential, "token_weights": real}
     need_foreseeable(objective, dry_run)
     if dry_run:
         narrator.say("compiling and timing every program of the job")
-        cost = estimate(model.fn, model.params, plan, used, sequential=sequential)
-        narrator.show(cost.table())
+        narrator.show(estimate(fn, leaves, plan, used, **how).table())
         return
     with narrator.job("quantizing") as move:
         qparams, outcome = quantize(
-            model.fn, model.params, plan, used, sequential=sequential, work_dir=work_dir,
-            progress=move, objective=objective_of(objective), key=jax.random.key(0),
+            fn, leaves, plan, used, work_dir=work_dir, progress=move,
+            objective=objective_of(objective), key=jax.random.key(0), **how,
         )  # fmt: skip
     size = saved(model, output, qparams, to, force)
     write_report(output, outcome, chosen)

@@ -10,6 +10,7 @@ import numpy as np
 
 from jquant.app.console import Narrator
 from jquant.app.examples import count_examples, count_tokens
+from jquant.app.named_inputs import real_tokens
 from jquant.app.sources import Model, names_maker, opened
 from jquant.app.texts import as_loaded
 from jquant.evaluate import compare, output_error, perplexity
@@ -32,7 +33,10 @@ def alone(model: Model, batches: list[Any], narrator: Narrator) -> Rows:
             "so there is no perplexity; pass --against the model in full precision"
         )
     with narrator.stage("evaluating", count_tokens(batches)) as update:
-        value = perplexity(model.fn, model.params, batches, progress=update)
+        value = perplexity(
+            model.fn, model.params, batches,
+            token_weights=real_tokens(model, batches), progress=update,
+        )  # fmt: skip
     return [("perplexity", f"{value:.4f}")]
 
 
@@ -43,7 +47,10 @@ def beside(full: Model, qparams: Any, batches: list[Any], narrator: Narrator) ->
             error = output_error(full.fn, full.params, qparams, batches, progress=update)
         return [("squared error of outputs, relative", f"{error:.6f}")]
     with narrator.stage("evaluating", count_tokens(batches)) as update:
-        both = compare(full.fn, full.params, qparams, batches, progress=update)
+        both = compare(
+            full.fn, full.params, qparams, batches,
+            token_weights=real_tokens(full, batches), progress=update,
+        )  # fmt: skip
     return [
         ("KL, nats per token", f"{both.kl:.5f}"),
         ("perplexity", f"{both.perplexity_quantized:.4f}"),

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from jquant.app.sources import Model, names_maker
+from jquant.calibration.tokens import TokenWeights
 from jquant.errors import UnsupportedPrimitiveError
 from jquant.models import TorchFunction
 from jquant.models.torch_module import torch_module
@@ -23,12 +24,13 @@ from jquant.weights.arguments import inputs_of, shapes_of
 
 # What arrays of these names hold. Of others nothing is told, nor asked.
 TOKENS, MASK = "whole numbers [examples, tokens]", "0 or 1 [examples, tokens]"
+NAME = "attention_mask"
 MEANINGS = {
     "input_ids": TOKENS,
     "decoder_input_ids": TOKENS,
     "token_type_ids": TOKENS,
     "position_ids": TOKENS,
-    "attention_mask": MASK,
+    NAME: MASK,
     "decoder_attention_mask": MASK,
     "pixel_values": "floats [examples, channels, height, width]",
     "input_features": "floats [examples, features, frames]",
@@ -74,6 +76,22 @@ def names_in(batches: str | None) -> tuple[str, ...]:
             return tuple(file.files)
     except (ValueError, OSError, KeyError, AttributeError):
         return ()  # reading the arrays will tell
+
+
+def real_tokens(model: Model, batches: Sequence[Any]) -> TokenWeights | None:
+    """What tokens count: those that an attention mask `[examples, tokens]` keeps.
+
+    Rows whose tokens are not known are counted, and reports say so. None where nothing is masked,
+    and of a model with tokens of two kinds, as a decoder beside its encoder has them.
+    """
+    names = model.fn.inputs if isinstance(model.fn, TorchFunction) else ()
+    if NAME not in names or any(name.startswith("decoder_") for name in names):
+        return None
+    at = names.index(NAME)
+    masks = [np.asarray(inputs_of(batch)[at]) for batch in batches]
+    if any(mask.ndim != 2 for mask in masks) or all(mask.all() for mask in masks):
+        return None
+    return TokenWeights(lambda *inputs: np.asarray(inputs[at]) != 0, unmatched="count")
 
 
 def need_fitting(model: Model, batches: Sequence[Any], source: str) -> None:

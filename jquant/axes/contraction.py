@@ -159,7 +159,9 @@ class Contraction(NamedTuple):
         """
         reading = Reading.of(self.kind, origin, self.roles)
         if reading is None:
-            raise UnreadableError("it was indexed along an axis that is contracted")
+            raise UnreadableError(
+                "it was indexed along an axis that is contracted, or that inputs or a loop go along"
+            )
         return reading
 
     def arrangement(self, origin: Origin) -> Arrangement:

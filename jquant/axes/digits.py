@@ -7,6 +7,7 @@ where they are contracted (`origin.py`), and tokens to where they meet a weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -15,9 +16,10 @@ class Part(NamedTuple):
     """A mixed-radix digit of an axis, or a window of one.
 
     Axis `axis` is read as digits; this one has the given `stride` and `size`, and the array holds
-    its values `start .. start + length`, last first where it is `reversed`. `axis` is -1 for an
-    axis made by broadcasting, or of which nothing is told. A `shuffled` part holds the values in an
-    order, or a choice, that only the array knows.
+    its values `start .. start + length`, last first where it is `reversed`. A window may begin
+    before the axis or end behind it, where entries of no axis were joined to it. `axis` is -1 for
+    an axis made by broadcasting, or of which nothing is told. A `shuffled` part holds the values in
+    an order, or a choice, that only the array knows; the numbers tell it from other choices.
     """
 
     axis: int
@@ -26,7 +28,7 @@ class Part(NamedTuple):
     start: int
     length: int
     reversed: bool = False
-    shuffled: bool = False
+    shuffled: tuple[int, ...] = ()
 
     @staticmethod
     def of(axis: int, size: int) -> Part:
@@ -35,7 +37,7 @@ class Part(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        return self.length == self.size
+        return self.start == 0 and self.length == self.size
 
     @property
     def pinned(self) -> bool:
@@ -88,3 +90,26 @@ def _taken(parts: list[Part], size: int) -> Axis | None:
         parts[:0] = split[1:]
         size //= split[0].length
     return tuple(axis)
+
+
+def windowed(axis: Sequence[Part], start: int, length: int) -> Axis | None:
+    """Values `start .. start + length` of an axis; None where no window of each part holds them.
+
+    Example:
+        >>> parts = windowed([Part.of(0, 2), Part.of(1, 3)], 3, 2)
+        >>> [(part.start, part.length) for part in parts]
+        [(1, 1), (0, 2)]
+    """
+    if not axis:
+        return None
+    outer, inner = axis[0], axis[1:]
+    each = math.prod(part.length for part in inner)
+    if start % each == length % each == 0:
+        rows, below = range(start // each, (start + length) // each), tuple(inner)
+    else:
+        rows = range(start // each, start // each + 1)
+        below = windowed(inner, start % each, length) if start % each + length <= each else None
+    if outer.shuffled or below is None:
+        return None
+    skipped = outer.length - rows.stop if outer.reversed else rows.start
+    return outer._replace(start=outer.start + skipped, length=len(rows)), *below

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from jquant.axes.digits import Axis, Part, regroup
+from jquant.axes.digits import Axis, Part, regroup, windowed
 
 
 @jax.tree_util.register_static
@@ -135,12 +135,10 @@ class Origin:
             start, length = low - offset, high - low
             if length == mine:
                 return self._with(len(shape), own, offsets)
-        parts = [part for part in own[dim] if part.size > 1]
-        if len(parts) != 1 or parts[0].shuffled:
+        parts = windowed([part for part in own[dim] if part.size > 1], start, length)
+        if parts is None:
             return None
-        part = parts[0]
-        skipped = part.length - start - length if part.reversed else start
-        own[dim] = (part._replace(start=part.start + skipped, length=length),)
+        own[dim] = parts
         return self._with(len(shape), own, offsets)
 
     def strided(
@@ -152,7 +150,7 @@ class Origin:
         a choice like others.
         """
         if shape[dim] != stride * length:
-            return self.shuffle(shape, dim, length)
+            return self.shuffle(shape, dim, length, (-1, start, stride))
         digits = (*shape[:dim], length, stride, *shape[dim + 1 :])
         split = self.reshape(shape, digits)
         one = split and split.window(digits, dim + 1, start, 1)
@@ -173,13 +171,18 @@ class Origin:
                 offsets[dim] = shape[dim] - offset - math.prod(part.length for part in own[dim])
         return self._with(len(shape), own, offsets)
 
-    def shuffle(self, shape: Sequence[int], dim: int, length: int) -> Origin | None:
-        """One array axis indexed: `length` of its values, in an order that is not known."""
+    def shuffle(
+        self, shape: Sequence[int], dim: int, length: int, choice: tuple[int, ...]
+    ) -> Origin | None:
+        """One array axis indexed: `length` of its values, in an order that is not known.
+
+        `choice`: what tells it from others, and is not empty.
+        """
         own = list(self.own(len(shape)))
         parts = [part for part in own[dim] if part.size > 1]
         if len(parts) != 1 or self.own_offsets(len(shape))[dim] is not None:
             return None
-        own[dim] = (parts[0]._replace(length=length, shuffled=True),)
+        own[dim] = (parts[0]._replace(length=length, shuffled=choice),)
         return self._with(len(shape), own, self.own_offsets(len(shape)))
 
     def reshape(self, shape: Sequence[int], new: Sequence[int]) -> Origin | None:

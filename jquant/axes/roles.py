@@ -39,14 +39,16 @@ class Reading(NamedTuple):
     def of(kind: Kind, origin: Origin, roles: Sequence[Role]) -> Reading | None:
         """How a weight is read where the axes of its array have these roles.
 
-        None: it was indexed along an in or batch axis, in an order that is not known.
+        None: it was indexed along an in or batch axis, or one that a loop goes along, in an order
+        that is not known.
         """
         parts: dict[Role, list[Part]] = {"batch": [], "in": [], "out": []}
         for role, axis in zip(roles, origin.own(len(roles)), strict=True):
             parts[role] += [p._replace(reversed=False) for p in axis if p.axis >= 0]
-        if any(part.shuffled for part in (*parts["batch"], *parts["in"])):
-            return None
         scanned = origin.scanned(len(roles))
+        ordered_by = (*parts["batch"], *parts["in"], *(p for axis in scanned for p in axis))
+        if any(part.shuffled for part in ordered_by):
+            return None
         windows = [
             (k, offset, offset + math.prod(p.length for p in axis))
             for k, (axis, offset) in enumerate(zip(scanned, origin.offsets, strict=False))

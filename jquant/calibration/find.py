@@ -266,10 +266,22 @@ def _weight(
 
 
 def _slices(shape: Sequence[int], axes: Any, keys: Sequence[tuple[Reading, int]]) -> int:
-    """How many inputs are met by parts of the outputs; 1 where every input meets all outputs."""
+    """How many inputs are met by parts of the outputs; 1 where every input meets all outputs.
+
+    Of several matrices (layers, experts), that of those which meet most.
+    """
+    readings = [(reading, at) for reading, at in keys if reading.axes(shape) == axes]
+    alike = len({reading.batch for reading, _ in readings}) == 1
+    matrices: dict[Any, list[tuple[tuple[Part, ...], int]]] = {}
+    for reading, at in readings:
+        matrices.setdefault(alike and reading.fixed, []).append((reading.outer, at))
+    return max(map(_inputs, matrices.values()), default=1)
+
+
+def _inputs(met: Sequence[tuple[tuple[Part, ...], int]]) -> int:
+    """How many inputs parts of the outputs meet, where not all of these meet all of those."""
     inputs: dict[tuple[Part, ...], set[int]] = {}
-    for reading, at in keys:
-        if reading.axes(shape) == axes:
-            inputs.setdefault(reading.outer, set()).add(at)
-    alike = all(met == next(iter(inputs.values())) for met in inputs.values())
-    return 1 if alike else len(set().union(*inputs.values()))
+    for outer, at in met:
+        inputs.setdefault(outer, set()).add(at)
+    together = set().union(*inputs.values())
+    return len(together) if any(met != together for met in inputs.values()) else 1

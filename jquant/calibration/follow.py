@@ -259,8 +259,16 @@ def _length(place: Place, dim: int) -> int:
 
 
 def _concatenate(eqn: core.JaxprEqn, ins: Places) -> Places:
-    dim, size = eqn.params["dimension"], _shape(eqn)[eqn.params["dimension"]]
-    return (joined([p.resize(dim, size, "concatenate") for p in ins], "concatenate"),)
+    dim, size, name = eqn.params["dimension"], _shape(eqn)[eqn.params["dimension"]], "concatenate"
+    told = [k for k, place in enumerate(ins) if not Place(place.axes[dim : dim + 1]).is_blank]
+    pieces, before = [], 0
+    for k, place in enumerate(ins):
+        alone = [k] == told
+        pieces.append(
+            place.extend(dim, before, size, name) if alone else place.resize(dim, size, name)
+        )
+        before += _length(place, dim)
+    return (joined(pieces, name),)
 
 
 def _pad(eqn: core.JaxprEqn, ins: Places) -> Places:

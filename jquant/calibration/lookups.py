@@ -87,11 +87,11 @@ class Pick(NamedTuple):
         special |= dict.fromkeys(self.rows, "out")
         return [special.get(dim, "in") for dim in range(len(self.shape))]
 
-    def reorder(self, origin: Origin, shape: Sequence[int]) -> Origin | None:
-        """The origin of a result of `shape` that is the table in another order."""
+    def reorder(self, origin: Origin, shape: Sequence[int], site: tuple[int, ...]) -> Origin | None:
+        """Of a result of `shape` that is the table in another order, picked at `site`."""
         assert self.turn is not None
         (row,) = self.rows
-        shuffled = origin.shuffle(self.shape, row, shape[self.turn.index(row)])
+        shuffled = origin.shuffle(self.shape, row, shape[self.turn.index(row)], site)
         return shuffled and shuffled.transpose(self.turn)
 
 
@@ -102,6 +102,7 @@ def lookup(observer: Any, eqn: core.JaxprEqn, values: list[Any], walker: Walker)
     (result,) = bind(eqn, list(map(array_of, values)))
     pick = _PICKS[name](eqn, table.array.shape, array_of(values[1]).ndim if len(values) > 1 else 0)
     free = all(map(is_independent, eqn.invars[1:], values[1:]))
+    site = walker.site if free else None
     observer.reach(values[1:])
     is_use = pick.whole and bool(pick.rows and pick.kept)
     if is_use and pick.is_row and not free:
@@ -109,20 +110,26 @@ def lookup(observer: Any, eqn: core.JaxprEqn, values: list[Any], walker: Walker)
             observer.see(walker, (0, k), origin, observer.looked_up(walker, origin, pick.roles), 0)
         return [result]
     if not is_use:
-        return [_picked(table, pick, result, name, free)]
+        return [_picked(table, pick, result, eqn, site)]
     number = observer.postpone(walker, table.good, pick.roles)
-    value = _picked(replace(table, reach=(*table.reach, number)), pick, result, name, free)
+    value = _picked(replace(table, reach=(*table.reach, number)), pick, result, eqn, site)
     if name != "gather" or free:
         return [value]
     matrices = Picked.of(eqn, walker.site, table, array_of(values[1]), number)
     return [value if matrices is None else replace(value, pick=observer.pick(matrices))]
 
 
-def _picked(table: Tagged, pick: Pick, result: Any, name: str, free: bool) -> Tagged:
-    """What was picked from a table, where that is no use of it yet; `free`: at fixed positions."""
+def _picked(
+    table: Tagged, pick: Pick, result: Any, eqn: core.JaxprEqn, site: tuple[int, ...] | None
+) -> Tagged:
+    """What was picked from a table, where that is no use of it yet.
+
+    `site`: where, if it was picked at fixed positions.
+    """
+    free, name = site is not None, eqn.primitive.name
     plain = Tagged(table.array, table.origins, table.reach)
-    if free and pick.turn is not None:
-        reordered = [pick.reorder(origin, result.shape) for origin in table.origins]
+    if site is not None and pick.turn is not None:
+        reordered = [pick.reorder(origin, result.shape, site) for origin in table.origins]
         return changed(plain, result, reordered, name)
     if free and pick.is_row:
         return Tagged(result, (), table.reach)

@@ -216,7 +216,9 @@ class Observer:
         """How a table is read whose axes have these roles in a lookup."""
         reading = Reading.of("lookup", origin, roles)
         if reading is None:
-            why = "it was indexed along an axis that is contracted"
+            why = (
+                "it was indexed along an axis that is contracted, or that inputs or a loop go along"
+            )
             raise unsupported(origin, walker.within[-1].primitive.name, why)
         return reading
 

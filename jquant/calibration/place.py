@@ -82,6 +82,17 @@ class Place:
         one = axis[0]._replace(start=axis[0].start + start, length=length)
         return replace(self, axes=(*self.axes[:dim], (one,), *self.axes[dim + 1 :]))
 
+    def extend(self, dim: int, before: int, size: int, why: str) -> Place:
+        """Axis `dim` as a share of one of `size` entries, beginning at `before`.
+
+        The others are of no token: class tokens, learned prompts.
+        """
+        axis = self.axes[dim]
+        if len(axis) != 1 or axis[0].axis < 0 or not axis[0].whole:
+            return self.resize(dim, size, why)
+        one = axis[0]._replace(start=-before, length=size)
+        return replace(self, axes=(*self.axes[:dim], (one,), *self.axes[dim + 1 :]))
+
     def broadcast(self, shape: Sequence[int], dims: Sequence[int]) -> Place:
         axes = list(Place.blank(shape).axes)
         pinned: list[Part] = []
@@ -108,8 +119,9 @@ class Place:
         """The weights of rows of an array with this place, and why that is not certain, if so.
 
         Rows are an array of axes `sizes`, turned by `turn`, without those after the first `kept`.
-        A row that stands for several tokens has the largest weight of them; one that stands for a
-        pair of them (an attention score) the smaller one.
+        A row that stands for several tokens has the largest weight of them, and so has one that was
+        joined to them and stands for none (a class token); one that stands for a pair of them (an
+        attention score) has the smaller one.
 
         Args:
             tokens: the weights of the tokens.
@@ -169,12 +181,23 @@ class Place:
         sizes, where = cut
         by_digit = tokens.reshape(sizes)
         for one, dim in where.items():
-            by_digit = jax.lax.slice_in_dim(by_digit, one.start, one.start + one.length, axis=dim)
+            by_digit = _window(by_digit, dim, one.start, one.start + one.length)
         kept = [where[d] for d in shown if d.axis >= 0]
         by_digit = jnp.max(by_digit, axis=tuple(k for k in range(len(sizes)) if k not in kept))
         by_digit = by_digit.transpose([sorted(kept).index(k) for k in kept])
         dims = [k for k, d in enumerate(shown) if d.axis >= 0]
         return jax.lax.broadcast_in_dim(by_digit, [d.length for d in shown], dims)
+
+
+def _window(weights: Array, dim: int, start: int, stop: int) -> Array:
+    """Weights `start .. stop` along a dimension; before and behind it stands the largest."""
+    size = weights.shape[dim]
+    inside = jax.lax.slice_in_dim(weights, max(start, 0), max(min(stop, size), 0), axis=dim)
+    largest = jnp.max(weights, dim, keepdims=True)
+    before, behind = (
+        jnp.repeat(largest, max(n, 0), dim) for n in (min(stop, 0) - start, stop - max(start, size))
+    )
+    return jnp.concatenate([before, inside, behind], dim)
 
 
 def _cut(

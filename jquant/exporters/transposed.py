@@ -20,6 +20,7 @@ from jquant.formats.base import Codec, formula
 from jquant.formats.transposed import BITS, awq, gptq
 from jquant.grids import Uniform, code_dtype
 from jquant.trees.lazy import Lazy, Window, read
+from jquant.weights.columns import Columns
 from jquant.weights.qtensor import QTensor
 
 GPTQ_HOLDS = (
@@ -36,7 +37,8 @@ def hold_gptq(version: Literal[1, 2]) -> Callable[[Described], Holding]:
     """How GPTQ holds weights; see `Target`."""
 
     def hold(weight: Described) -> Holding:
-        grid, group = _grid(weight, BITS), _group(weight)
+        ordered = weight.parts == (Columns.__name__,)
+        grid, group = _grid(alone(weight) if ordered else weight, BITS), _group(weight)
         if weight.shape[0] % 32 or weight.shape[1] % 32:
             raise FormatError(f"{weight.shape[0]} outputs and {weight.shape[1]} inputs")
         codec = gptq(grid.bits, group=group, version=version)
@@ -45,7 +47,7 @@ def hold_gptq(version: Literal[1, 2]) -> Callable[[Described], Holding]:
             "bits": grid.bits,
             "group_size": -1 if group is None else group,
             "sym": grid.symmetric,
-            "desc_act": False,
+            "desc_act": ordered,
             "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
             "pack_dtype": "int32",
         }

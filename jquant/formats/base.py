@@ -11,7 +11,7 @@ state. Weights are `[out, in]`, as checkpoints have them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -25,6 +25,7 @@ from jquant.grids import GGUF, Float, Grid, Uniform
 from jquant.io.leaves import within
 from jquant.numerics.packed import whole_bytes
 from jquant.trees.lazy import Lazy, Window, read
+from jquant.weights.columns import Columns
 from jquant.weights.inputs import Inputs
 from jquant.weights.qtensor import QTensor
 
@@ -108,7 +109,8 @@ class Codec:
             dtype: of the array that the weight stands for.
 
         Returns:
-            a weight `[out, in]` with arrays in memory.
+            a weight `[out, in]` with arrays in memory. Where the groups of inputs are no runs of
+            neighbours, its codes are sorted by group, and `Columns` says so.
 
         Raises:
             CheckpointError: a tensor is missing, left over, or of another shape or dtype than it
@@ -139,7 +141,13 @@ class Codec:
         layout = Layout.of(shape, in_axes=(1,))
         codes: Any = arrays.pop("codes")
         params: Any = arrays
-        return QTensor(codes, params, self.grid, self.groups, layout, jnp.dtype(dtype))
+        q = QTensor(codes, params, self.grid, self.groups, layout, jnp.dtype(dtype))
+        order = getattr(self.storage, "order", lambda *_: None)(tensors, shape)
+        if order is None:
+            return q
+        where = f"{identity}: {self.name}, order"
+        columns: Any = Lazy(order.shape, order.dtype, lambda window: order[window], where)
+        return replace(q, transforms=(Columns(columns),))
 
     def encode(self, q: QTensor) -> dict[str, np.ndarray]:
         """The tensors of a weight: the inverse of `decode`.
@@ -161,7 +169,9 @@ class Codec:
         held = {name: np.asarray(read(array)) for name, array in arrays.items()}
         if not within(held["codes"], self.grid.codes):
             raise self._refusal("codes outside their grid", f"{self.grid.codes}")
-        return self.storage.write(held, shape)
+        order = self._order(q)
+        more: Any = {} if order is None else {"order": np.asarray(read(order))}
+        return self.storage.write(held, shape, **more)
 
     def _checked(self, tensors: Mapping[str, Any]) -> Shape:
         """The shape of the weight of these tensors, if they are what it has."""
@@ -192,7 +202,8 @@ class Codec:
 
     def _check_held(self, q: QTensor) -> None:
         # How inputs are quantized is said elsewhere in a checkpoint, if it is.
-        if parts := [part for part in q.parts if not isinstance(part, Inputs)]:
+        parts = [p for p in q.parts if not isinstance(p, Inputs)]
+        if parts and self._order(q) is None:
             kinds = ", ".join(type(part).__name__ for part in parts)
             raise self._refusal(f"parts besides the codes ({kinds})", "codes and parameters alone")
         if q.codes.ndim != 2 or len(q.shape) != 2:
@@ -206,6 +217,13 @@ class Codec:
         own, theirs = (g.group(width) for g in (self.groups, q.groups))
         if q.groups.axis != "in" or own != theirs or (width % own and self._is_whole):
             raise self._refusal(f"{q.groups} of {width} inputs", f"groups of {own}")
+
+    def _order(self, q: QTensor) -> Any:
+        """The order of the weight's columns, if it has no other part and the format has a place."""
+        parts = [part for part in q.parts if not isinstance(part, Inputs)]
+        if len(parts) != 1 or getattr(self.storage, "index", None) is None:
+            return None
+        return parts[0].order if isinstance(parts[0], Columns) else None
 
     def _refusal(self, got: str, holds: str) -> FormatError:
         return FormatError(f"{self.name} cannot hold {got}; it holds {holds}")

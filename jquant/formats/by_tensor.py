@@ -2,7 +2,8 @@
 
 So are those of compressed-tensors, GPTQ, AWQ and qwix. A row of a table names an array, the tensor
 it lies in, and the steps from one to the other. Some formats write a tensor that the shape decides
-(`weight_shape`, `g_idx`); it is checked, and written again.
+(`weight_shape`); it is checked, and written again. So is one that says which group every input is
+in (`g_idx`): where groups are no runs of neighbours, the columns of the codes are sorted by group.
 """
 
 from __future__ import annotations
@@ -70,19 +71,46 @@ class WeightShape:
 
 @dataclass(frozen=True)
 class GroupIndex:
-    """The group of every input, in order."""
+    """The group of every input, int32: in order, or in any (desc_act, actorder: group)."""
 
     size: int | None
     tensor: str = "g_idx"
     tells_shape: bool = False
-    refusal: str = (
-        "puts inputs into groups that are not runs of neighbours (desc_act, actorder: group); a "
-        "QTensor has no such groups. Quantize without it, or save the model with sorted columns"
-    )
+    refusal: str = "does not hold the groups of the inputs in order"
 
     def value(self, shape: Shape) -> np.ndarray:
         width = shape[1]
         return (np.arange(width) // Groups("in", self.size).group(width)).astype(np.int32)
+
+    def order(self, index: np.ndarray, shape: Shape) -> np.ndarray | None:
+        """The inputs group after group, int32 `[in]`; None where they lie so.
+
+        Raises:
+            CheckpointError: a group has another number of inputs than its size.
+        """
+        whole = self.value(shape)
+        if np.array_equal(index, whole):
+            return None
+        order = np.argsort(index, kind="stable").astype(np.int32)
+        if not np.array_equal(index[order], whole):
+            raise CheckpointError(f"tensor {self.tensor!r} puts {_unlike(index, whole)}")
+        return order
+
+
+def _unlike(index: np.ndarray, whole: np.ndarray) -> str:
+    """The first group of another size than it has, in words."""
+    got, own = (dict(zip(*_counted(part), strict=True)) for part in (index, whole))
+    group = next(group for group, count in got.items() if own.get(group, 0) != count)
+    return (
+        f"{got[group]} inputs into group {group}, which has {own.get(group, 0)}; inputs may be in "
+        "any order (desc_act, actorder: group), but groups have one size"
+    )
+
+
+def _counted(index: np.ndarray) -> tuple[list[int], list[int]]:
+    """The groups, and how many inputs are in each."""
+    groups, counts = np.unique(index, return_counts=True)
+    return groups.tolist(), counts.tolist()
 
 
 @dataclass(frozen=True)
@@ -135,11 +163,22 @@ class ByTensor:
             specs[told.tensor] = Spec(value.shape, value.dtype)
         return specs
 
+    @property
+    def index(self) -> GroupIndex | None:
+        """Where the group of every input is said, if it is."""
+        return next((told for told in self.told if isinstance(told, GroupIndex)), None)
+
+    def order(self, tensors: Mapping[str, Any], shape: Shape) -> np.ndarray | None:
+        """Which input every column of the codes is of; None where they are in order."""
+        index = self.index
+        return index and index.order(np.asarray(read(tensors[index.tensor])), shape)
+
     def read(self, name: str, tensors: Mapping[str, Any], shape: Shape) -> np.ndarray:
         row = next(row for row in self.rows if row.array == name)
         if name == "codes":
             for told in self.told:
-                if not np.array_equal(tensors[told.tensor], told.value(shape)):
+                own = told is self.index or np.array_equal(tensors[told.tensor], told.value(shape))
+                if not own:
                     raise CheckpointError(f"tensor {told.tensor!r} {told.refusal}")
         array, specs = tensors[row.tensor], self._specs(row, shape)
         try:
@@ -147,12 +186,20 @@ class ByTensor:
                 array = step.read(array, spec)
         except CheckpointError as error:
             raise CheckpointError(f"tensor {row.tensor!r} holds {error}") from error
-        return array.astype(row.dtype, copy=False)
+        array = array.astype(row.dtype, copy=False)
+        order = self.order(tensors, shape) if name == "codes" else None
+        return array if order is None else array[:, order]
 
-    def write(self, arrays: Mapping[str, np.ndarray], shape: Shape) -> dict[str, np.ndarray]:
+    def write(
+        self, arrays: Mapping[str, np.ndarray], shape: Shape, order: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """The tensors; `order`: which input every column of the codes is of."""
         tensors: dict[str, np.ndarray] = {}
+        places = None if order is None else _places(order, shape)
         for row in self.rows:
             array = plain(arrays[row.array])
+            if places is not None and row.array == "codes":
+                array = array[:, places]
             try:
                 for step in reversed(row.steps):
                     array = step.write(array)
@@ -160,4 +207,18 @@ class ByTensor:
                 raise FormatError(f"{row.array!r}: {error}") from error
             dtype = self._specs(row, shape)[0].dtype
             tensors[row.tensor] = np.ascontiguousarray(array).astype(dtype, copy=False)
-        return tensors | {told.tensor: told.value(shape) for told in self.told}
+        told = {told.tensor: told.value(shape) for told in self.told}
+        if places is not None and self.index is not None:
+            told[self.index.tensor] = told[self.index.tensor][places]
+        return tensors | told
+
+
+def _places(order: np.ndarray, shape: Shape) -> np.ndarray:
+    """Which column every input is in, of which input every column is of.
+
+    Raises:
+        FormatError: not every input is in one column.
+    """
+    if not np.array_equal(np.sort(order), np.arange(shape[1])):
+        raise FormatError("the order of columns is no order of the inputs")
+    return np.argsort(order)

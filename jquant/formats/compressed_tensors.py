@@ -55,7 +55,7 @@ def pack_quantized(
         group: inputs that share a scale, for "group" alone.
         symmetric: whether there are no zero points.
         scale_dtype: "float32", "float16" or "bfloat16".
-        index: whether there is a tensor `weight_g_idx`; it must be in order.
+        index: whether there is a tensor `weight_g_idx`, of groups of one size in any order.
 
     Raises:
         FormatError: an argument is out of its set, or they contradict each other.

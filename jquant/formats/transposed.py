@@ -40,7 +40,7 @@ def gptq(
     Raises:
         FormatError: an argument is out of its set.
 
-    A `g_idx` that is not in order (`desc_act`) is refused when codes are read.
+    A `g_idx` may put the inputs into groups in any order (`desc_act`), all of them of one size.
 
     Example:
         >>> {name: str(spec) for name, spec in gptq(group=32).storage.tensors((64, 32)).items()}

@@ -26,6 +26,7 @@ from jquant.io.soundness import REFUSALS, check_weight
 from jquant.trees.lazy import Lazy
 from jquant.trees.paths import path_of
 from jquant.weights.arguments import named_leaf, refusal_of
+from jquant.weights.columns import Columns
 from jquant.weights.inputs import Inputs
 from jquant.weights.parts import Part
 from jquant.weights.qtensor import LowRank, QTensor
@@ -37,7 +38,8 @@ _ARRAYS = (jax.Array, np.ndarray, Lazy)
 
 # The dataclasses with arrays inside that a file may name: weights, and the parts of weights. The
 # classes of their static fields are those of `schemes.classes`.
-NODES: dict[str, type] = {kind.__name__: kind for kind in (QTensor, LowRank, Inputs, Rotated)}
+_KINDS = (QTensor, LowRank, Inputs, Rotated, Columns)
+NODES: dict[str, type] = {kind.__name__: kind for kind in _KINDS}
 
 
 def _fields(kind: type) -> tuple[list[str], list[str]]:

@@ -20,6 +20,7 @@ from jquant.errors import CheckpointError
 from jquant.io.container import DTYPES, Entry, read_container
 from jquant.io.files import FileState, naming
 from jquant.trees.lazy import Lazy, Window, realize, stack
+from jquant.weights.columns import Columns
 from jquant.weights.qtensor import QTensor, dequantize_weight, is_qtensor
 
 Leaf = Lazy | QTensor
@@ -64,8 +65,9 @@ def _named(leaf: Lazy, what: str) -> Lazy:
 
 def in_halves(leaf: Leaf, heads: int) -> Leaf:
     """Rows that are neighbouring channels (2i, 2i+1) of each head, sorted to (i, i + d/2)."""
-    if isinstance(leaf, QTensor):
-        return jax.tree.map(lambda array: in_halves(array, heads), leaf)
+    if isinstance(leaf, QTensor):  # rows are those of codes and parameters, not of other parts
+        arrays = jax.tree.map(lambda array: in_halves(array, heads), (leaf.codes, leaf.params))
+        return replace(leaf, codes=arrays[0], params=arrays[1])
 
     def values(window: Window) -> np.ndarray:
         pairs = leaf[...].reshape(heads, -1, 2, *leaf.shape[1:])
@@ -97,6 +99,7 @@ def stacked(leaves: Sequence[Any], what: str) -> Leaf:
     """
     if not any(map(is_qtensor, leaves)):
         return stack(leaves)
+    leaves = _ordered_alike(leaves)
     structures = {jax.tree.structure(leaf) for leaf in leaves}
     if len(structures) > 1:
         kinds = sorted({str(getattr(leaf, "grid", "an array")) for leaf in leaves})
@@ -109,6 +112,28 @@ def stacked(leaves: Sequence[Any], what: str) -> Leaf:
     batch, inner = ([k for k, own in enumerate(roles) if own == role] for role in ("batch", "in"))
     shape = (len(leaves), *leaves[0].shape)
     return replace(whole, layout=Layout.of(shape, batch_axes=batch, in_axes=inner))
+
+
+def _ordered_alike(leaves: Sequence[Any]) -> Sequence[Any]:
+    """Leaves that all have an order of their columns, if any of them has one."""
+    ordered = [is_qtensor(leaf) and _is_ordered(leaf) for leaf in leaves]
+    if not any(ordered):
+        return leaves
+    return [
+        leaf if has or not is_qtensor(leaf) else replace(leaf, transforms=(_in_order(leaf),))
+        for leaf, has in zip(leaves, ordered, strict=True)
+    ]
+
+
+def _is_ordered(q: QTensor) -> bool:
+    return any(isinstance(part, Columns) for part in q.transforms)
+
+
+def _in_order(q: QTensor) -> Columns:
+    """The columns in the order of the inputs."""
+    width = np.arange(q.codes.shape[-1], dtype=np.int32)
+    order: Any = Lazy(width.shape, width.dtype, lambda window: width[window], "in order")
+    return Columns(order)
 
 
 def tensors_of(path: Path) -> dict[str, Lazy]:

@@ -30,16 +30,26 @@ def pack_quantized(
 
 
 def gptq(
-    q: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int, version: int
+    q: np.ndarray,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    bits: int,
+    version: int,
+    index: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """GPTQ: unsigned codes `[out, in]`, zero points from 1 on, or any in version 2."""
+    """GPTQ: unsigned codes `[out, in]`, zero points from 1 on, or any in version 2.
+
+    `index`: the group of every input; None: they are runs of neighbours.
+    """
     stored = zero - 1 if version == 1 else zero
     width, groups = q.shape[1], zero.shape[1]
+    if index is None:
+        index = np.arange(width) // (width // groups)
     return {
         "qweight": np.ascontiguousarray(stream(q, bits).T),
         "qzeros": stream(stored.T, bits),
         "scales": np.ascontiguousarray(scale.T),
-        "g_idx": (np.arange(width) // (width // groups)).astype(np.int32),
+        "g_idx": index.astype(np.int32),
     }
 
 
