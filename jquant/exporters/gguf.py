@@ -244,12 +244,13 @@ def _as_plain(array: np.ndarray, kind: str, path: str) -> np.ndarray:
 def _encoded(q: QTensor, holding: Holding, shape: tuple[int, ...]) -> np.ndarray:
     """The bytes of a weight in memory; of experts one matrix after the other."""
     assert holding.codec is not None
+    stacks = np.shape(q.codes)[:-2]
     parts = []
-    for at in np.ndindex(*np.shape(q.codes)[:-2]):
+    for at in np.ndindex(*stacks):
         params = {name: np.asarray(leaf)[at] for name, leaf in q.params.items()}
         one = holding.stored(replace(q, codes=np.asarray(q.codes)[at], params=params))
         parts.append(holding.codec.encode(one)[TENSOR])
-    return np.ascontiguousarray(np.stack(parts).reshape(*shape[:-1], -1))
+    return np.stack(parts).reshape(*shape[:-1], -1) if stacks else parts[0]
 
 
 @contextlib.contextmanager

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-_RUN = 1 << 20  # elements in a run: about what a core's second cache holds
+_RUN = 1 << 19  # elements in a run: about what a core's second cache holds
 
 
 def runs(rows: int, width: int) -> Iterator[slice]:
     """Slices of so many rows of `width` elements, in order.
 
     Example:
-        >>> list(runs(5, 1 << 19))
+        >>> list(runs(5, 1 << 18))
         [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
     step = max(1, _RUN // max(width, 1))
