@@ -67,13 +67,17 @@ def new_folder(target: Path, force: bool = False) -> Iterator[Path]:
 
 def write_sidecar(folder: Path, form: str) -> None:
     """Write down what the files of a folder are."""
-    try:
-        version = importlib.metadata.version("jquant-jax")
-    except importlib.metadata.PackageNotFoundError:  # run from a folder of sources
-        version = "unknown"
     files = {file.name: _told(file) for file in sorted(folder.iterdir()) if file.is_file()}
-    told = {"jquant": version, "format": form, "files": files}
+    told = {"jquant": own_version(), "format": form, "files": files}
     (folder / SIDECAR).write_text(json.dumps(told, indent=1), "utf-8")
+
+
+def own_version() -> str:
+    """The version of jquant."""
+    try:
+        return importlib.metadata.version("jquant-jax")
+    except importlib.metadata.PackageNotFoundError:  # run from a folder of sources
+        return "unknown: not installed"
 
 
 def edited(folder: str | os.PathLike[str]) -> list[str]:
