@@ -19,6 +19,7 @@ import numpy as np
 
 from jquant.axes.layout import Layout
 from jquant.errors import CheckpointError, FormatError
+from jquant.exporters.beside import room
 from jquant.exporters.described import Described, Holding
 from jquant.exporters.folder import need_place, new_folder, write_sidecar
 from jquant.exporters.shards import Piece, write_shards
@@ -95,7 +96,8 @@ def export(
     Raises:
         FormatError: there is no such format, or it cannot hold a weight: names its path, what
             stands in the way, and the nearest scheme that it holds.
-        ExportError: the folder is in use; what was read back is not what was to be written.
+        ExportError: the folder is in use; the disk has no room; what was read back is not what was
+            to be written.
         CheckpointError: `like` is no folder of this network.
         TreeError: the parameters are not those of `fn`.
         ImportError: the extra `models` is not installed.
@@ -128,7 +130,7 @@ def export(
     holdings = _holdings(target, model)
     config, expected = _config(target, model, holdings), _expected(model, holdings)
     pieces = [_piece(name, leaf, holdings.get(name)) for name, leaf in expected.items()]
-    with new_folder(place, force) as temporary:
+    with room(place, sum(p.nbytes for p in pieces)), new_folder(place, force) as temporary:
         nbytes = write_shards(temporary, pieces, max_shard_bytes)
         (temporary / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
         _write_beside(temporary, original, tokenizer)
