@@ -598,6 +598,29 @@ def test_an_old_export_is_put_back(decoder: Any, tmp_path: Path) -> None:
     assert exporters.edited(tmp_path / "out") == []
 
 
+@posix
+def test_half_of_an_old_export_is_not_put_back(
+    decoder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed while it deletes the export that it has replaced."""
+    fn, params = decoder
+    qparams = quantized(params, jq.Scheme(Uniform(4, True), 32))
+    jq.export(fn, qparams, tmp_path / "out")
+
+    def half(path: Path, **options: Any) -> None:
+        (path / "config.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", half)
+        with pytest.raises(KeyboardInterrupt):
+            jq.export(fn, qparams, tmp_path / "out", force=True)
+    os.replace(tmp_path / "out", tmp_path / "away")
+    beside.clear(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["away"]
+    assert exporters.edited(tmp_path / "away") == []
+
+
 def test_a_name_that_another_takes_away_is_not_used(tmp_path: Path) -> None:
     made: list[Path] = []
 

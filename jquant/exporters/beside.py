@@ -1,10 +1,10 @@
 """What is written beside its place, under a hidden name, until it is complete; and room for it.
 
-A process that is killed leaves `.NAME.….tmp` (a folder), `.NAME.….part` (a file) or `.NAME.….old`
-(an export that was just then being replaced) behind. Who writes holds a lock on what it writes, and
-a lock dies with its process: so the next export of that name sees which of these nobody writes any
-more. It puts an old export back where there is none, and deletes the rest. Where there are no such
-locks (Windows, some network drives) nothing is deleted.
+A process that is killed leaves `.NAME.….tmp` (a folder), `.NAME.….part` (a file), `.NAME.….old` (an
+export that was just then being replaced) or `.NAME.….gone` (what was being deleted) behind. Who
+writes holds a lock on what it writes, and a lock dies with its process: so the next export of that
+name sees which of these nobody writes any more. It puts an old export back where there is none, and
+deletes the rest. Where there are no such locks (Windows, some network drives) nothing is deleted.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _lock(path: Path, handle: int | None) -> bool | None:
 
 def clear(target: Path) -> None:
     """Deletes what killed processes have left of exports to a target; puts an old export back."""
-    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.(tmp|part|old)")
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.(tmp|part|old|gone)")
     for path in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
         match = name.fullmatch(path.name)
         if match is None:
@@ -93,8 +93,12 @@ def clear(target: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Deletes a file or a folder, if it is there and can be."""
+    """Deletes a hidden file or folder, if it is there and can be. A folder gets another name first:
+    half of an old export must not be taken for one."""
     if path.is_dir():
+        gone = path.with_suffix(".gone")
+        with contextlib.suppress(OSError):
+            path = path.rename(gone)
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
