@@ -57,6 +57,10 @@ class ExportError(ValueError):
     """An export cannot take its place, or what was read back is not what was to be written."""
 
 
+class ClientError(ValueError):
+    """An engine that an export is to be run by is not installed, or does not open it."""
+
+
 class WorkDirError(ValueError):
     """A work directory cannot be written to, or holds the stages of another job."""
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("benchmarks.zoo.packages")  # not part of the source distribution
+from benchmarks.environments import ROOT, reason  # noqa: E402
 from benchmarks.sections.zoo import zoo  # noqa: E402
-from benchmarks.zoo.environments import ROOT, reason  # noqa: E402
 from benchmarks.zoo.packages import BASE, PACKAGES  # noqa: E402
 
 RUNNER = importlib.import_module("benchmarks.zoo.__main__")

@@ -1,106 +1,126 @@
-"""Runs the clients, see `benchmarks.clients`, and writes `results/clients.json`."""
+"""Runs the clients, see `benchmarks.clients`, and writes `results/clients.json`.
+
+    ./run clients                                  # all
+    ./run clients transformers onnxruntime         # some; results of the others stay
+    ./run clients llama-cpp --python env/bin/python  # in an environment that is there
+
+Environments lie in `build/clients`; `jquant.exporters.CLIENTS` says the versions. What fails (an
+installation, a flavour) is a row of the results too, with the reason.
+"""
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 import jquant as jq
-from benchmarks.clients.flavours import TRANSFORMERS, Flavour
-from benchmarks.harness import write
+from benchmarks.clients import matmul_nbits
+from benchmarks.clients.flavours import BARE, FLAVOURS, Flavour
+from benchmarks.environments import ROOT, Failed, made
+from benchmarks.harness import RESULTS, machine
+from jquant.errors import ClientError
+from jquant.exporters import CLIENTS, apart, ask
 from jquant.models import Decoder, DecoderConfig
 
-HERE = Path(__file__).parent
+FOLDER = ROOT / "build" / "clients"
+PYTHON = "3.11"  # what the versions of the table were tried on
 NETWORK = DecoderConfig(vocab=96, width=64, hidden=128, layers=2, heads=4, kv_heads=2)
-_TORCH = ("torch==2.13.0", "transformers==5.24.0", "accelerate")
 
 
-class Client(NamedTuple):
-    """An engine: what its environment has, the script that runs there, and what it is given."""
+def environment(client: str) -> Path:
+    """The interpreter of a client's environment.
 
-    packages: tuple[str, ...]
-    script: str
-    flavours: Mapping[str, Flavour]
-
-
-CLIENTS = {
-    "transformers": Client(
-        (*_TORCH, "compressed-tensors==0.20.1"), "transformers_client.py", TRANSFORMERS
-    ),
-}
-
-
-def interpreter(folder: Path, packages: tuple[str, ...]) -> Path:
-    """The Python of an environment, made if it is not there."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], check=True)
-    return python
+    Raises:
+        Failed: it cannot be made.
+    """
+    bare = BARE.get(client, ())
+    own = {name.split("==")[0].lower() for name in bare}
+    if client == matmul_nbits.NAME:
+        requirements = list(matmul_nbits.PACKAGES)
+    else:
+        every = {k: v for row in CLIENTS[client].formats.values() for k, v in row.items()}
+        requirements = [f"{k}=={v}" for k, v in every.items() if k.lower() not in own]
+        requirements += ["accelerate"] * ("transformers" in every)
+    return made(FOLDER / client, PYTHON, [*requirements, *bare], requirements, bare)
 
 
-def exported(flavour: Flavour, folder: Path) -> dict[str, int]:
-    """Exports the network in a flavour, and leaves beside it what its logits are to be."""
+def tokenizer() -> Any:
+    """One of numbers: some engines open no folder without one."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = models.WordLevel({str(k): k for k in range(NETWORK.vocab)}, unk_token="0")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="1")
+
+
+def measured(client: str, flavour: Flavour, python: Path, folder: Path) -> dict[str, Any]:
+    """The row of a flavour: how far the client's logits are from `apply`'s, or why it has none."""
     fn = Decoder(NETWORK)
     params = jax.tree.map(lambda x: x * 1.5 if x.ndim > 1 else x, fn.init(jax.random.key(7)))
     tokens = np.random.default_rng(0).integers(0, NETWORK.vocab, (2, 24)).astype(np.int32)
     plan = jq.plan(jq.find_weights(fn, params, tokens), {**flavour.rules, ".*": jq.keep})
     qparams, _ = jq.quantize(fn, params, plan)
-    done = jq.export(fn, qparams, folder, format=flavour.format)
-    logits = np.asarray(jq.apply(fn)(qparams, tokens))
-    np.savez(folder.with_suffix(".npz"), tokens=tokens, logits=logits)
+    words = None if flavour.format == "gguf" else tokenizer()
+    done = jq.export(fn, qparams, folder / "model", format=flavour.format, tokenizer=words)
     kinds = list(done.weights.values())
-    return {kind: kinds.count(kind) for kind in kinds}
+    held = {kind: kinds.count(kind) for kind in kinds}
+    row: dict[str, Any] = {"format": flavour.format, "held": held, "note": flavour.note}
+    try:
+        answer = ask(client, folder / "model", tokens, folder, python=python)
+        logits = np.asarray(jq.apply(fn)(qparams, tokens))
+        row |= asdict(apart(iter(logits), answer.logits()))
+        return row | {"way": answer.way, "versions": dict(answer.versions)}
+    except ClientError as error:
+        return row | {"error": str(error).replace(str(folder), "").partition(": ")[2][:300]}
 
 
-def asked(python: Path, script: str, folders: Mapping[Path, str]) -> list[dict[str, Any]]:
-    """What a client says of folders, each to be loaded in its way."""
-    command = [str(python), str(HERE / script)]
-    for folder, way in folders.items():
-        command += [str(folder), str(folder.with_suffix(".npz")), way]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if len(lines) != len(folders):
-        raise SystemExit(f"{script} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return [json.loads(line) for line in lines]
-
-
-def _row(flavour: Flavour, folder: Path) -> dict[str, Any]:
-    held = exported(flavour, folder)
-    return {
-        "format": flavour.format, "held": held, "way": flavour.way, "note": flavour.note,
-    }  # fmt: skip
+def rows_of(client: str, python: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a client, by flavour."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        if client == matmul_nbits.NAME:
+            rows = matmul_nbits.rows(python, Path(scratch))
+        for title, flavour in FLAVOURS.get(client, {}).items():
+            folder = Path(scratch, str(len(rows)))
+            folder.mkdir()
+            rows[title] = measured(client, flavour, python, folder)
+            print(client, title, json.dumps(rows[title]), flush=True)
+    today = datetime.date.today().isoformat()
+    return {title: {**row, "date": today} for title, row in rows.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--environments", type=Path, default=Path(".cache/clients"))
-    parser.add_argument("--only", choices=CLIENTS, action="append")
-    options = parser.parse_args()
-    rows: dict[str, dict[str, Any]] = {}
-    for name in options.only or CLIENTS:
-        client = CLIENTS[name]
-        python = interpreter(options.environments.resolve() / name, client.packages)
-        with tempfile.TemporaryDirectory() as scratch:
-            folders = {
-                title: Path(scratch) / f"model-{k}" for k, title in enumerate(client.flavours)
-            }
-            rows[name] = {title: _row(client.flavours[title], f) for title, f in folders.items()}
-            ways = {folders[title]: flavour.way for title, flavour in client.flavours.items()}
-            results = asked(python, client.script, ways)
-        for row, result in zip(rows[name].values(), results, strict=True):
-            row |= result
-        print(name, json.dumps(rows[name], indent=1), flush=True)
-    write("clients", rows=rows)
+    every = [*CLIENTS, matmul_nbits.NAME]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="CLIENT", help=", ".join(every))
+    parser.add_argument("--python", type=Path, help="an interpreter that has the one client named")
+    asked = parser.parse_args()
+    if unknown := sorted(set(asked.names) - set(every)):
+        parser.error(f"no {', '.join(unknown)}; there are {', '.join(every)}")
+    if asked.python is not None and len(asked.names) != 1:
+        parser.error("--python is for one client; name it")
+    path = RESULTS / "clients.json"
+    failed = []
+    for client in asked.names or every:
+        try:
+            rows = rows_of(client, asked.python or environment(client))
+        except Failed as failure:
+            print(f"{client}: {failure}", flush=True)
+            failed.append(client)
+            continue
+        old = json.loads(path.read_text())["rows"] if path.exists() else {}
+        merged = {name: {**old, client: rows}[name] for name in every if name in {**old, client: 0}}
+        path.write_text(json.dumps({"machine": machine(), "rows": merged}, indent=1) + "\n")
+    if failed:
+        raise SystemExit(f"could not be installed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

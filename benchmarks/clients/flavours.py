@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jquant as jq
-from jquant.grids import Float, Uniform
+from jquant.grids import GGUF, Float, Uniform
 
 _BF16, _F16 = {"scale_dtype": "bfloat16"}, {"scale_dtype": "float16"}
 _INT8, _FP8 = Uniform(8, symmetric=True), Float(4, 3, scale="float32")
@@ -19,18 +19,16 @@ class Flavour(NamedTuple):
     Attributes:
         format: of the export.
         rules: of the plan; all other weights are kept.
-        way: how the client is told to load it.
         note: what is to be known of the result.
     """
 
     format: str
     rules: Mapping[str, Any]
-    way: str = "compressed"
     note: str = ""
 
 
-def _all(format: str, scheme: jq.Scheme, way: str = "compressed", note: str = "") -> Flavour:
-    return Flavour(format, {_LAYERS: scheme}, way, note)
+def _all(format: str, scheme: jq.Scheme, note: str = "") -> Flavour:
+    return Flavour(format, {_LAYERS: scheme}, note)
 
 
 _CT = "compressed-tensors"
@@ -40,7 +38,7 @@ TRANSFORMERS: Mapping[str, Flavour] = {
     "W3A16, groups of 32": _all(_CT, jq.Scheme(Uniform(3, True, **_F16), 32)),
     "W8A16, channels": _all(_CT, jq.Scheme(Uniform(8, True))),
     "W4A16, zero points": _all(
-        _CT, jq.Scheme(Uniform(4), 32), "dequantized",
+        _CT, jq.Scheme(Uniform(4), 32),
         "its usual way makes room for zero points that are not packed, and refuses those in files",
     ),
     "W8A8, tokens": _all(
@@ -57,10 +55,10 @@ TRANSFORMERS: Mapping[str, Flavour] = {
         _CT, jq.Scheme(Uniform(4, True, **_F16), 32, activations=jq.Activations(_FP8))
     ),
     "MXFP4": _all(
-        _CT, jq.presets.mxfp4(), "dequantized", "its usual way multiplies in bfloat16 alone",
+        _CT, jq.presets.mxfp4(), "its usual way multiplies in bfloat16 alone",
     ),
     "NVFP4": _all(
-        _CT, jq.presets.nvfp4(), "dequantized", "it rounds the weights to bfloat16",
+        _CT, jq.presets.nvfp4(), "it rounds the weights to bfloat16",
     ),
     "FP8, W8A16 and W4A16": Flavour(
         _CT,
@@ -71,4 +69,30 @@ TRANSFORMERS: Mapping[str, Flavour] = {
         },
     ),
     "arrays": _all("safetensors", jq.presets.int4_nearest(32)),
+}  # fmt: skip
+
+_REFUSED = "version 1 with zero points it takes from GPTAQ and FOEM alone; `gptq_v2` holds the same"
+GPTQMODEL: Mapping[str, Flavour] = {
+    "GPTQ, 4 bits, groups of 32": _all("gptq", jq.Scheme(Uniform(4, True, **_F16), 32)),
+    "GPTQ, 8 bits, channels": _all("gptq", jq.Scheme(Uniform(8, True, **_F16))),
+    "GPTQ, 4 bits, zero points": _all("gptq", jq.Scheme(Uniform(4, **_F16), 32), _REFUSED),
+    "GPTQ v2, 4 bits, zero points": _all("gptq_v2", jq.Scheme(Uniform(4, **_F16), 32)),
+    "GPTQ v2, 3 bits, zero points": _all("gptq_v2", jq.Scheme(Uniform(3, **_F16), 32)),
+    "GPTQ v2, 2 bits, zero points": _all("gptq_v2", jq.Scheme(Uniform(2, **_F16), 32)),
+    "AWQ, 4 bits, zero points": _all("awq", jq.Scheme(Uniform(4, convention="A2", **_F16), 32)),
+}
+LLAMA_CPP: Mapping[str, Flavour] = {
+    kind: _all("gguf", jq.Scheme(GGUF(kind))) for kind in ("Q4_0", "Q5_1", "Q8_0")
+}
+FLAVOURS: Mapping[str, Mapping[str, Flavour]] = {
+    "transformers": TRANSFORMERS, "llama-cpp": LLAMA_CPP, "gptqmodel": GPTQMODEL,
+}  # fmt: skip
+# What is installed without what it asks for: GPTQModel wants CUDA's PyTorch and a compiler. Its own
+# imports need the rest.
+BARE: Mapping[str, tuple[str, ...]] = {
+    "gptqmodel": (
+        "GPTQModel==7.2.0", "torchvision==0.28.0", "threadpoolctl", "Device-SMI", "protobuf",
+        "pillow", "PyPcre", "TokeNicer", "LogBar", "Jinja2", "datasets", "pyarrow", "dill",
+        "torchao", "Defuser", "pandas", "xxhash", "multiprocess", "kernels", "MarkupSafe",
+    ),
 }  # fmt: skip

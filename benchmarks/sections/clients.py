@@ -6,8 +6,6 @@ from typing import Any
 
 from benchmarks.sections.text import ran, table
 
-_WAYS = {"compressed": "as it comes", "dequantized": "`dequantize=True`"}
-
 
 def clients(result: dict[str, Any]) -> str:
     parts = []
@@ -16,10 +14,10 @@ def clients(result: dict[str, Any]) -> str:
             [
                 name,
                 ", ".join(row["held"]),
-                _WAYS.get(row["way"], row["way"]) if client == "transformers" else "as it comes",
+                f"`{way}`" if "=" in (way := row.get("way", "–")) else way,
                 _number(row, "largest_difference", row.get("largest_logit", 1.0)),
                 _number(row, "kl"),
-                row["error"] if "error" in row else row["note"] or "–",
+                row["note"] or row.get("error", "–"),
             ]
             for name, row in rows.items()
         ]
@@ -29,8 +27,10 @@ def clients(result: dict[str, Any]) -> str:
         parts.append(table(head, lines) + f"\n{versions}.")
     return (
         "A random Llama of two layers, exported in each flavour, loaded by the engine on a CPU and "
-        "run in float32. *off*: the largest difference between its logits and those of `jq.apply`, "
-        "relative to the largest logit; *KL*: nats per token between the two.\n\n"
+        "run in float32, by GPTQModel in float16. *off*: the largest difference between its logits "
+        "and those of `jq.apply`, relative to the largest logit; *KL*: nats per token between the "
+        "two; –: it refuses. Of onnxruntime it is one weight as the operator `MatMulNBits`, and "
+        "its products (`benchmarks/clients/matmul_nbits.py` packs it).\n\n"
         + "\n\n".join(parts)
         + f"\n\n{ran(result)}.\n"
     )

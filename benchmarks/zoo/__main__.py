@@ -20,8 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.environments import Failed, run
 from benchmarks.harness import RESULTS, machine
-from benchmarks.zoo.environments import FOLDER, Failed, environment, run
+from benchmarks.zoo.environments import FOLDER, environment
 from benchmarks.zoo.packages import PACKAGES, Package, Recipe
 
 # Programs are small and many: what counts is that they are compiled fast, and once.

@@ -7,7 +7,6 @@ line that makes no sense, 130 for Ctrl-C. `JQUANT_DEBUG=1` shows the traceback i
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 import warnings
@@ -48,8 +47,10 @@ from jquant.app.quantizing import (
 from jquant.app.recipes import Aim, objective_of, plan_of, read_rules
 from jquant.app.sources import need_options, opened
 from jquant.app.texts import asked, need_known, need_language_model, need_tokenizer
+from jquant.app.verifying import verify_model
 from jquant.calibration import find_weights
 from jquant.calibration.stages import Sequential
+from jquant.exporters.folder import own_version
 from jquant.io import read_header
 from jquant.jobs.estimate import estimate
 from jquant.jobs.quantize import quantize
@@ -57,14 +58,6 @@ from jquant.layerwise.weight import stored_bits
 from jquant.models.quantized import CHECKPOINT
 from jquant.schemes.presets import named, presets
 from jquant.weights.arguments import inputs_of
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("jquant-jax")
-    except importlib.metadata.PackageNotFoundError:  # run from a folder of sources
-        return "unknown: not installed"
-
 
 app = cyclopts.App(
     name="jquant",
@@ -77,13 +70,14 @@ app = cyclopts.App(
         jquant evaluate model-w4 --against path/to/model.gguf
         jquant generate model-w4 --prompt "Once upon a time"
         jquant export model-w4 --to compressed-tensors -o model-ct
+        jquant verify model-ct
 
     A model is a GGUF file, a Hugging Face folder or hub id (of the Llama, Gemma, Qwen and other
     families, or with the extra `torch` of any), a folder that `jquant quantize` wrote, or
     package.module:make, where make() returns (fn, params) or (fn, params, batches). Each command
     has its own --help.
     """,
-    version=_version,
+    version=own_version,
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,  # `run` says that it stopped
 )
@@ -223,6 +217,7 @@ def quantize_model(
 
 
 app.command(export_model, name="export")
+app.command(verify_model, name="verify")
 
 
 @app.command

@@ -10,20 +10,25 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from jquant.axes.layout import Layout
 from jquant.errors import CheckpointError, FormatError
+from jquant.exporters.beside import room
 from jquant.exporters.described import Described, Holding
 from jquant.exporters.folder import need_place, new_folder, write_sidecar
 from jquant.exporters.shards import Piece, write_shards
 from jquant.exporters.targets import Target, held, need_alike, target_named
 from jquant.formats.base import Spec
-from jquant.trees.lazy import Lazy, Window, realize
+from jquant.formats.rows import runs
+from jquant.trees.lazy import Lazy, Window, read
 from jquant.trees.placement import transferring
+from jquant.weights.inputs import Inputs
 from jquant.weights.qtensor import QTensor, dequantize_weight
 
 MAX_SHARD = 5 * 10**9
@@ -91,7 +96,8 @@ def export(
     Raises:
         FormatError: there is no such format, or it cannot hold a weight: names its path, what
             stands in the way, and the nearest scheme that it holds.
-        ExportError: the folder is in use; what was read back is not what was to be written.
+        ExportError: the folder is in use; the disk has no room; what was read back is not what was
+            to be written.
         CheckpointError: `like` is no folder of this network.
         TreeError: the parameters are not those of `fn`.
         ImportError: the extra `models` is not installed.
@@ -124,7 +130,7 @@ def export(
     holdings = _holdings(target, model)
     config, expected = _config(target, model, holdings), _expected(model, holdings)
     pieces = [_piece(name, leaf, holdings.get(name)) for name, leaf in expected.items()]
-    with new_folder(place, force) as temporary:
+    with room(place, sum(p.nbytes for p in pieces)), new_folder(place, force) as temporary:
         nbytes = write_shards(temporary, pieces, max_shard_bytes)
         (temporary / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
         _write_beside(temporary, original, tokenizer)
@@ -198,12 +204,32 @@ def _expected(model: Any, holdings: Mapping[str, Holding]) -> dict[str, Lazy | Q
 
 
 def _array(q: QTensor) -> Lazy:
-    """The array that a weight stands for, made when it is read."""
+    """The array that a matrix of codes stands for, made when it is read, a few rows at a time."""
 
     def values(window: Window) -> np.ndarray:
-        return np.asarray(dequantize_weight(realize(q)))[window]
+        whole: QTensor = jax.tree.map(lambda array: np.asarray(read(array)), q)
+        if not _rows_are_apart(q):
+            return np.asarray(dequantize_weight(whole))[window]
+        out = np.empty(q.shape, q.dtype)
+        for run in runs(*q.shape):
+            some = jax.tree.map(lambda array, run=run: array[run], whole)
+            layout = Layout.of(some.codes.shape, in_axes=(1,))
+            out[run] = dequantize_weight(replace(some, layout=layout))
+        return out[window]
 
     return Lazy(tuple(q.shape), np.dtype(q.dtype), values, "dequantized")
+
+
+def _rows_are_apart(q: QTensor) -> bool:
+    """Whether a row of the array is made of the same row of codes and of parameters."""
+    rows = q.codes.shape[0]
+    return (
+        q.codes.ndim == 2
+        and q.groups.axis == "in"
+        and not [part for part in q.parts if not isinstance(part, Inputs)]
+        and q.layout == Layout.of(tuple(q.codes.shape), in_axes=(1,))
+        and all(array.ndim > 1 and array.shape[0] == rows for array in q.params.values())
+    )
 
 
 def _piece(name: str, leaf: Any, holding: Holding | None) -> Piece:

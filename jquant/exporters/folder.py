@@ -1,9 +1,9 @@
 """A folder that appears when it is complete, and says of itself what it holds.
 
-It is written under another name beside its place, and renamed; a process that dies leaves a
-`.name.….tmp` behind and nothing else. In it lies `jquant_export.json` with the length and the
-CRC-32 of every file: it tells an export of jquant from a folder of others, which is never replaced,
-and shows whether a file was edited since.
+It is written under another name beside its place, and renamed; what a process that dies leaves
+behind, the next export to that name deletes (`beside.py`). In it lies `jquant_export.json` with the
+length and the CRC-32 of every file: it tells an export of jquant from a folder of others, which is
+never replaced, and shows whether a file was edited since.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import secrets
-import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from jquant.errors import CheckpointError, ExportError
+from jquant.exporters.beside import beside, clear, delete, locked
 from jquant.io.container import parse_json
 
 SIDECAR = "jquant_export.json"
@@ -46,34 +45,39 @@ def new_folder(target: Path, force: bool = False) -> Iterator[Path]:
         ExportError: see `need_place`.
     """
     target = target.resolve()
+    clear(target)
     need_place(target, force)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    before = temporary.with_suffix(".old")
-    try:
-        temporary.mkdir()
-        yield temporary
-        need_place(target, force)  # all this time somebody may have put something there
-        if target.exists():
-            os.replace(target, before)
-        os.replace(temporary, target)
-    except BaseException:  # Ctrl-C too: nothing half-written stays behind
-        if before.exists() and not target.exists():
-            os.replace(before, target)
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(before, ignore_errors=True)
+    with beside(target, "tmp", Path.mkdir) as temporary:
+        before = temporary.with_suffix(".old")
+        try:
+            yield temporary
+            need_place(target, force)  # all this time somebody may have put something there
+            with locked(target):
+                if target.exists():
+                    os.replace(target, before)
+                os.replace(temporary, target)
+        except BaseException:  # Ctrl-C too: nothing half-written stays behind
+            if before.exists() and not target.exists():
+                os.replace(before, target)
+            delete(temporary)
+            raise
+        delete(before)
 
 
 def write_sidecar(folder: Path, form: str) -> None:
     """Write down what the files of a folder are."""
-    try:
-        version = importlib.metadata.version("jquant-jax")
-    except importlib.metadata.PackageNotFoundError:  # run from a folder of sources
-        version = "unknown"
     files = {file.name: _told(file) for file in sorted(folder.iterdir()) if file.is_file()}
-    told = {"jquant": version, "format": form, "files": files}
+    told = {"jquant": own_version(), "format": form, "files": files}
     (folder / SIDECAR).write_text(json.dumps(told, indent=1), "utf-8")
+
+
+def own_version() -> str:
+    """The version of jquant."""
+    try:
+        return importlib.metadata.version("jquant-jax")
+    except importlib.metadata.PackageNotFoundError:  # run from a folder of sources
+        return "unknown: not installed"
 
 
 def edited(folder: str | os.PathLike[str]) -> list[str]:

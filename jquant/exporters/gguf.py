@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from jquant.errors import ExportError, FormatError
+from jquant.exporters.beside import beside, clear, room
 from jquant.exporters.described import Described, Holding
 from jquant.exporters.gguf_load_back import need_same_file
 from jquant.exporters.gguf_metadata import Description, describe
@@ -99,7 +100,7 @@ def write_gguf(
             width that no block type holds (the message names it, and the nearest type), has a
             low-rank term or quantized inputs, or numbers beyond float16; the tokenizer has no words
             in GGUF. Nothing is left behind.
-        ExportError: what was read back is not what was to be written.
+        ExportError: the disk has no room, or what was read back is not what was to be written.
         TreeError: the parameters are not those of `fn`.
         FileExistsError: there is a file.
 
@@ -131,10 +132,11 @@ def write_gguf(
         "general.quantization_version": 2,
         **taken,
     }
-    with _new_file(path) as beside:
-        _write(beside, metadata, tensors)
+    nbytes = sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in tensors)
+    with room(path, nbytes), _new_file(path) as part:
+        _write(part, metadata, tensors)
         if verify:
-            need_same_file(beside, fn, qparams, plain)
+            need_same_file(part, fn, qparams, plain)
     return Written(path, tuple(tensors))
 
 
@@ -244,24 +246,26 @@ def _as_plain(array: np.ndarray, kind: str, path: str) -> np.ndarray:
 def _encoded(q: QTensor, holding: Holding, shape: tuple[int, ...]) -> np.ndarray:
     """The bytes of a weight in memory; of experts one matrix after the other."""
     assert holding.codec is not None
+    stacks = np.shape(q.codes)[:-2]
     parts = []
-    for at in np.ndindex(*np.shape(q.codes)[:-2]):
+    for at in np.ndindex(*stacks):
         params = {name: np.asarray(leaf)[at] for name, leaf in q.params.items()}
         one = holding.stored(replace(q, codes=np.asarray(q.codes)[at], params=params))
         parts.append(holding.codec.encode(one)[TENSOR])
-    return np.ascontiguousarray(np.stack(parts).reshape(*shape[:-1], -1))
+    return np.stack(parts).reshape(*shape[:-1], -1) if stacks else parts[0]
 
 
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
     """A file that becomes `path` when the block ends well, and vanishes when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield beside
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    clear(path)
+    with beside(path, "part", lambda place: place.touch(exist_ok=False)) as part:
+        try:
+            yield part
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _write(path: Path, metadata: Mapping[str, Any], tensors: list[Tensor]) -> None:

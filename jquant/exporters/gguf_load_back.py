@@ -10,13 +10,14 @@ import jax
 import numpy as np
 
 from jquant.errors import ExportError
-from jquant.exporters.load_back import reading_back
+from jquant.exporters.load_back import reading_back, same_bits
+from jquant.formats.base import formula
 from jquant.models import load
 from jquant.models.decoder import Decoder
 from jquant.models.hf_config import unlike
-from jquant.trees.lazy import realize
+from jquant.trees.lazy import read
 from jquant.weights.arguments import by_path
-from jquant.weights.qtensor import QTensor, dequantize_weight
+from jquant.weights.qtensor import QTensor
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -48,15 +49,25 @@ def need_same_file(path: Path, fn: Decoder, qparams: Mapping[str, Any], plain: s
 def _same(leaf: Any, other: Any, plain: str) -> bool:
     if isinstance(leaf, QTensor) != isinstance(other, QTensor):
         return False
-    one, two = (np.asarray(_values(value), np.float32) for value in (leaf, other))
     if isinstance(leaf, QTensor):
-        return np.array_equal(one, two)
+        return _same_weight(leaf, other)
+    one, two = (np.asarray(read(value), np.float32) for value in (leaf, other))
     return any(
         np.array_equal(one.astype(jax.numpy.dtype(_DTYPES[kind])).astype(np.float32), two)
         for kind in ("F32", plain)
     )
 
 
-def _values(leaf: Any) -> Any:
-    held = realize(leaf)
-    return dequantize_weight(held) if isinstance(held, QTensor) else held
+def _same_weight(one: QTensor, other: QTensor) -> bool:
+    """Whether codes and parameters are the same, those of wider groups repeated."""
+    if formula(one.grid) != formula(other.grid) or set(one.params) != set(other.params):
+        return False
+    pairs = [(one.codes, other.codes), *((one.params[k], other.params[k]) for k in one.params)]
+    for mine, theirs in pairs:
+        ours, read_back = np.asarray(read(mine)), np.asarray(read(theirs))
+        repeats = read_back.shape[-1] // max(ours.shape[-1], 1)
+        if repeats > 1:
+            ours = np.repeat(ours, repeats, -1)
+        if not same_bits(ours, read_back):
+            return False
+    return True

@@ -61,7 +61,9 @@ def nearest(weight: Described) -> Described | None:
 def _stored(codec: Codec, repeats: int, q: QTensor) -> QTensor:
     """One matrix in memory, as the codec has it: on its grid, a scale for each of its groups."""
     codes: np.ndarray = np.asarray(q.codes)
-    params = {name: np.repeat(np.asarray(leaf), repeats, -1) for name, leaf in q.params.items()}
+    params: dict[str, np.ndarray] = {name: np.asarray(leaf) for name, leaf in q.params.items()}
+    if repeats > 1:
+        params = {name: np.repeat(leaf, repeats, -1) for name, leaf in params.items()}
     layout = Layout.of((codes.shape[0], codes.shape[1]), in_axes=(1,))
     return replace(
         q.only(lambda part: False), codes=codes, params=params, grid=codec.grid,

@@ -73,8 +73,8 @@ def _difference(one: Any, other: Any) -> str:
     if isinstance(one, QTensor) != isinstance(other, QTensor):
         return "is quantized in one of both only"
     if not isinstance(one, QTensor):
-        value = np.asarray(read(one)).astype(np.float32)
-        return "" if _same(value, np.asarray(read(other))) else "has other values"
+        value = np.asarray(read(one)).astype(np.float32, copy=False)
+        return "" if same_bits(value, np.asarray(read(other))) else "has other values"
     if formula(one.grid) != formula(other.grid):
         return f"is on {other.grid}, and was on {one.grid}"
     width = one.codes.shape[-1]
@@ -87,12 +87,13 @@ def _difference(one: Any, other: Any) -> str:
     arrays = {"codes": (one.codes, other.codes)}
     arrays |= {name: (one.params[name], other.params[name]) for name in one.params}
     for name, (mine, theirs) in arrays.items():
-        if not _same(np.asarray(read(mine)), np.asarray(read(theirs))):
+        if not same_bits(np.asarray(read(mine)), np.asarray(read(theirs))):
             return f"has other {name}"
     return ""
 
 
-def _same(one: np.ndarray, other: np.ndarray) -> bool:
+def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays have one shape, one dtype and the same bits."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     mine, theirs = (np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in (one, other))

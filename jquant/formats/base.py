@@ -10,7 +10,7 @@ state. Weights are `[out, in]`, as checkpoints have them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -129,8 +129,7 @@ class Codec:
 
         def array(name: str, spec: Spec) -> Lazy:
             def values(window: Window) -> np.ndarray:
-                held = {key: np.asarray(read(tensor)) for key, tensor in tensors.items()}
-                whole = self.storage.read(name, held, shape)
+                whole = self.storage.read(name, _WhenNeeded(tensors), shape)
                 if jnp.issubdtype(spec.dtype, jnp.floating) and not np.isfinite(whole).all():
                     raise CheckpointError(f"{name!r} holds NaN or infinity")
                 return whole[window]
@@ -227,6 +226,22 @@ class Codec:
 
     def _refusal(self, got: str, holds: str) -> FormatError:
         return FormatError(f"{self.name} cannot hold {got}; it holds {holds}")
+
+
+class _WhenNeeded(Mapping[str, np.ndarray]):
+    """Tensors that are read when they are asked for: an array needs few of its weight's."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.asarray(read(self.tensors[name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def formula(grid: Grid) -> tuple[Any, ...]:

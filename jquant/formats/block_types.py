@@ -11,7 +11,6 @@ References: llama.cpp, `ggml/src/ggml-common.h` (blocks), `gguf-py/gguf/quants.p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import numpy as np
 from jquant.axes.groups import Groups
 from jquant.errors import CheckpointError, FormatError
 from jquant.formats.base import Codec, Shape, Spec, plain
+from jquant.formats.rows import by_rows, runs
 from jquant.formats.steps import Patterns
 from jquant.grids import GGUF, MX, Grid, Uniform, code_dtype
 
@@ -58,24 +58,46 @@ class Plane(NamedTuple):
 
     def read(self, blocks: np.ndarray, elements: np.ndarray) -> None:
         """Put its bits into `elements`, uint8 `[…, n]`."""
-        raw = blocks[..., self.start : self.stop].reshape(*blocks.shape[:-1], -1, self.chunk)
+        raw = self._raw(blocks)
         mask, into = np.uint8((1 << self.bits) - 1), self._part(elements)
+        bits = np.empty(into.shape, np.uint8)
         for k, shift in enumerate(self.places):
-            into[..., k, :] |= ((raw >> np.uint8(shift)) & mask) << np.uint8(self.up)
+            field = _shifted(raw, shift)
+            field = field & mask if shift + self.bits < 8 else field
+            self._at_once(bits, k)[...] = self._at_once(_shifted(field, -self.up))
+        into |= bits
 
     def write(self, elements: np.ndarray, blocks: np.ndarray) -> None:
         """The inverse; other bits are left as they are."""
-        raw = blocks[..., self.start : self.stop].reshape(*blocks.shape[:-1], -1, self.chunk)
         mask, part = np.uint8((1 << self.bits) - 1), self._part(elements)
-        total = np.zeros_like(raw)
+        total = np.zeros_like(self._raw(blocks))
         for k, shift in enumerate(self.places):
-            total |= ((part[..., k, :] >> np.uint8(self.up)) & mask) << np.uint8(shift)
+            field = np.ascontiguousarray(self._at_once(part, k)).view(np.uint8)
+            field = _shifted(field.reshape(total.shape), self.up) & mask
+            total |= _shifted(field, -shift)
         blocks[..., self.start : self.stop] |= total.reshape(*blocks.shape[:-1], -1)
+
+    def _raw(self, blocks: np.ndarray) -> np.ndarray:
+        """Its bytes `[…, chunks, chunk]`."""
+        return blocks[..., self.start : self.stop].reshape(*blocks.shape[:-1], -1, self.chunk)
 
     def _part(self, elements: np.ndarray) -> np.ndarray:
         """Its elements, a view `[…, chunks, shifts, chunk]`."""
         part = elements[..., self.at : self.at + self.count]
         return part.reshape(*elements.shape[:-1], -1, len(self.places), self.chunk)
+
+    def _at_once(self, chunks: np.ndarray, place: int | None = None) -> np.ndarray:
+        """Chunks of bytes, or those at one place, as elements that NumPy moves in one go each: its
+        loops over a few bytes take longer to begin than to run."""
+        wide = chunks.view(f"V{self.chunk}")[..., 0]
+        return wide if place is None else wide[..., place]
+
+
+def _shifted(values: np.ndarray, right: int) -> np.ndarray:
+    """Bytes shifted to the right, or to the left where that is negative."""
+    if right == 0:
+        return values
+    return values >> np.uint8(right) if right > 0 else values << np.uint8(-right)
 
 
 class Whole(NamedTuple):
@@ -248,21 +270,22 @@ class ByBlock:
             raw = np.ascontiguousarray(blocks[..., array.start : array.stop])
             values = raw.view(array.dtype).reshape(out, -1)
             return -values if array.negated else values
-        elements = np.zeros((*blocks.shape[:2], array.count), np.uint8)
-        for plane in array.planes:
-            plane.read(blocks, elements)
-        elements = elements.reshape(out, -1)
-        if array.patterns is not None:
-            spec = self.arrays(shape)[name]
-            return array.patterns.read(elements, spec).astype(array.dtype)
-        values = elements.view(np.int8) + np.int8(array.low) if array.low else elements
-        return values.astype(array.dtype, copy=False)
+        spec = self.arrays(shape)[name]
+        whole = np.empty(spec.shape, spec.dtype)
+        return by_rows(lambda rows: _elements(array, rows, spec), blocks, whole)
 
     def write(self, arrays: Mapping[str, np.ndarray], shape: Shape) -> dict[str, np.ndarray]:
-        out, width = shape
-        row = self.row
-        blocks = np.zeros((out, width // row.weights, row.nbytes), np.uint8)
-        for name, array in row.arrays.items():
+        whole = np.empty((shape[0], shape[1] // self.row.weights * self.row.nbytes), np.uint8)
+        for run in runs(*shape):
+            some = {name: array[run] for name, array in arrays.items()}
+            whole[run] = self._blocks(some, len(whole[run]))
+        return {TENSOR: whole}
+
+    def _blocks(self, arrays: Mapping[str, np.ndarray], out: int) -> np.ndarray:
+        """The bytes of some rows."""
+        width = arrays["codes"].shape[1]
+        blocks = np.zeros((out, width // self.row.weights, self.row.nbytes), np.uint8)
+        for name, array in self.row.arrays.items():
             values = plain(arrays[name])
             if isinstance(array, Whole):
                 values = np.ascontiguousarray(-values if array.negated else values)
@@ -276,4 +299,15 @@ class ByBlock:
             elements = values.reshape(*blocks.shape[:2], array.count)
             for plane in array.planes:
                 plane.write(elements, blocks)
-        return {TENSOR: blocks.reshape(out, math.prod(blocks.shape[1:]))}
+        return blocks.reshape(out, -1)
+
+
+def _elements(array: Planes, blocks: np.ndarray, spec: Spec) -> np.ndarray:
+    """An array of some rows, from their blocks `[rows, blocks, bytes]`."""
+    elements = np.zeros((*blocks.shape[:2], array.count), np.uint8)
+    for plane in array.planes:
+        plane.read(blocks, elements)
+    elements = elements.reshape(len(blocks), -1)
+    if array.patterns is not None:
+        return array.patterns.read(elements, spec)
+    return elements.view(np.int8) + np.int8(array.low) if array.low else elements

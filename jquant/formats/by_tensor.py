@@ -8,6 +8,7 @@ in (`g_idx`): where groups are no runs of neighbours, the columns of the codes a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -17,6 +18,7 @@ import numpy as np
 from jquant.axes.groups import Groups
 from jquant.errors import CheckpointError, FormatError
 from jquant.formats.base import Shape, Spec, plain
+from jquant.formats.rows import by_rows, contiguous
 from jquant.formats.steps import Step
 from jquant.trees.lazy import read
 
@@ -181,9 +183,10 @@ class ByTensor:
                 if not own:
                     raise CheckpointError(f"tensor {told.tensor!r} {told.refusal}")
         array, specs = tensors[row.tensor], self._specs(row, shape)
+        steps = list(zip(row.steps, specs[1:], strict=True))
         try:
-            for step, spec in zip(row.steps, specs[1:], strict=True):
-                array = step.read(array, spec)
+            for rowwise, run in itertools.groupby(steps, lambda pair: pair[0].by_rows):
+                array = _read(array, list(run), rowwise)
         except CheckpointError as error:
             raise CheckpointError(f"tensor {row.tensor!r} holds {error}") from error
         array = array.astype(row.dtype, copy=False)
@@ -197,16 +200,16 @@ class ByTensor:
         tensors: dict[str, np.ndarray] = {}
         places = None if order is None else _places(order, shape)
         for row in self.rows:
-            array = plain(arrays[row.array])
+            array, specs = arrays[row.array], self._specs(row, shape)
             if places is not None and row.array == "codes":
-                array = array[:, places]
+                array = plain(array)[:, places]
+            steps = list(zip(row.steps, specs, strict=False))[::-1]
             try:
-                for step in reversed(row.steps):
-                    array = step.write(array)
+                for rowwise, run in itertools.groupby(steps, lambda pair: pair[0].by_rows):
+                    array = _written(array, list(run), rowwise)
             except FormatError as error:
                 raise FormatError(f"{row.array!r}: {error}") from error
-            dtype = self._specs(row, shape)[0].dtype
-            tensors[row.tensor] = np.ascontiguousarray(array).astype(dtype, copy=False)
+            tensors[row.tensor] = contiguous(plain(array)).astype(specs[0].dtype, copy=False)
         told = {told.tensor: told.value(shape) for told in self.told}
         if places is not None and self.index is not None:
             told[self.index.tensor] = told[self.index.tensor][places]
@@ -222,3 +225,34 @@ def _places(order: np.ndarray, shape: Shape) -> np.ndarray:
     if not np.array_equal(np.sort(order), np.arange(shape[1])):
         raise FormatError("the order of columns is no order of the inputs")
     return np.argsort(order)
+
+
+Run = list[tuple[Step, Spec]]  # steps in a row, each with the shape and dtype of its result
+
+
+def _read(array: np.ndarray, run: Run, rowwise: bool) -> np.ndarray:
+    """An array after steps, all of them rowwise or none."""
+
+    def after(rows: np.ndarray) -> np.ndarray:
+        for step, spec in run:
+            whole = spec._replace(shape=(len(rows), *spec.shape[1:])) if rowwise else spec
+            rows = step.read(rows, whole)
+        return rows
+
+    return by_rows(after, array, _room(run[-1][1])) if rowwise else after(array)
+
+
+def _written(array: np.ndarray, run: Run, rowwise: bool) -> np.ndarray:
+    """An array before steps, all of them rowwise or none."""
+
+    def before(rows: np.ndarray) -> np.ndarray:
+        rows = plain(rows)
+        for step, _ in run:
+            rows = step.write(rows)
+        return rows
+
+    return by_rows(before, array, _room(run[-1][1])) if rowwise else before(array)
+
+
+def _room(spec: Spec) -> np.ndarray:
+    return np.empty(spec.shape, spec.dtype)

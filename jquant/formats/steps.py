@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -24,7 +24,12 @@ Shape = tuple[int, ...]
 
 
 class Step(Protocol):
-    """An invertible step from what is stored to an array."""
+    """An invertible step from what is stored to an array.
+
+    A step that is `by_rows` treats every row of an array by itself.
+    """
+
+    by_rows: ClassVar[bool]
 
     def stored(self, spec: Spec) -> Spec:
         """What a result of this shape and dtype is read from."""
@@ -47,6 +52,8 @@ class Step(Protocol):
 class Transposed:
     """The other way round."""
 
+    by_rows: ClassVar[bool] = False
+
     def stored(self, spec: Spec) -> Spec:
         return spec._replace(shape=spec.shape[::-1])
 
@@ -64,6 +71,8 @@ class Transposed:
 class Single:
     """One number for the whole weight, `[1, 1]`, stored as `[1]`."""
 
+    by_rows: ClassVar[bool] = False
+
     def stored(self, spec: Spec) -> Spec:
         return spec._replace(shape=(1,))
 
@@ -80,6 +89,8 @@ class Single:
 @dataclass(frozen=True)
 class Stream:
     """Unsigned codes as a dense stream of bits for each row, lowest bits first, in whole words."""
+
+    by_rows: ClassVar[bool] = True
 
     bits: int
     word: str = "int32"
@@ -109,7 +120,7 @@ class Stream:
 
     def write(self, array: np.ndarray) -> np.ndarray:
         *rows, count = array.shape
-        codes = _wide(array.astype(np.uint8).reshape(-1, count), count + -count % 8)
+        codes = _wide(array.astype(np.uint8, copy=False).reshape(-1, count), count + -count % 8)
         stream = pack_bits(codes, self.bits).reshape(len(codes), -1)
         spec = self.stored(Spec(array.shape, array.dtype))
         stream = _wide(stream, spec.shape[-1] * self._size)
@@ -126,6 +137,8 @@ def _wide(rows: np.ndarray, width: int) -> np.ndarray:
 class Shifted:
     """Integers that are stored less `by`, in another dtype; results are from `low` to `high`."""
 
+    by_rows: ClassVar[bool] = True
+
     by: int
     word: str
     low: int
@@ -138,18 +151,25 @@ class Shifted:
         return shape
 
     def read(self, array: np.ndarray, spec: Spec) -> np.ndarray:
-        wide = array.astype(np.int16) + np.int16(self.by)
-        if wide.size and not (self.low <= wide.min() and wide.max() <= self.high):
+        ends = (int(array.min()) + self.by, int(array.max()) + self.by) if array.size else ()
+        if ends and not (self.low <= ends[0] and ends[1] <= self.high):
             raise CheckpointError(f"codes outside {self.low} .. {self.high}")
-        return wide
+        return (array.view(np.uint8) + self._turn).view(np.int8 if self.low < 0 else np.uint8)
 
     def write(self, array: np.ndarray) -> np.ndarray:
-        return (array.astype(np.int16) - np.int16(self.by)).astype(self.word)
+        return (array.view(np.uint8) - self._turn).view(self.word)
+
+    @property
+    def _turn(self) -> np.uint8:
+        """The distance around a byte: both ends lie in one."""
+        return np.uint8(self.by % 256)
 
 
 @dataclass(frozen=True)
 class Patterns:
     """Bit patterns of floats, sign first, as codes of a grid with a negative zero."""
+
+    by_rows: ClassVar[bool] = True
 
     grid: Float
 
@@ -177,6 +197,8 @@ class Patterns:
 class Viewed:
     """The same bits under another dtype."""
 
+    by_rows: ClassVar[bool] = True
+
     word: str
 
     def stored(self, spec: Spec) -> Spec:
@@ -198,6 +220,8 @@ class Ordered:
 
     `order[i]` is the column of a run that stands at its place i.
     """
+
+    by_rows: ClassVar[bool] = True
 
     order: tuple[int, ...]
 
@@ -225,6 +249,8 @@ class OneLess:
     as GPTQModel does.
     """
 
+    by_rows: ClassVar[bool] = True
+
     bits: int
     together: bool
 
@@ -251,6 +277,8 @@ class OneLess:
 @dataclass(frozen=True)
 class Repeated:
     """Rows of which each is stored once for `size` neighbours; the last ones may be fewer."""
+
+    by_rows: ClassVar[bool] = False
 
     size: int
 

@@ -38,6 +38,8 @@ JAX_DTYPES: Mapping[str, np.dtype] = {
     and name not in ("int1", "uint1", "float6_e2m3fn", "float6_e3m2fn")
 } | {"bool": jnp.dtype(jnp.bool_)}
 
+# The numbers that integers of less than a byte can be.
+_SMALL = {"int2": (-2, 1), "uint2": (0, 3), "int4": (-8, 7), "uint4": (0, 15)}
 _SAFETENSORS_NAME = {dtype: name for name, (dtype, _) in DTYPES.items()}
 
 
@@ -137,8 +139,11 @@ def describe(
 
 def within(values: np.ndarray, codes: tuple[int, int]) -> bool:
     """Whether all integers lie in the range, both ends included."""
-    if values.dtype.itemsize == 1:  # also the sub-byte types, which NumPy compares slowly
-        values = values.astype(np.uint8 if values.dtype.name.startswith("u") else np.int8)
+    if values.dtype.name in _SMALL:  # which NumPy compares slowly, and often need not be
+        least, most = _SMALL[values.dtype.name]
+        if codes[0] <= least and most <= codes[1]:
+            return True
+        values = values.astype(np.uint8 if least == 0 else np.int8)
     return not values.size or bool(codes[0] <= values.min() and values.max() <= codes[1])
 
 
