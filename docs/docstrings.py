@@ -15,8 +15,8 @@ import griffe
 # Whose file's opening is shown beside them.
 NOUNS = {
     "Activations", "AdaRound", "Codebook", "DiscQuant", "Evidence", "Float", "GPTQ", "Grid", "HQQ",
-    "KMeans", "LoRC", "NUPES", "Power", "Rounding", "SignRound", "Stochastic", "Uniform", "adadim",
-    "allocate", "cmpq", "emulate", "exact_kl", "fisher", "lorc_ranks", "plain", "save",
+    "KMeans", "LoRC", "NUPES", "Polish", "Power", "Rounding", "SignRound", "Stochastic", "Uniform",
+    "adadim", "allocate", "cmpq", "emulate", "exact_kl", "fisher", "lorc_ranks", "plain", "save",
     "wasserstein",
 }  # fmt: skip
 

@@ -34,6 +34,10 @@ bracket = jax.jit(lambda w, params, grid: grid.bracket(w, params), static_argnam
 decode = jax.jit(lambda codes, params, grid: grid.decode(codes, params), static_argnames="grid")
 code = jax.jit(lambda w, params, grid: nearest(grid, w, params), static_argnames="grid")
 
+rescaled = jax.jit(
+    lambda params, factor, shift, grid: grid.rescaled(params, factor, shift), static_argnames="grid"
+)
+
 
 def all_codes(grid):
     """Every code of a grid, for every group."""
@@ -236,3 +240,38 @@ def test_grids_are_values():
     assert hash(Uniform(4)) == hash(Uniform(4, convention="A1"))
     assert jax.tree.leaves(Uniform(4)) == []
     assert eval(repr(Uniform(3, range=MSE()))) == Uniform(3, range=MSE())
+
+
+@each_grid
+@given(w=weights)
+def test_parameters_that_are_rescaled_by_nothing_stay(grid, w):
+    params = fit(w, grid)
+    one = jnp.ones(GROUPS, jnp.float32)
+    same = rescaled(params, one, 0 * one, grid)
+    assert {k: v.dtype for k, v in same.items()} == {k: v.dtype for k, v in params.items()}
+    for name, leaf in floats(same).items():
+        np.testing.assert_allclose(leaf, floats(params)[name], rtol=1e-6)
+
+
+@each_grid
+def test_values_follow_parameters_that_are_rescaled(grid):
+    params = fit(jax.random.normal(jax.random.key(0), (GROUPS, SIZE)), grid)
+    values = np.asarray(decode(all_codes(grid), params, grid))
+    unit = np.abs(np.diff(values, axis=-1)).max(-1)  # the widest step of each group
+    factor = jnp.asarray([1.25, 0.75, 1.0, 1.5], jnp.float32)
+    if getattr(grid, "scale", None) == "e4m3":  # the largest is the largest there is
+        factor = jnp.minimum(factor, 1.0)
+    shift = jnp.asarray(unit, jnp.float32) * (0.5 if grid.shifts else 0.0)
+    moved = rescaled(params, factor, shift, grid)
+    got = np.asarray(decode(all_codes(grid), moved, grid))
+    goal = values * np.asarray(factor)[:, None] + np.asarray(shift)[:, None]
+    steps = np.diff(got, axis=-1)
+    assert ((steps > 0) == (np.diff(values, axis=-1) > 0)).all()  # increasing, or decreasing
+    if "_K" in getattr(grid, "kind", "") or not params:
+        return  # levels of a super-block are coarse, and without a scale nothing can follow
+    if getattr(grid, "scale", None) == "e8m0":
+        ratio = got[:, -1] / goal[:, -1]
+        assert (ratio >= 0.5).all() and (ratio <= 2).all()
+        return
+    room = np.abs(goal).max(-1) * (0.07 if getattr(grid, "scale", None) == "e4m3" else 0.01)
+    assert (np.abs(got - goal).max(-1) <= room + 1e-30).all()

@@ -38,7 +38,7 @@ from jquant.grids.base import Grid
 from jquant.jobs.progress import OnProgress, Progress
 from jquant.layerwise.checks import check_compared, check_reached, check_weights
 from jquant.programs.straight import Piece
-from jquant.rounding import GPTQ, Nearest
+from jquant.rounding import GPTQ, Nearest, Polish
 from jquant.schemes.scheme import Plan, Scheme
 from jquant.weights.arguments import by_path
 from jquant.weights.leaves import Leaves
@@ -270,6 +270,8 @@ def _no_choice(weight: Weight, scheme: Scheme) -> str:
             f"{groups.size}: smaller groups would store more"
         )
     rounding = scheme.rounding
+    while isinstance(rounding, Polish):
+        rounding = rounding.rounding
     several = groups.count(lengths["in"]) > 1
     if isinstance(rounding, GPTQ) and rounding.groups == "dynamic":
         if several and rounding.order == "activation":

@@ -89,6 +89,22 @@ def nearest(grid: Grid, w: Float[Array, "*g b"], params: GridParams) -> Integer[
     return jnp.where((down < up) | ((down == up) & (lo % 2 == 0)), lo, hi)
 
 
+def is_refitted(grid: Grid) -> bool:
+    """Whether parameters can follow values that are stretched: the grid has a method `rescaled`.
+
+    `rescaled(params, factor, shift)` returns the parameters, as they are stored, of values that
+    come nearest to `factor * value + shift`. Where an attribute `shifts` is true, values can be
+    moved by any `shift`; other grids leave it out.
+
+    Example:
+        >>> from jquant.grids import Uniform
+        >>> grid, half = Uniform(2, symmetric=True), jnp.full(1, 0.5)
+        >>> is_refitted(grid), grid.rescaled({"scale": jnp.ones(1)}, half, 0 * half)
+        (True, {'scale': Array([0.5], dtype=float32)})
+    """
+    return hasattr(grid, "rescaled")
+
+
 def shares(grid: Grid) -> bool:
     """Whether a parameter of the grid stands for more than one group.
 

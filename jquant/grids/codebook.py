@@ -111,6 +111,15 @@ class Codebook:
         """0 and the last index."""
         return 0, len(self.values) - 1
 
+    @property
+    def _scales(self) -> tuple[float, float]:
+        """The least and the greatest scale: values stay normal, and finite."""
+        sizes, stored = np.abs(self.values), jnp.finfo(self.scale_dtype)
+        small, large = float(sizes[sizes > 0].min()), float(sizes.max())
+        least = max(2.0**-126 / min(1.0, small), LEAST_SCALE[self.scale_dtype])
+        most = min(float(jnp.finfo(jnp.float32).max) / 4 / max(1.0, large), float(stored.max))
+        return least, most
+
     def fit(
         self, w: Float[Array, "*g b"], importance: Float[Array, "*#g #b"] | None = None
     ) -> GridParams:
@@ -121,12 +130,8 @@ class Codebook:
         """
         w = w.astype(jnp.float32)
         top = largest(jnp.abs(w), axis=-1)
-        sizes = np.abs(self.values)
-        stored = jnp.finfo(self.scale_dtype)
-        # Values stay normal, and finite.
-        small, large = float(sizes[sizes > 0].min()), float(sizes.max())
-        least = max(2.0**-126 / min(1.0, small), LEAST_SCALE[self.scale_dtype])
-        most = min(float(jnp.finfo(jnp.float32).max) / 4 / max(1.0, large), float(stored.max))
+        large = float(np.abs(self.values).max())
+        least, most = self._scales
 
         def at(factor: Float[Array, "*#g"]) -> GridParams:
             # XLA would multiply by the reciprocal of a constant.
@@ -158,6 +163,17 @@ class Codebook:
         table = jnp.asarray(self.values, jnp.float32)
         values = jnp.take(table, codes.astype(jnp.int32), mode="clip")
         return params["scale"].astype(jnp.float32)[..., None] * values
+
+    shifts = False
+
+    def rescaled(
+        self, params: GridParams, factor: Float[Array, "*g"], shift: Float[Array, "*g"]
+    ) -> GridParams:
+        """Parameters, as stored, of values near `factor * value`."""
+        del shift
+        least, most = self._scales
+        scale = jnp.clip(params["scale"].astype(jnp.float32) * factor, least, most)
+        return {"scale": scale.astype(self.scale_dtype)}
 
 
 def count(

@@ -224,6 +224,21 @@ class Float:
         value, scale = self.numbers(codes), self._scale(params)
         return value if scale is None else scale * value
 
+    shifts = False
+
+    def rescaled(
+        self, params: GridParams, factor: Real[Array, "*g"], shift: Real[Array, "*g"]
+    ) -> GridParams:
+        """Parameters, as stored, of values near `factor * value`; the tensor's scale stays."""
+        del shift
+        if self.scale is None:
+            return params
+        stored = SCALES[self.scale]
+        least = stored.least if "tensor" in params else 2.0**-126 / self.format.smallest
+        scale = params["scale"].astype(jnp.float32) * factor
+        scale = jnp.clip(scale, max(stored.least, least), stored.most)
+        return {**params, "scale": scale.astype(stored.dtype)}
+
     def numbers(self, codes: Integer[Array, "*s"]) -> Float32[Array, "*s"]:
         """The numbers of the format that codes of any integer type stand for, float32."""
         codes = codes.astype(jnp.int32)

@@ -238,6 +238,37 @@ class GGUF:
         values = step * codes.astype(jnp.float32)
         return values - offset if self.row.has_offset else values
 
+    @property
+    def shifts(self) -> bool:
+        """Whether all values of a group can be moved by one number."""
+        return self.row.has_offset
+
+    def rescaled(
+        self, params: GridParams, factor: Float[Array, "*g"], shift: Float[Array, "*g"]
+    ) -> GridParams:
+        """Parameters, as stored, of values near `factor * value + shift`.
+
+        In a K-quant those of super-blocks stay, and the integers that they multiply move.
+        """
+        row, moved = self.row, dict(params)
+        for name, more, floor in (("scale", 0.0, 1), ("offset", shift, 0)):
+            if name not in params:
+                continue
+            held, key = self.spread(params)[name].astype(jnp.float32), name
+            part, least, most = held * factor - more, LEAST_SCALE["float16"], _HALF
+            if row.scale_codes is not None:
+                key, least, most = f"{name}_code", float(floor), float(row.scale_codes[1])
+                unit = jnp.where(held == 0, 1.0, held)
+                part = jnp.round(params[key].astype(jnp.float32) * factor - more / unit)
+            if name == "offset":
+                part = jnp.clip(part, -_HALF if key == name else least, most)
+            else:  # a step keeps its sign
+                sign = jnp.where(params[key].astype(jnp.float32) < 0, -1.0, 1.0)
+                part = sign * jnp.clip(jnp.abs(part), least, most)
+            moved[key] = part.astype(jnp.int32 if key != name else jnp.float16)
+            moved[key] = moved[key].astype(params[key].dtype)
+        return moved
+
 
 def _in_blocks(x: Array, together: int, axis: int = -1) -> Array:
     """An axis of groups as one of super-blocks and one of their groups, zeros at the end."""

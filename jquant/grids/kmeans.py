@@ -113,6 +113,16 @@ class KMeans:
         table = params["table"].astype(jnp.float32)
         return jnp.take_along_axis(table, codes.astype(jnp.int32), axis=-1, mode="clip")
 
+    shifts = True
+
+    def rescaled(
+        self, params: GridParams, factor: Float[Array, "*g"], shift: Float[Array, "*g"]
+    ) -> GridParams:
+        """The table of `factor * value + shift`, as stored."""
+        table = params["table"].astype(jnp.float32)
+        moved = factor[..., None] * table + shift[..., None]
+        return {"table": _increasing(moved, self.table_dtype)}
+
 
 @partial(jax.jit, static_argnames=("k", "steps"))
 def _tables(

@@ -189,6 +189,15 @@ class Power:
         scale = params["scale"].astype(jnp.float32)
         return scale / (self.codes[1] ** (self._root or 1) + 0.0 * scale)
 
+    shifts = False
+
+    def rescaled(
+        self, params: GridParams, factor: Float[Array, "*g"], shift: Float[Array, "*g"]
+    ) -> GridParams:
+        """Parameters, as stored, of values near `factor * value`; the exponent stays."""
+        del shift
+        return {**params, "scale": self._scale(params["scale"].astype(jnp.float32) * factor)}
+
     def integers(
         self, codes: Integer[Array, "*g b"], params: GridParams
     ) -> tuple[Integer[Array, "*g b"], Float[Array, "*g"]]:

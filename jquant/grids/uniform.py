@@ -136,6 +136,12 @@ class Uniform:
         return CONVENTIONS[str(self.convention)]
 
     @property
+    def _least_step(self) -> float:
+        """The least step, as a part of the group's largest weight."""
+        coarse = 4.0 * float(jnp.finfo(self.scale_dtype).eps)
+        return max(LEAST_STEP, coarse) if self._row.zero == "real" else LEAST_STEP
+
+    @property
     def codes(self) -> tuple[int, int]:
         """The smallest and the largest code, both included."""
         if not self.symmetric:
@@ -181,8 +187,7 @@ class Uniform:
         # divides; it cannot see that these steps are one.
         steps = 2**self.bits - row.fewer + 0.0 * magnitude
         scale = jnp.maximum(high - low, row.floor) / steps
-        stored = jnp.finfo(self.scale_dtype)
-        least = max(LEAST_STEP, 4.0 * float(stored.eps)) if row.zero == "real" else LEAST_STEP
+        stored, least = jnp.finfo(self.scale_dtype), self._least_step
         scale = jnp.maximum(scale, magnitude * least)
         scale = jnp.clip(scale, LEAST_SCALE[self.scale_dtype], float(stored.max))
         scale = jnp.where(magnitude == 0, 1.0, scale).astype(self.scale_dtype)
@@ -230,3 +235,22 @@ class Uniform:
         """`scale * (code - zero)`, float32."""
         scale, zero = self._affine(params)
         return scale * (codes.astype(jnp.float32) - zero)
+
+    @property
+    def shifts(self) -> bool:
+        """Whether all values of a group can be moved by any one number: zero may lie anywhere."""
+        return self._row.zero == "real"
+
+    def rescaled(
+        self, params: GridParams, factor: Float[Array, "*g"], shift: Float[Array, "*g"]
+    ) -> GridParams:
+        """Parameters, as stored, of values near `factor * value + shift`; only A4 can shift."""
+        old, stored = params["scale"].astype(jnp.float32), self.scale_dtype
+        least, most = LEAST_SCALE[stored], float(jnp.finfo(stored).max)
+        scale = jnp.clip(old * factor, least, most).astype(stored)
+        if not self.shifts:
+            return {**params, "scale": scale}
+        offset = factor * old * params["zero"].astype(jnp.float32) - shift
+        zero = offset / scale.astype(jnp.float32)  # of the scale that is stored
+        most = 1.0 / self._least_step
+        return {"scale": scale, "zero": jnp.clip(zero, -most, most).astype(stored)}

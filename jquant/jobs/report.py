@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from jquant.errors import extra
 from jquant.learning.trace import Trace
+from jquant.rounding.base import label_of
 from jquant.schemes.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -193,5 +194,5 @@ def describe(scheme: Scheme) -> str:
     parts = "".join(f", {part.label}" for part in scheme.parts)
     return (
         f"{type(scheme.grid).__name__} {scheme.grid.bits}b, {groups.axis} {size}, "
-        f"{type(scheme.rounding).__name__}{parts}"
+        f"{label_of(scheme.rounding)}{parts}"
     )

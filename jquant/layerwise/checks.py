@@ -21,6 +21,7 @@ from jquant.calibration.tokens import refuse
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, PlanError, WeightError, near
 from jquant.layerwise.standin import check_tokens
+from jquant.rounding.base import label_of
 from jquant.schemes.scheme import Plan, Scheme, check_inputs
 from jquant.weights.leaves import is_finite, refuse_unless
 from jquant.weights.qtensor import QTensor
@@ -123,7 +124,7 @@ def check_needs(
     for path, scheme in plan.items():
         needs, given, weight = scheme.needs, evidence.get(path), plan.weights[path]
         if "key" in needs and key is None:
-            random = type(scheme.rounding).__name__
+            random = label_of(scheme.rounding)
             raise PlanError(f"weight {path!r}: {random} is random; pass key=jax.random.key(seed)")
         if "moment" in needs and given is None:
             _check_readable(weight, scheme, batches)
@@ -157,7 +158,7 @@ def _check_readable(weight: Weight, scheme: Scheme, batches: bool) -> None:
 def _asking(scheme: Scheme) -> tuple[str, str]:
     """Which part of a scheme asks for evidence, and what to pass where there is none."""
     if "moment" in scheme.rounding.needs:
-        return type(scheme.rounding).__name__, "use rounding.Nearest() or keep it"
+        return label_of(scheme.rounding), "use rounding.Nearest() or keep it"
     return "LoRC(metric='hessian')", "pass LoRC(metric='frobenius') or keep it"
 
 

@@ -7,6 +7,7 @@ from jquant.rounding.discquant import DiscQuant
 from jquant.rounding.elementwise import Nearest
 from jquant.rounding.gptq import GPTQ
 from jquant.rounding.nupes import NUPES
+from jquant.rounding.polish import Polish
 from jquant.rounding.signround import SignRound
 from jquant.rounding.stochastic import Stochastic, stochastic_round
 
@@ -17,6 +18,7 @@ __all__ = [
     "Descent",
     "DiscQuant",
     "Nearest",
+    "Polish",
     "Rounded",
     "Rounding",
     "SignRound",

@@ -35,6 +35,17 @@ class Rounded(NamedTuple):
     target: Float[Array, "*batch out in"] | None = None
 
 
+def label_of(rounding: Rounding) -> str:
+    """What reports and messages call a rounding: its attribute `label`, or its class's name.
+
+    Example:
+        >>> from jquant.rounding import GPTQ, Polish
+        >>> label_of(Polish(GPTQ()))
+        'Polish(GPTQ)'
+    """
+    return getattr(rounding, "label", type(rounding).__name__)
+
+
 @runtime_checkable
 class Rounding(Protocol):
     """How codes are chosen: a frozen dataclass registered static, called with a weight and a grid.
