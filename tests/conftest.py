@@ -59,17 +59,32 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jquant")
 
 
+GONE = pytest.StashKey[list[str]]()
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what `-m` says
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     slow = set((Path(__file__).with_name("slow.txt")).read_text("utf-8").splitlines())
     for item in items:
         if item.nodeid in slow:  # by their time; others are marked in their files
             item.add_marker(pytest.mark.slow)
+    collected = {item.nodeid for item in items}
+    asked = "".join(config.args)  # where one test of a file is named, the others are not there
+    files = {item.split("::")[0] for item in collected}
+    parts = {file for file in files if f"{file}::" in asked}
+    gone = [node for node in slow - collected if node.split("::")[0] in files - parts]
+    config.stash[GONE] = sorted(gone)
     if not OPTIMIZED:
         skip = pytest.mark.skip(reason="of what the compiler makes: OPTIMIZED=1 ./run tests")
         for item in items:
             if item.get_closest_marker("optimized"):
                 item.add_marker(skip)
+
+
+@pytest.fixture
+def slow_and_gone(request: pytest.FixtureRequest) -> list[str]:
+    """The ids of `slow.txt` that their files do not hold."""
+    return request.config.stash[GONE]
 
 
 @pytest.fixture(scope="module", autouse=True)
