@@ -44,6 +44,10 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+# Where in the code an operation was written need not be told in each program, of which there are
+# tens of thousands.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+
 # A library that mixes dtypes by accident loses precision by accident. (Ranks may be promoted: a
 # bias added to a batch is what the functions under test do, Flax's own layers first.)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -87,16 +91,35 @@ def slow_and_gone(request: pytest.FixtureRequest) -> list[str]:
     return request.config.stash[GONE]
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector of garbage need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+MAPPINGS = 25_000
+
+
+def mappings() -> int:
+    """Of memory, of this process; where the system does not tell, as many as are too many."""
+    try:
+        return len(Path("/proc/self/maps").read_bytes().splitlines())
+    except OSError:
+        return MAPPINGS
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forgotten_programs() -> Iterator[None]:
-    """Each file forgets its compiled programs, or the process would.
+    """Compiled programs are forgotten between files when there are many, or the process would be.
 
     A program takes a dozen mappings of memory, a process may have 65530 of them on Linux, and where
-    XLA gets no more it crashes. What is used again comes from the cache on disk.
+    XLA gets no more it crashes. What is used again comes from the cache on disk. A file takes no
+    more than the half of what is left.
     """
     yield
-    jax.clear_caches()
-    gc.collect()
+    if mappings() >= MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -53,7 +53,12 @@ SCHEMES = {
     "16 bits": (jq.grids.Float(8, 7), jq.Groups("out", 4), (16, 9), (0,), ()),
     "16 bits unsigned": (jq.grids.Float(6, 10, signed=False), jq.Groups(), (16, 9), (0,), ()),
     "bfloat16 scales": (Uniform(4, scale_dtype="bfloat16"), jq.Groups(), (16, 4), (0,), ()),
-    **{name: (grid, jq.Groups("in", 8), (2, 20, 5), (1,), (0,)) for name, grid in GRIDS.items()},
+    # Uniform grids are above; those that only search for their parameters are stored alike.
+    **{
+        name: (grid, jq.Groups("in", 8), (2, 20, 5), (1,), (0,))
+        for name, grid in GRIDS.items()
+        if not isinstance(grid, Uniform) and not name.endswith("-mse")
+    },
 }  # fmt: skip
 
 
