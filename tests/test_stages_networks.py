@@ -35,14 +35,13 @@ SCHEME = jq.Scheme(Uniform(3), None, GPTQ())
 # And calibrating in stages must change so much that its absence, or that of a stage, is seen:
 DIFFERENT = 0.99  # at most this share of the weights stays as in one pass
 
-# Every network meets one granularity, and five meet both; what is done in one pass is the subject
-# of other files. (`EVERY_CASE=1`: all of it.)
-BOTH = ("linen-scan-attention", "tied-encoder", "recurrent", "odd", "shared-blocks")
+# Every network meets one granularity, and two meet both, and one pass, the subject of other files.
+BOTH = ("tied-encoder", "moe-dispatch")
 STAGED = [
     (network, sequential)
     for network in NETWORKS
     for sequential in ("weight", "block")
-    if network.name in BOTH or (network, sequential) in covering(NETWORKS, ("weight", "block"))
+    if network.name in BOTH or (network, sequential) in covering(NETWORKS, ("block", "weight"))
 ]
 
 
