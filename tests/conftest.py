@@ -44,6 +44,10 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+# Where in the code an operation was written need not be told in each program, of which there are
+# tens of thousands.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+
 # A library that mixes dtypes by accident loses precision by accident. (Ranks may be promoted: a
 # bias added to a batch is what the functions under test do, Flax's own layers first.)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -59,12 +63,21 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jquant")
 
 
+GONE = pytest.StashKey[list[str]]()
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what `-m` says
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     slow = set((Path(__file__).with_name("slow.txt")).read_text("utf-8").splitlines())
     for item in items:
         if item.nodeid in slow:  # by their time; others are marked in their files
             item.add_marker(pytest.mark.slow)
+    collected = {item.nodeid for item in items}
+    asked = "".join(config.args)  # where one test of a file is named, the others are not there
+    files = {item.split("::")[0] for item in collected}
+    parts = {file for file in files if f"{file}::" in asked}
+    gone = [node for node in slow - collected if node.split("::")[0] in files - parts]
+    config.stash[GONE] = sorted(gone)
     if not OPTIMIZED:
         skip = pytest.mark.skip(reason="of what the compiler makes: OPTIMIZED=1 ./run tests")
         for item in items:
@@ -72,16 +85,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
+@pytest.fixture
+def slow_and_gone(request: pytest.FixtureRequest) -> list[str]:
+    """The ids of `slow.txt` that their files do not hold."""
+    return request.config.stash[GONE]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector of garbage need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+MAPPINGS = 25_000
+
+
+def mappings() -> int:
+    """Of memory, of this process; where the system does not tell, as many as are too many."""
+    try:
+        return len(Path("/proc/self/maps").read_bytes().splitlines())
+    except OSError:
+        return MAPPINGS
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forgotten_programs() -> Iterator[None]:
-    """Each file forgets its compiled programs, or the process would.
+    """Compiled programs are forgotten between files when there are many, or the process would be.
 
     A program takes a dozen mappings of memory, a process may have 65530 of them on Linux, and where
-    XLA gets no more it crashes. What is used again comes from the cache on disk.
+    XLA gets no more it crashes. What is used again comes from the cache on disk. A file takes no
+    more than the half of what is left.
     """
     yield
-    jax.clear_caches()
-    gc.collect()
+    if mappings() >= MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

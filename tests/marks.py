@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,4 +33,20 @@ def mostly_slow(
             id=name,
         )
         for case, name in zip(listed, names, strict=True)
+    ]
+
+
+def covering(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Tuples in which every value of every axis occurs, as many as the longest axis has values.
+
+    For laws in which the axes have little to do with each other. `EVERY_CASE=1` gives the product.
+    """
+    lists = [list(axis) for axis in axes]
+    if os.environ.get("EVERY_CASE", "0") != "0":
+        return list(itertools.product(*lists))
+    # An axis that is through moves by one more than those before it: else equal lengths would
+    # always meet in the same pairs.
+    return [
+        tuple(axis[(k + turn * (k // len(axis))) % len(axis)] for turn, axis in enumerate(lists))
+        for k in range(max(map(len, lists)))
     ]

@@ -23,8 +23,14 @@ def _close(found, wanted) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, wanted)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("groups", mostly_slow([3, jq.Groups("out", 2)], [3], ids=["in", "out"]))
+@pytest.mark.parametrize(
+    ("groups", "case"),
+    mostly_slow(
+        [(3, case) for case in CASES] + [(jq.Groups("out", 2), case) for case in CASES[::3]],
+        lambda pair: pair[0] == 3,
+        ids=lambda pair: f"{'in' if pair[0] == 3 else 'out'}-{pair[1]}",
+    ),
+)
 def test_equals_the_function_of_dequantized_parameters(case: Case, groups) -> None:
     q = _quantized(case, jq.Scheme(Uniform(4), groups))
     wanted = case.fn(jq.dequantize(q), case.batches[0])
@@ -110,8 +116,16 @@ def _temporary_bytes(fn, params, x, grid: Grid) -> int:
 
 
 # What decoding waits for is added to parameters, to their bits, or to codes, as the grid has them.
-@pytest.mark.parametrize("grid", [Uniform(4), MX(), Float(5, 2)], ids=["uniform", "mx", "float"])
-@pytest.mark.parametrize("style", ["unrolled", "scanned"])
+@pytest.mark.parametrize(
+    ("style", "grid"),
+    [
+        ("unrolled", Uniform(4)),
+        ("scanned", Uniform(4)),
+        ("unrolled", MX()),
+        ("scanned", Float(5, 2)),
+    ],
+    ids=["unrolled-uniform", "scanned-uniform", "unrolled-mx", "scanned-float"],
+)
 def test_dequantized_weights_are_never_all_held(style: str, grid: Grid) -> None:
     x = _normal(9, 8, 256)
     sizes = []

@@ -17,6 +17,7 @@ from jquant.errors import FormatError, UnsupportedPrimitiveError
 from jquant.grids import Float
 from jquant.numerics import noise
 from jquant.programs.walker import trace
+from tests.marks import covering
 
 KEY = jax.random.key(0)
 BFLOAT16, FLOAT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
@@ -249,8 +250,7 @@ def test_through_control_flow(name):
     assert (np.asarray(fn(WIDE)) != wanted).any()
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("source", ["hash", "threefry"])
+@pytest.mark.parametrize(("source", "name"), covering(["hash", "threefry"], PROGRAMS))
 def test_at_random_through_control_flow(name, source):
     fn, steps = PROGRAMS[name]
     run = jq.emulate(fn, 5, "stochastic", source=source)

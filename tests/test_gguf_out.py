@@ -51,7 +51,7 @@ def assert_same(got: Any, expected: Any) -> None:
             assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [True])  # layers apart: `test_every_family_is_written_or_refused`
 def test_codes_come_back_to_the_bit(scan: bool, tmp_path: Path) -> None:
     """Of several types at once, llama.cpp's order of rows of q and k included."""
     fn = models.Decoder(SMALL, scan_layers=scan)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import layer
-from marks import mostly_slow
+from marks import covering, mostly_slow
 from oracles import gptq as oracle
 
 import jquant as jq
@@ -155,9 +155,15 @@ def test_is_nearest_bit_for_bit_when_inputs_are_uncorrelated(rounding, blocks):
     same(result, Nearest()(w, GRID, blocks))
 
 
-@pytest.mark.parametrize("blocks", [Groups("in", 8), Groups("out", 8)])
 @pytest.mark.parametrize(
-    "grid", mostly_slow([NV(), MX(), Power(4), Float(2, 1, scale="float16"), NF4, KMeans(3)], [NF4])
+    ("grid", "blocks"),
+    mostly_slow(
+        covering(
+            [NF4, MX(), NV(), Float(2, 1, scale="float16"), Power(4), KMeans(3)],
+            [Groups("in", 8), Groups("out", 8)],
+        ),
+        lambda case: case[0] == NF4,
+    ),
 )
 def test_every_grid_with_a_diagonal_moment_is_nearest(grid, blocks):
     """Also those with a parameter for many groups, which every column must be given."""

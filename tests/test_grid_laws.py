@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import GRIDS, UNIFORM, assert_codes_equal_but_for_ties, floats, position
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
@@ -168,6 +168,7 @@ def test_asymmetric_nearest_is_the_usual_formula_but_for_ties(grid, w):
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 4])
+@settings(max_examples=10)
 @given(w=weights, seed=st.integers(0, 100))
 def test_a_range_search_is_never_worse_in_its_own_error(symmetric, bits, w, seed):
     importance = np.random.default_rng(seed).exponential(size=w.shape).astype(np.float32)

@@ -64,7 +64,7 @@ def loss_of(qparams, params, batches, objective=KL()) -> float:
     return float(np.mean([objective(run(qparams, x), fn(params, x), x) for x in batches]))
 
 
-@pytest.mark.parametrize("rounding", [DISC, SIGN, NUPES(descent=SHORT), AdaRound(descent=SHORT)])
+@pytest.mark.parametrize("rounding", [DISC, SIGN, AdaRound(descent=SHORT)])
 def test_the_whole_network_is_learned_on_kl(rounding):
     params, batches = network()
     plan = planned(params, batches[0], rounding)

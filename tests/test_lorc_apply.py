@@ -19,7 +19,7 @@ from jquant.rounding import GPTQ
 from jquant.trees.lazy import realize
 from jquant.weights.qtensor import QTensor, dequantize_weight, weight_bits
 from tests.functions import CASES, Case, _normal
-from tests.marks import mostly_slow
+from tests.marks import covering, mostly_slow
 
 COARSE = Uniform(2)
 BYTES = Uniform(8, symmetric=True)
@@ -55,8 +55,17 @@ def bare(tree):
 # Equal to the function of dequantized parameters
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("grid", mostly_slow([None, BYTES], [BYTES], ids=["floats", "codes"]))
+FLOATS = ("linen-scan-remat-tied", "vmapped-experts", "views")
+
+
+@pytest.mark.parametrize(
+    ("grid", "case"),
+    mostly_slow(
+        [(BYTES, case) for case in CASES] + [(None, case) for case in CASES if case.name in FLOATS],
+        lambda pair: pair[0] is BYTES,
+        ids=lambda pair: f"{'codes' if pair[0] else 'floats'}-{pair[1]}",
+    ),
+)
 def test_equals_the_function_of_dequantized_parameters(case: Case, grid) -> None:
     q = quantized(case.fn, case.params, case.batches[0], LoRC(2, grid))
     wanted = case.fn(jq.dequantize(q), case.batches[0])
@@ -139,8 +148,11 @@ def looked_up_only(p, x):
 SPLIT = [plain, transposed, scanned, experts, heads, bfloat]
 
 
-@pytest.mark.parametrize("fn", [*SPLIT, tied, looked_up_only], ids=lambda fn: fn.__name__)
-@pytest.mark.parametrize("grid", mostly_slow([None, BYTES], [BYTES], ids=["floats", "codes"]))
+@pytest.mark.parametrize(
+    ("grid", "fn"),
+    covering([BYTES, None], [*SPLIT, tied, looked_up_only]),
+    ids=lambda value: getattr(value, "__name__", "codes" if value else "floats"),
+)
 def test_all_shapes_of_products(fn, grid) -> None:
     params = {k: v for k, v in W.items() if (k == "w") != (fn is heads)}
     x = _normal(9, 7, 20)
@@ -239,7 +251,10 @@ def test_no_compensation_is_no_leaf() -> None:
 # Stages
 
 
-@pytest.mark.parametrize("case", mostly_slow(CASES, lambda case: case.name == "views", ids=str))
+@pytest.mark.parametrize(
+    "case",  # all of them by `test_quantize`
+    mostly_slow([c for c in CASES if c.name in FLOATS], lambda case: case.name == "views", ids=str),
+)
 def test_stages_run_on_with_the_compensated_weights(case: Case, tmp_path: Path) -> None:
     """And their layers' factors are joined; a job with a work directory gives the same bits."""
     weights = jq.find_weights(case.fn, case.params, case.batches[0])
@@ -287,8 +302,11 @@ def test_the_report_counts_and_names_it() -> None:
 # Checkpoints
 
 
-@pytest.mark.parametrize("grid", [None, BYTES, Uniform(5)], ids=["floats", "bytes", "5 bits"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "grid"),
+    [("float16", None), ("bfloat16", BYTES), ("float32", Uniform(5))],
+    ids=["float16-floats", "bfloat16-bytes", "float32-5 bits"],
+)
 def test_a_round_trip_keeps_every_bit(grid, dtype, tmp_path: Path) -> None:
     choice = LoRC(3, grid, dtype=dtype)
     q = quantized(scanned, {"w": W["w"]}, _normal(9, 7, 20), choice)

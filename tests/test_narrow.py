@@ -11,6 +11,7 @@ from jquant.grids import MX, NF4, Float, Uniform
 from jquant.numerics.narrow import as_dtype
 from jquant.rounding import GPTQ, Descent, DiscQuant, Nearest, Stochastic
 from tests.functions import _normal
+from tests.marks import covering
 
 NARROW = [
     "float8_e4m3fn", "float8_e4m3", "float8_e3m4", "float8_e5m2", "float8_e4m3fnuz",
@@ -66,9 +67,10 @@ def test_a_cast_that_does_not_leave_the_dtype(dtype) -> None:
     np.testing.assert_array_equal(slope(jnp.array([most, -most, most * 3])), [1, 1, 0])
 
 
-@each_dtype
 @pytest.mark.parametrize(
-    "grid", [Uniform(2), Uniform(4), Uniform(4, convention="A2"), MX(), NF4, Float(3, 2)], ids=str
+    ("grid", "dtype"),
+    covering([Uniform(2), Uniform(4), Uniform(4, convention="A2"), MX(), NF4, Float(3, 2)], NARROW),
+    ids=str,
 )
 def test_a_weight_stays_finite_and_its_error_is_told(dtype, grid) -> None:
     w = filling(dtype, *SHAPE)
@@ -87,21 +89,22 @@ def test_a_weight_stays_finite_and_its_error_is_told(dtype, grid) -> None:
         assert info["error"] == info["nearest_error"]
 
 
-@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "float16"])
+SCHEMES = {
+    "gptq": jq.Scheme(Uniform(3), 16, GPTQ()),
+    "dynamic": jq.Scheme(Uniform(2), None, GPTQ(groups="dynamic")),
+    "lorc": jq.Scheme(Uniform(2), None, Nearest(), jq.LoRC(2)),
+    "stochastic": jq.Scheme(Uniform(3), None, Stochastic()),
+    "discquant": jq.Scheme(Uniform(2), None, DiscQuant(descent=Descent(4, 0.05))),
+}
+
+
 @pytest.mark.parametrize(
-    "scheme",
-    [
-        jq.Scheme(Uniform(3), 16, GPTQ()),
-        jq.Scheme(Uniform(2), None, GPTQ(groups="dynamic")),
-        jq.Scheme(Uniform(2), None, Nearest(), jq.LoRC(2)),
-        jq.Scheme(Uniform(3), None, Stochastic()),
-        jq.Scheme(Uniform(2), None, DiscQuant(descent=Descent(4, 0.05))),
-    ],
-    ids=["gptq", "dynamic", "lorc", "stochastic", "discquant"],
+    ("scheme", "dtype"),
+    covering(SCHEMES, ["float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "float16"]),
 )
 def test_a_network_stays_finite_and_reports_what_apply_uses(dtype, scheme) -> None:
     before, x = params(dtype), _normal(5, 64, 48)
-    plan = jq.plan(jq.find_weights(fn, before, x), {".*": scheme})
+    plan = jq.plan(jq.find_weights(fn, before, x), {".*": SCHEMES[scheme]})
     q, report = jq.quantize(fn, before, plan, [x], key=jax.random.key(0))
     y = jq.apply(fn)(q, x)
     assert jnp.isfinite(y).all()

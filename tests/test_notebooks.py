@@ -19,7 +19,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SECONDS_PER_CELL = 900  # many times what the longest takes, also beside other tests
 LARGEST = 1_000_000  # bytes
 # What a machine leaves behind: folders of a system or a user, addresses of objects.
-TRACES = r"/home/|/Users/|/root/|/opt/|/tmp/|/work/|site-packages|[A-Z]:\\\\|\bat 0x[0-9a-f]{6}"
+TRACES = r"/(?:home|Users|root|opt|tmp|work)/|site-packages|[A-Z]:\\\\|\bat 0x[0-9a-f]{6}"
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

@@ -19,6 +19,7 @@ from jax import lax
 
 import jquant as jq
 from jquant.rounding import Descent, DiscQuant
+from tests.marks import covering, mostly_slow
 
 WIDTH = 8
 STEPS = Descent(2, 0.01)
@@ -72,7 +73,6 @@ def _learned(fn: Any, params: Any, batches: list[Any]) -> Any:
     return jq.quantize(first, params, plan, batches, key=key, objective=objective)[0]
 
 
-slow = pytest.mark.slow
 JOBS: dict[str, Callable[..., Any]] = {
     "capture": jq.capture,
     "gptq": _quantized(jq.rounding.GPTQ()),
@@ -85,11 +85,14 @@ QUICK = ("capture", "learned")
 
 @pytest.mark.filterwarnings("ignore:.*rank deficient")
 @pytest.mark.filterwarnings("ignore:.*donated buffers")
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=slow)])
 @pytest.mark.parametrize(
-    "job", [pytest.param(job, marks=() if job in QUICK else slow) for job in JOBS]
+    ("name", "job", "dtype"),
+    mostly_slow(
+        [(name, job, "float32") for name in FUNCTIONS for job in JOBS]
+        + covering(FUNCTIONS, JOBS, ["bfloat16"]),
+        lambda case: case[1] in QUICK and case[2] == "float32",
+    ),
 )
-@pytest.mark.parametrize("name", FUNCTIONS)
 def test_what_was_passed_is_alive_afterwards(name: str, job: str, dtype: str) -> None:
     w = (jax.random.normal(jax.random.key(0), (WIDTH, WIDTH)) * 0.3).astype(dtype)
     vector = jnp.ones(WIDTH, dtype)

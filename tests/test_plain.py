@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import subprocess
@@ -77,17 +78,19 @@ def test_every_grid_comes_back(grid: Any) -> None:
     same(jq.io.restore(jq.io.plain(q)), q)
 
 
-TREE: dict[str, Any] = {
-    "layers": [{"w": weight(Uniform(4)), "b": jnp.ones(3, jnp.bfloat16)}, {}],
-    "two bits": [weight(Uniform(2))],
-    "mx/w": weight(jq.grids.MX()),
-    "low": weight(Uniform(3), compensation=jq.LoRC(2)),
-    "static": weight(Uniform(8), activations=Activations(Uniform(8), "static")),
-    "jquant": jnp.arange(3),
-    "eps": 1e-5,
-    "key": jax.random.key(3),
-    "pair": (None, np.arange(3, dtype=np.float32)),
-}  # fmt: skip
+@functools.cache  # made when it is first used: that compiles, which collecting tests should not
+def everything() -> dict[str, Any]:
+    return {
+        "layers": [{"w": weight(Uniform(4)), "b": jnp.ones(3, jnp.bfloat16)}, {}],
+        "two bits": [weight(Uniform(2))],
+        "mx/w": weight(jq.grids.MX()),
+        "low": weight(Uniform(3), compensation=jq.LoRC(2)),
+        "static": weight(Uniform(8), activations=Activations(Uniform(8), "static")),
+        "jquant": jnp.arange(3),
+        "eps": 1e-5,
+        "key": jax.random.key(3),
+        "pair": (None, np.arange(3, dtype=np.float32)),
+    }  # fmt: skip
 
 
 def orbax(plain: Any, folder: Path) -> Any:
@@ -146,7 +149,7 @@ SAVERS: dict[str, Callable[[Any, Path], Any]] = {
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of Orbax's own
 @pytest.mark.parametrize("saver", SAVERS)
 def test_every_saver_takes_it_and_gives_it_back(saver: str, tmp_path: Path) -> None:
-    same(jq.io.restore(SAVERS[saver](jq.io.plain(TREE), tmp_path)), TREE)
+    same(jq.io.restore(SAVERS[saver](jq.io.plain(everything()), tmp_path)), everything())
 
 
 def test_lazy_leaves_are_read() -> None:

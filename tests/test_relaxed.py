@@ -16,6 +16,7 @@ from jquant.grids.grouped import Grouped
 from jquant.numerics.distortion import output_error
 from jquant.rounding import GPTQ, NUPES, AdaRound, Descent, DiscQuant, Nearest, SignRound
 from jquant.rounding.relaxed import Target, Unit, beta_at, corners
+from tests.marks import covering
 
 GROUPS = Groups("in", 8)
 SHORT = Descent(60, 0.1)
@@ -51,8 +52,13 @@ def test_learning_is_never_worse_than_nearest_and_mostly_much_better(rounding):
     assert result.info["diverged"] == 0
 
 
-@pytest.mark.parametrize("name", ["adaround", "discquant", "discquant-original", "signround-fixed"])
-@pytest.mark.parametrize("grid", ["A1-2", "S1-4", "nf4", "mx-E2M1"])
+@pytest.mark.parametrize(
+    ("grid", "name"),
+    covering(
+        ["A1-2", "S1-4", "nf4", "mx-E2M1"],
+        ["adaround", "discquant", "discquant-original", "signround-fixed"],
+    ),
+)
 def test_every_code_is_a_neighbour_of_its_weight(name, grid):
     w, moment = layer(6, 32)
     grid = GRIDS[grid]

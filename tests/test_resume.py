@@ -39,7 +39,7 @@ __all__ = ["model"]  # a fixture
 
 # How many processes are killed, and whether Ctrl-C is pressed at every moment or at every third:
 # `JQUANT_KILLS=50` takes minutes.
-KILLS = int(os.environ.get("JQUANT_KILLS", "4"))
+KILLS = int(os.environ.get("JQUANT_KILLS", "2"))
 STRIDE = 3 if KILLS < 50 else 1
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 
@@ -233,7 +233,11 @@ def test_death_at_every_operation_on_files(
     assert states[0] is None and states[-1] is not None and len(states[-1]) == 1 + STAGES
     assert any(".tmp" in name for state in states if state for name in state)
     assert len(states) > 10 * STAGES
+    tried: list[Any] = []  # what many operations leave as it is need not be tried again
     for at, state in enumerate(states):
+        if state in tried:
+            continue
+        tried.append(state)
         folder = tmp_path / str(at)
         restore(folder, state)
         done = len(records(folder))

@@ -12,14 +12,22 @@ from jquant.axes.groups import Groups, from_groups, to_groups
 from jquant.grids import MSE, Uniform, code_dtype, nearest
 from jquant.numerics.distortion import bits_per_weight, mse, output_error, sqnr_db
 from jquant.rounding import Nearest
+from tests.marks import covering
 
-# Every rounding meets every shape on one grid, and every grid on one shape; GPTQ, which takes
-# seconds to compile, only grids that differ in what they hand it.
+# Every rounding meets two shapes on one grid, those without learning every shape and the grids
+# whose parameters differ in kind (nearest codes are the law of every grid in `test_grid_laws`).
+# GPTQ, which takes seconds to compile, meets only grids that differ in what they hand it.
+KINDS = (
+    "A1-3-half", "A3-3", "S1-4", "E3M2", "mx-E2M1", "nv", "power-3-groups", "nf4", "kmeans-4",
+    "gguf-Q4_0", "gguf-Q4_K",
+)  # fmt: skip
+SHAPES = list(BLOCKS)
 PRODUCT = [
-    *((r, "A1-4", b) for r, b in itertools.product(ROUNDINGS, BLOCKS)),
-    *(("nearest", g, "in-ragged") for g in GRIDS),
+    *itertools.product(("nearest", "stochastic", "gptq"), ("A1-4",), BLOCKS),
+    *((r, "A1-4", SHAPES[(k + j) % 4]) for k, r in enumerate(list(ROUNDINGS)[3:]) for j in (0, 2)),
+    *(("nearest", g, "in-ragged") for g in KINDS),
     *(("gptq", g, "in-8") for g in ("A1-4-mse", "A3-3", "S1-4", "S3-5-bf16", "gguf-Q4_K")),
-    *itertools.product(LEARNED, ("A4-4-hqq", "nv", "power-4", "nf4", "kmeans-2-bf16"), ("in-8",)),
+    *covering(LEARNED, ("A4-4-hqq", "nv", "power-4", "nf4", "kmeans-2-bf16"), ("in-8",)),
 ]
 
 

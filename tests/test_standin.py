@@ -17,6 +17,7 @@ from jquant.jobs.report import WORSE
 from jquant.rounding import GPTQ, AdaRound, Stochastic
 from jquant.schemes.scheme import Scheme
 from jquant.weights.activations import Activations
+from tests.marks import covering
 
 WIDTH = 8
 X = jax.random.normal(jax.random.key(0), (64, WIDTH))
@@ -82,8 +83,7 @@ def codes(tree: Any, path: str) -> np.ndarray:
     return np.asarray(tree[path].codes.astype(jnp.int32))
 
 
-@each
-@pytest.mark.parametrize("sequential", ["weight", None])
+@pytest.mark.parametrize(("sequential", "fn"), covering(["weight", None], FUNCTIONS))
 def test_what_no_token_reaches_is_refused_or_rounded_to_nearest(fn: Any, sequential: Any) -> None:
     with pytest.raises(EvidenceError, match=r"weight 'w.* has seen no tokens.*fallback=True"):
         quantized(fn, GPTQ(), fallback=False, sequential=sequential)

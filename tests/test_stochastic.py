@@ -11,13 +11,18 @@ import jquant as jq
 from jquant.axes.groups import from_groups, to_groups
 from jquant.grids import Float, Uniform
 from jquant.rounding import Stochastic
+from tests.marks import covering, mostly_slow
 
-pytestmark = pytest.mark.slow
-
+slow = pytest.mark.slow
 KEY = jax.random.key(0)
 DTYPES = [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+each_dtype = pytest.mark.parametrize(
+    "dtype", mostly_slow(DTYPES, [jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
+)
 rounded = jq.stochastic_round
+
+
+QUICK = ("A1-2", "mx-E2M1", "nf4")
 
 
 def numbers(dtype, count=4096):
@@ -130,8 +135,9 @@ def test_on_a_grid_the_values_are_unbiased():
     assert jnp.abs(jnp.where(inside, y.mean(0) - x, 0)).max() < 5 * step / 2 / np.sqrt(2000)
 
 
-@pytest.mark.parametrize("shape", BLOCKS)
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    ("grid", "shape"), mostly_slow(covering(GRIDS, BLOCKS), lambda case: case[0] in QUICK)
+)
 def test_codes_are_the_neighbours(grid, shape):
     (out, width), groups = BLOCKS[shape]
     grid, (w, _) = GRIDS[grid], layer(out, width)
@@ -163,6 +169,7 @@ def test_luck_does_not_depend_on_the_groups():
     np.testing.assert_array_equal(one, two)
 
 
+@slow
 def test_adding_a_weight_changes_no_other():
     def fn(params, x):
         for name in sorted(params):
@@ -183,6 +190,7 @@ def test_adding_a_weight_changes_no_other():
     assert (np.asarray(same["a"].codes) != np.asarray(same["b"].codes)).any()
 
 
+@slow
 def test_the_sharding_changes_nothing():
     x = jax.random.normal(KEY, (8, 16))
     devices = jax.devices()
@@ -221,6 +229,7 @@ def test_bad_arguments(x, to, says):
         Stochastic(source="dice")  # type: ignore[arg-type]
 
 
+@slow
 @pytest.mark.parametrize("source", ["hash", "threefry"])
 @pytest.mark.parametrize(
     "to", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.int8]
@@ -237,6 +246,7 @@ def test_float64_goes_to_neighbours_by_chance_too(to, source):
         assert abs(share - 0.25) < 5 * np.sqrt(0.25 * 0.75 / count)
 
 
+@slow
 def test_float64_that_is_held_is_kept_and_what_is_beyond_is_the_end():
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(0).normal(size=500).astype(np.float32), jnp.float64)
@@ -263,6 +273,7 @@ def test_float64_on_a_grid_is_unbiased_below_float32():
     assert abs((y > 1).mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / count)
 
 
+@slow
 def test_pairs_of_narrow_dtypes():
     """Wider than the target or not: what it holds is kept, finite stays finite, NaN is NaN."""
     kinds = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2]
@@ -275,6 +286,7 @@ def test_pairs_of_narrow_dtypes():
             assert np.isnan(np.asarray(rounded(KEY, x * jnp.array(jnp.nan, one), two), float)).all()
 
 
+@slow
 def test_powers_of_two_have_neither_zero_nor_sign():
     y = np.asarray(rounded(KEY, jnp.array([0.0, -3.0, 1e-40, 1.0, 3e38]), jnp.float8_e8m0fnu))
     assert np.isfinite(y.astype(np.float64)).all() and (y.astype(np.float64) > 0).all()

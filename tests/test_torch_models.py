@@ -24,11 +24,19 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("torchax")
 
+from tests.marks import mostly_slow  # noqa: E402
 from tests.zoo import inputs_of, linear_names, torch_output, zoo, zoo_model  # noqa: E402
 
 TIED = "lm_head.weight"  # where it is the embedding, it is one leaf under another name
 FAST = ("Qwen3ForCausalLM", "BertModel", "MixtralForCausalLM")
-ALL = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in zoo()]
+ALL = mostly_slow(zoo(), FAST)
+# Unlike each other in what they are made of: windows, one fused projection, convolutions as
+# products, a recurrence, experts, an encoder beside a decoder, pictures.
+WHOLE = mostly_slow(
+    [*FAST, "Gemma2ForCausalLM", "GPT2LMHeadModel", "MambaForCausalLM", "GptOssForCausalLM",
+     "T5ForConditionalGeneration", "ViTForImageClassification"],
+    FAST,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +71,11 @@ def test_the_same_numbers_from_the_same_folder(
     result = jax.jit(fn)(jq.realize(params), *inputs)
     expected = torch_output(model, fn, inputs)
     np.testing.assert_allclose(result, expected, atol=1e-5 * max(1, abs(expected).max()))
+    assert linear_names(model) - {TIED} <= set(plan_for(fn, params, inputs))
 
 
 @pytest.mark.filterwarnings("ignore:.*rank deficient")
-@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize("architecture", WHOLE)
 def test_every_weight_is_found_and_quantized(
     architecture: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -487,7 +496,7 @@ def test_the_command_line_leaves_padding_out(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM"])
 def test_experts_gathered_for_each_token_have_the_evidence_of_sorted_ones(
     architecture: str, folder_of: Callable[[str], Path]
 ) -> None:
