@@ -95,7 +95,8 @@ def quantized(params: Any, scheme: jq.Scheme, pattern: str = r"layers/.*kernel")
         if not re.fullmatch(pattern, name) or "router" in name:
             return leaf
         at = leaf.ndim - 2
-        layout = Layout.of(leaf.shape, batch_axes=range(at), in_axes=(at,))
+        inner = at if name.endswith("kernel") else at + 1
+        layout = Layout.of(leaf.shape, batch_axes=range(at), in_axes=(inner,))
         w = jax.eval_shape(layout.canonical, leaf)
         kinds: Any = jax.eval_shape(grid.fit, w)
         own: Any = {name: parameter(name, kinds[name]) for name in sorted(kinds)}

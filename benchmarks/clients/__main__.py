@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 import jquant as jq
-from benchmarks.clients.flavours import TRANSFORMERS, Flavour
-from benchmarks.harness import write
+from benchmarks.clients.flavours import MLX, TRANSFORMERS, Flavour
+from benchmarks.harness import RESULTS, write
 from jquant.models import Decoder, DecoderConfig
 
 HERE = Path(__file__).parent
@@ -36,6 +36,7 @@ CLIENTS = {
     "transformers": Client(
         (*_TORCH, "compressed-tensors==0.20.1"), "transformers_client.py", TRANSFORMERS
     ),
+    "mlx": Client(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"), "mlx_client.py", MLX),
 }
 
 
@@ -87,6 +88,8 @@ def main() -> None:
     parser.add_argument("--only", choices=CLIENTS, action="append")
     options = parser.parse_args()
     rows: dict[str, dict[str, Any]] = {}
+    if options.only and (RESULTS / "clients.json").exists():  # the others' rows stay
+        rows = json.loads((RESULTS / "clients.json").read_text())["rows"]
     for name in options.only or CLIENTS:
         client = CLIENTS[name]
         python = interpreter(options.environments.resolve() / name, client.packages)

@@ -15,7 +15,7 @@ from jquant.app.sources import Model, names_maker
 from jquant.exporters import Exported, export, need_held
 from jquant.schemes.scheme import Plan
 
-Format = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "gguf", "safetensors"]
+Format = Literal["compressed-tensors", "mlx", "gptq", "gptq_v2", "awq", "gguf", "safetensors"]
 To = Annotated[
     Format | None,
     Parameter(help="Write what another engine reads, as `jquant export` does, not jquant's own."),

@@ -31,6 +31,7 @@ class Described:
         grid, groups, inputs: as `Scheme` has them.
         parts: what else belongs to it, by the names of their classes.
         whole: whether one set of parameters is shared by the whole matrix.
+        of_tensor: whether one number for the whole weight multiplies the scales of groups.
     """
 
     shape: tuple[int, int]
@@ -39,6 +40,7 @@ class Described:
     inputs: Activations | None = None
     parts: tuple[str, ...] = ()
     whole: bool = False
+    of_tensor: bool = False
 
     @staticmethod
     def of(q: QTensor) -> Described:
@@ -48,7 +50,8 @@ class Described:
         whole = scale is not None and tuple(scale.shape[-2:]) == (1, 1) and out > 1
         parts = tuple(type(p).__name__ for p in q.parts if not isinstance(p, Inputs))
         choice = None if q.activations is None else q.activations.choice
-        return Described((out, inner), q.grid, q.groups, choice, parts, whole)
+        tensor = bool({"tensor", "divisor"} & set(q.params))
+        return Described((out, inner), q.grid, q.groups, choice, parts, whole, tensor)
 
     @staticmethod
     def planned(weight: Weight, scheme: Scheme) -> Described:
@@ -57,7 +60,10 @@ class Described:
         shape = (_product(sizes, weight.out_axes), _product(sizes, weight.in_axes))
         own = (scheme.compensation, *scheme.transforms)
         parts = tuple(type(part).__name__ for part in own if part is not None)
-        return Described(shape, scheme.grid, scheme.grouping, scheme.activations, parts)
+        tensor = getattr(scheme.grid, "scale", None) == "e4m3"
+        return Described(
+            shape, scheme.grid, scheme.grouping, scheme.activations, parts, of_tensor=tensor
+        )
 
     def __str__(self) -> str:
         """As a scheme, with what differs from the usual."""

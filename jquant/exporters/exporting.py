@@ -20,7 +20,7 @@ from jquant.errors import CheckpointError, FormatError
 from jquant.exporters.described import Described, Holding
 from jquant.exporters.folder import need_place, new_folder, write_sidecar
 from jquant.exporters.shards import Piece, write_shards
-from jquant.exporters.targets import Target, held, need_alike, target_named
+from jquant.exporters.targets import Target, held, need_alike, need_module, target_named
 from jquant.formats.base import Spec
 from jquant.trees.lazy import Lazy, Window, realize
 from jquant.trees.placement import transferring
@@ -121,7 +121,7 @@ def export(
 
     original = None if like is None else _folder(Path(like))
     model = hf_model(fn, qparams, original, tokenizer)
-    holdings = _holdings(target, model)
+    holdings = _holdings(target, fn, model)
     config, expected = _config(target, model, holdings), _expected(model, holdings)
     pieces = [_piece(name, leaf, holdings.get(name)) for name, leaf in expected.items()]
     with new_folder(place, force) as temporary:
@@ -154,15 +154,20 @@ def _folder(like: Path) -> Path:
     return like
 
 
-def _holdings(target: Target, model: Any) -> dict[str, Holding]:
+def _holdings(target: Target, fn: Any, model: Any) -> dict[str, Holding]:
     """How each quantized weight is held, by its tensor's name."""
+    from jquant.exporters.hugging_face import kind_of
+
     holdings = {}
     for tensor in model.tensors:
         if not isinstance(tensor.leaf, QTensor):
             continue
-        if target.linear and not (tensor.linear and tensor.name.endswith(".weight")):
+        is_weight = tensor.name.endswith(".weight")
+        need_module(target, tensor.path, kind_of(fn, tensor.path) if is_weight else "other")
+        if tuple(tensor.leaf.codes.shape[-2:]) != tuple(tensor.leaf.shape[-2:]):
             raise FormatError(
-                f"{tensor.path!r}: {target.name} quantizes linear layers alone; keep this weight"
+                f"{tensor.path!r}: its inputs are its rows, codes {tensor.leaf.codes.shape} of an "
+                f"array {tensor.leaf.shape}; keep this weight"
             )
         holdings[tensor.name] = held(target, tensor.path, Described.of(tensor.leaf))
     need_alike(target, [(t.path, holdings[t.name]) for t in model.tensors if t.name in holdings])
@@ -177,7 +182,7 @@ def _config(target: Target, model: Any, holdings: Mapping[str, Holding]) -> dict
     modules = [(name.removesuffix(".weight"), holding) for name, holding in holdings.items()]
     quantized = {name for name, _ in modules}
     ignored = [name for name in model.linear if name not in quantized]
-    return {**model.config, "quantization_config": target.config(modules, ignored)}
+    return {**model.config, target.key: target.config(modules, ignored)}
 
 
 def _expected(model: Any, holdings: Mapping[str, Holding]) -> dict[str, Lazy | QTensor]:
