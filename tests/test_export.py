@@ -371,12 +371,15 @@ GRIDS = (
 )  # fmt: skip
 
 
+EVERYTHING = ("safetensors", "orbax")  # hold whatever there is, or nearly
+
+
 def described(scheme: jq.Scheme, shape: tuple[int, int] = (64, 96)) -> Described:
     parts = () if scheme.compensation is None else ("LoRC",)
     return Described(shape, scheme.grid, scheme.grouping, scheme.activations, parts)
 
 
-@pytest.mark.parametrize("target", [name for name in TARGETS if name != "safetensors"])
+@pytest.mark.parametrize("target", [name for name in TARGETS if name not in EVERYTHING])
 def test_what_is_advised_can_be_had(target: str) -> None:
     """Whatever a format refuses, it holds what it names in its place."""
     schemes = [described(scheme) for scheme in UNHELD.values()]

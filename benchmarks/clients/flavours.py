@@ -73,6 +73,22 @@ TRANSFORMERS: Mapping[str, Flavour] = {
     "arrays": _all("safetensors", jq.presets.int4_nearest(32)),
 }  # fmt: skip
 
+
+def _kernels(scheme: jq.Scheme, way: str) -> Flavour:
+    return Flavour("qwix", {".*kernel": scheme}, way)
+
+
+QWIX: Mapping[str, Flavour] = {
+    "4 bits, groups of 16": _kernels(jq.Scheme(Uniform(4, True), 16), "int4/16"),
+    "2 bits, groups of 16": _kernels(jq.Scheme(Uniform(2, True), 16), "int2/16"),
+    "8 bits, channels": _kernels(jq.Scheme(_INT8), "int8/all"),
+    "E4M3, channels": _kernels(jq.Scheme(_FP8), "float8_e4m3fn/all"),
+    "NVFP4": _kernels(jq.presets.nvfp4(), "nvfp4/16"),
+    "MXFP4": _kernels(jq.presets.mxfp4(), "dequantize"),
+    "4 bits, zero points": _kernels(jq.Scheme(Uniform(4), 16), "dequantize"),
+    "3 bits, channels": _kernels(jq.Scheme(Uniform(3, True)), "dequantize"),
+    "5 bits, zero points": _kernels(jq.Scheme(Uniform(5), 32), "dequantize"),
+}
 _TABLE_TOO = "embed/.*|layers/.*|head/.*"
 MLX: Mapping[str, Flavour] = {
     **{

@@ -69,12 +69,14 @@ def export(
 
     Args:
         fn: the model's function, as `jquant.models.load` gave it: a `Decoder` or `TorchFunction`.
+            Of orbax and qwix any function, since names are those of the tree.
         qparams: its parameters, quantized or not, lazy or not.
         folder: what to write. It must not exist, be empty, or be an earlier export, with `force`.
             Of GGUF it is a file.
         format: "compressed-tensors" (which of its formats follows from each weight's grid), "gptq",
             "gptq_v2", "awq"; "gguf": one file, for llama.cpp; or "safetensors": the arrays that the
-            weights stand for.
+            weights stand for. "mlx": for mlx-lm. "orbax": a checkpoint of Orbax, from which
+            `jquant.io.restore` makes the tree again; "qwix": one with a `QArray` for each weight.
         like: the Hugging Face folder that the model is of: its `config.json`, tokenizer and other
             small files are taken over, and the dtypes of tensors that are not quantized where these
             hold their values. None: `config.json` is told from the decoder's numbers. Of GGUF, a
@@ -113,6 +115,13 @@ def export(
         from jquant.exporters.gguf import export_gguf
 
         return Exported(place, *export_gguf(place, fn, qparams, tokenizer, like, (force, verify)))
+    if target.tree:
+        from jquant.exporters.trees import export_tree
+
+        def beside(where: Path) -> None:
+            _write_beside(where, None if like is None else _folder(Path(like)), tokenizer)
+
+        return Exported(place, *export_tree(place, target, qparams, beside, (force, verify)))
     need_place(place, force)
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be a positive int, got {max_shard_bytes!r}")
@@ -139,6 +148,8 @@ def export(
 
 def _write_beside(folder: Path, original: Path | None, tokenizer: Any) -> None:
     """Write what lies beside tensors and `config.json`: the original's small files, a tokenizer."""
+    if original is None and tokenizer is None:
+        return
     from jquant.exporters.hugging_face import BESIDE
 
     for file in () if original is None else map(original.joinpath, BESIDE):

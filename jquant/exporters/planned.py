@@ -33,11 +33,16 @@ def need_held(fn: Any, plan: Plan, format: str) -> None:
         ...
         jquant.errors.FormatError: 'layers/0/attention/k/kernel': gptq cannot hold the grid ...
     """
-    from jquant.exporters.hugging_face import kind_of
-
     target = target_named(format)
     holdings = []
     for path, scheme in plan.items():
-        need_module(target, path, kind_of(fn, path))
+        if target.modules is not None:
+            need_module(target, path, _kind_of(fn, path))
         holdings.append((path, held(target, path, Described.planned(plan.weights[path], scheme))))
     need_alike(target, holdings)
+
+
+def _kind_of(fn: Any, path: str) -> str:
+    from jquant.exporters.hugging_face import kind_of
+
+    return kind_of(fn, path)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jquant.errors import FormatError, near
-from jquant.exporters import compressed_tensors, gguf_types, mlx, transposed
+from jquant.exporters import compressed_tensors, gguf_types, mlx, qwix, transposed
 from jquant.exporters.described import Described, Holding
 from jquant.formats.transposed import BITS
 
@@ -33,6 +33,7 @@ class Target(NamedTuple):
         modules: the kinds of modules whose weights can be quantized, see `hugging_face.kind_of`;
             None: all.
         key: of `config.json` under which `config` stands.
+        tree: whether it is a tree of the parameters of any function, and no folder of a model.
     """
 
     name: str
@@ -43,12 +44,18 @@ class Target(NamedTuple):
     alike: bool = False
     modules: tuple[str, ...] | None = ("linear", "expert")
     key: str = "quantization_config"
+    tree: bool = False
 
 
 def _as_array(weight: Described) -> Holding:
     if weight.inputs is not None:
         raise FormatError("quantized inputs, of which an array says nothing")
     return Holding(None)
+
+
+def _in_a_tree(weight: Described) -> Holding:
+    del weight
+    return Holding(None, kind="plain arrays")
 
 
 def _without_inputs(weight: Described) -> Described:
@@ -80,6 +87,11 @@ TARGETS: Mapping[str, Target] = {
             modules=("linear", "table"), key="quantization",
         ),
         Target("gguf", gguf_types.hold, gguf_types.nearest, gguf_types.HOLDS, modules=None),
+        Target(
+            "orbax", _in_a_tree, lambda weight: weight, "whatever `jquant.save` holds",
+            modules=None, tree=True,
+        ),
+        Target("qwix", qwix.hold, qwix.nearest, qwix.HOLDS, modules=None, tree=True),
         Target(
             "safetensors", _as_array, _without_inputs, "arrays of numbers", modules=None,
         ),
