@@ -17,6 +17,7 @@ from jquant.grids import (
     MX,
     NF4,
     NV,
+    Affine,
     Codebook,
     Float,
     Grid,
@@ -52,6 +53,11 @@ UNIFORM: dict[str, Uniform] = {
     "S2-8": Uniform(8, symmetric=True, convention="S2"),
     "S3-5-bf16": Uniform(5, symmetric=True, convention="S3", scale_dtype="bfloat16"),
 }
+AFFINE: dict[str, Affine] = {
+    "affine-4-bf16": Affine(4, scale_dtype="bfloat16"),
+    "affine-3-half-mse": Affine(3, MSE(steps=20, resolution=40), "float16"),
+    "affine-8": Affine(8),
+}
 FLOATING: dict[str, Float] = {
     "E3M2": Float(3, 2),
     "E5M2-half": Float(5, 2, scale="float16"),
@@ -85,7 +91,7 @@ BLOCK_TYPES: dict[str, Grid] = {
     f"gguf-{kind}-mse": GGUF(kind, MSE(steps=5, resolution=10, norm=2.0))
     for kind in ("Q4_0", "Q5_1", "Q2_K", "Q3_K")
 }
-GRIDS: dict[str, Grid] = {**UNIFORM, **FLOATING, **POWER, **TABLES, **BLOCK_TYPES}
+GRIDS: dict[str, Grid] = {**UNIFORM, **AFFINE, **FLOATING, **POWER, **TABLES, **BLOCK_TYPES}
 
 ROUNDINGS: dict[str, Rounding] = {
     "nearest": Nearest(),

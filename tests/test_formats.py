@@ -82,6 +82,9 @@ CODECS: dict[str, tuple[Codec, tuple[int, int]]] = {
     },
     "gptq-whole": (formats.gptq(group=None, index=False), (32, 64)),
     "awq": (formats.awq(group=16), (16, 32)),
+    **{f"mlx-{b}": (formats.mlx(bits=b, group=32), (6, 96)) for b in (2, 3, 4, 5, 6, 8)},
+    "mlx-whole-words": (formats.mlx(group=128, scale_dtype="float16"), (6, 256)),
+    **{f"mlx-{mode}": (formats.mlx(mode), (6, 64)) for mode in ("mxfp4", "mxfp8", "nvfp4")},
     "qarray-int4": (formats.qarray("int4", tile=8, symmetric=False), (6, 32)),
     "qarray-int8": (formats.qarray("int8"), (6, 32)),
 }  # fmt: skip
@@ -410,6 +413,10 @@ def _put(at: int, value: Any) -> Any:
         ("nvfp4", {"weight_scale": lambda t: (t * np.nan).astype(t.dtype)}, "'scale' holds NaN"),
         ("nvfp4", {"weight_global_scale": _put(0, np.nan)}, "'divisor' holds NaN"),
         ("mxfp4", {"weight_scale": _put(0, 255)}, "'scale' holds NaN"),
+        ("mlx-4", {"biases": _put(0, np.inf)}, "'bias' holds NaN or infinity"),
+        ("mlx-4", {"weight": lambda t: t[:, :-1]}, "88 inputs; MLX affine has groups of 32"),
+        ("mlx-4", {"weight": lambda t: t[:, :-4]}, "'scales' is bfloat16"),
+        ("mlx-mxfp8", {"weight": _put(0, 127)}, "'weight' holds numbers that are NaN"),
     ],
 )
 def test_damaged_tensors_are_refused(name: str, changes: dict, message: str) -> None:
@@ -475,6 +482,13 @@ def test_rows_of_a_block_share_a_scale() -> None:
         lambda: formats.gptq(5),
         lambda: formats.gptq(group=-1),
         lambda: formats.gptq(version=3),  # type: ignore[arg-type]
+        lambda: formats.mlx("affine8"),  # type: ignore[arg-type]
+        lambda: formats.mlx(bits=7),
+        lambda: formats.mlx(bits=True),
+        lambda: formats.mlx(group=16),
+        lambda: formats.mlx(scale_dtype="uint8"),
+        lambda: formats.mlx("mxfp4", bits=8),
+        lambda: formats.mlx("nvfp4", group=32),
         lambda: formats.qarray("int3"),
         lambda: formats.qarray(tile=-1),
     ],

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 import jquant as jq
-from benchmarks.clients import matmul_nbits
+from benchmarks.clients import matmul_nbits, qwix
 from benchmarks.clients.flavours import BARE, FLAVOURS, Flavour
 from benchmarks.environments import ROOT, Failed, made
 from benchmarks.harness import RESULTS, machine
@@ -32,6 +32,8 @@ from jquant.models import Decoder, DecoderConfig
 
 FOLDER = ROOT / "build" / "clients"
 PYTHON = "3.11"  # what the versions of the table were tried on
+# Engines that take no model with a `config.json`.
+APART = {module.NAME: module for module in (matmul_nbits, qwix)}
 NETWORK = DecoderConfig(vocab=96, width=64, hidden=128, layers=2, heads=4, kv_heads=2)
 
 
@@ -43,8 +45,8 @@ def environment(client: str) -> Path:
     """
     bare = BARE.get(client, ())
     own = {name.split("==")[0].lower() for name in bare}
-    if client == matmul_nbits.NAME:
-        requirements = list(matmul_nbits.PACKAGES)
+    if client in APART:
+        requirements = list(APART[client].PACKAGES)
     else:
         every = {k: v for row in CLIENTS[client].formats.values() for k, v in row.items()}
         requirements = [f"{k}=={v}" for k, v in every.items() if k.lower() not in own]
@@ -86,8 +88,8 @@ def rows_of(client: str, python: Path) -> dict[str, dict[str, Any]]:
     """The rows of a client, by flavour."""
     rows = {}
     with tempfile.TemporaryDirectory() as scratch:
-        if client == matmul_nbits.NAME:
-            rows = matmul_nbits.rows(python, Path(scratch))
+        if client in APART:
+            rows = APART[client].rows(python, Path(scratch))
         for title, flavour in FLAVOURS.get(client, {}).items():
             folder = Path(scratch, str(len(rows)))
             folder.mkdir()
@@ -98,7 +100,7 @@ def rows_of(client: str, python: Path) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    every = [*CLIENTS, matmul_nbits.NAME]
+    every = [*CLIENTS, *APART]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="CLIENT", help=", ".join(every))
     parser.add_argument("--python", type=Path, help="an interpreter that has the one client named")

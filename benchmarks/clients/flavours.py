@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jquant as jq
-from jquant.grids import GGUF, Float, Uniform
+from jquant.grids import GGUF, MX, Affine, Float, Uniform
 
 _BF16, _F16 = {"scale_dtype": "bfloat16"}, {"scale_dtype": "float16"}
 _INT8, _FP8 = Uniform(8, symmetric=True), Float(4, 3, scale="float32")
@@ -84,8 +84,33 @@ GPTQMODEL: Mapping[str, Flavour] = {
 LLAMA_CPP: Mapping[str, Flavour] = {
     kind: _all("gguf", jq.Scheme(GGUF(kind))) for kind in ("Q4_0", "Q5_1", "Q8_0")
 }
+_TABLE_TOO = "embed/.*|layers/.*|head/.*"
+MLX: Mapping[str, Flavour] = {
+    **{
+        f"{bits} bits, groups of 32": _all("mlx", jq.Scheme(Uniform(bits), 32))
+        for bits in (2, 3, 4, 5, 6, 8)
+    },
+    "4 bits, symmetric, bfloat16": _all("mlx", jq.Scheme(Uniform(4, True, **_BF16), 64)),
+    "4 bits, zero points, float16": _all("mlx", jq.Scheme(Uniform(4, **_F16), 32)),
+    "4 bits, `Affine`, bfloat16": _all("mlx", jq.Scheme(Affine(4, **_BF16), 64)),
+    "8 bits, channels": _all("mlx", jq.Scheme(Uniform(8, True, **_F16))),
+    "GGUF's Q4_1": _all("mlx", jq.Scheme(GGUF("Q4_1"))),
+    "MXFP4": _all("mlx", jq.presets.mxfp4()),
+    "MXFP8": _all("mlx", jq.Scheme(MX("E4M3"))),
+    "4 and 8 bits, table and head too": Flavour(
+        "mlx",
+        {
+            ".*mlp/down.*": jq.Scheme(Uniform(8), 64),
+            _TABLE_TOO: jq.Scheme(Uniform(4), 32),
+        },
+    ),
+    "4 bits, table of bfloat16 scales": Flavour(
+        "mlx", {_TABLE_TOO: jq.Scheme(Uniform(4, True, **_BF16), 64)},
+        note="a table's rows are of the dtype of its scales, so all is computed in bfloat16",
+    ),
+}  # fmt: skip
 FLAVOURS: Mapping[str, Mapping[str, Flavour]] = {
-    "transformers": TRANSFORMERS, "llama-cpp": LLAMA_CPP, "gptqmodel": GPTQMODEL,
+    "transformers": TRANSFORMERS, "llama-cpp": LLAMA_CPP, "gptqmodel": GPTQMODEL, "mlx": MLX,
 }  # fmt: skip
 # What is installed without what it asks for: GPTQModel wants CUDA's PyTorch and a compiler. Its own
 # imports need the rest.

@@ -15,14 +15,15 @@ import json
 import os
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 import jquant as jq
 from benchmarks.harness import write
 from benchmarks.total_time import prepare
+from jquant.exporters import apart
 from jquant.grids import MinMax, Uniform
 from jquant.rounding import GPTQ
 
@@ -35,10 +36,13 @@ SCHEMES = {
 }
 
 
-def child(client: str, *arguments: str | Path) -> None:
+def child(client: str, *arguments: str | Path) -> dict[str, str]:
+    """Runs a part in the other environment; the versions there."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PYTHON"))}
     command = [client, "-m", "benchmarks.clients.w4a16_child", *map(str, arguments)]
-    subprocess.run(command, cwd=ROOT, check=True, env={**kept, "OMP_WAIT_POLICY": "PASSIVE"})
+    kept["OMP_WAIT_POLICY"] = "PASSIVE"
+    done = subprocess.run(command, cwd=ROOT, check=True, env=kept, stdout=subprocess.PIPE)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def own(scheme: jq.Scheme, model: Path, tokens: np.ndarray, out: Path) -> float:
@@ -74,12 +78,18 @@ def main() -> None:
     if not folders["llm-compressor, GPTQ"].exists():
         child(options.client, "quantize", model, work / "calibration.npy", work / "llm-compressor",
               str(GROUP))  # fmt: skip
-    out = work / "measured.json"
-    child(options.client, "measure", model, work / "evaluation.npy", out, *folders.values())
-    measured: dict[str, Any] = json.loads(out.read_text("utf-8"))
-    rows = {name: measured["rows"][str(folder)] for name, folder in folders.items()}
+    logits, versions = {}, {}
+    for name, folder in {"full": model, **folders}.items():
+        out = work / f"{folder.name}.npy"
+        versions = child(options.client, "logits", folder, work / "evaluation.npy", out)
+        logits[name] = np.load(out)
+    rows = {
+        name: asdict(apart(iter(logits["full"]), iter(logits[name])))
+        | {"seconds": seconds.get(name)}
+        for name in folders
+    }
     print(json.dumps(rows, indent=1))
-    write("w4a16", rows=rows, client=measured["versions"], windows=len(tokens), group=GROUP)
+    write("w4a16", rows=rows, client=versions, windows=len(tokens), group=GROUP)
 
 
 if __name__ == "__main__":

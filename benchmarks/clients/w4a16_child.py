@@ -1,9 +1,10 @@
 """llm-compressor's W4A16, and the logits that transformers computes of folders.
 
-    python -P -m benchmarks.clients.w4a16_child quantize MODEL TOKENS.npy OUT GROUP
-    python -P -m benchmarks.clients.w4a16_child measure MODEL TOKENS.npy OUT.json FOLDER ...
+    python -m benchmarks.clients.w4a16_child quantize MODEL TOKENS.npy OUT GROUP
+    python -m benchmarks.clients.w4a16_child logits MODEL TOKENS.npy OUT.npy
 
-In the environment of the other tool; imports nothing of jquant. MODEL is the full model.
+In the environment of the other tool; imports nothing of jquant. The versions of what ran are
+printed last.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks.clients.transformers_client import compared, versions
-from benchmarks.rivals.child import BATCH
+from benchmarks.rivals.child import BATCH, versions
 from benchmarks.rivals.run_llmcompressor import prepared
 
 
@@ -33,21 +33,15 @@ def quantize(model: str, tokens: np.ndarray, out: str, group: str) -> None:
     tokenizer.save_pretrained(out)
 
 
-def logits(folder: str, tokens: np.ndarray) -> np.ndarray:
+def logits(folder: str, tokens: np.ndarray, out: str) -> None:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     rows = [torch.from_numpy(row[None].astype("int64")) for row in tokens]
     with torch.no_grad():
-        return np.concatenate([model.eval()(row).logits.numpy() for row in rows])
-
-
-def measure(model: str, tokens: np.ndarray, out: str, *folders: str) -> None:
-    full = logits(model, tokens)
-    rows = {folder: compared(logits(folder, tokens), full) for folder in folders}
-    used = versions("llmcompressor", "compressed-tensors", "torch", "transformers")
-    Path(out).write_text(json.dumps({"rows": rows, "versions": used}), "utf-8")
+        np.save(out, np.concatenate([model.eval()(row).logits.numpy() for row in rows]))
 
 
 if __name__ == "__main__":
     mode, model, tokens, *rest = sys.argv[1:]
     torch.set_num_threads(2)
-    {"quantize": quantize, "measure": measure}[mode](model, np.load(tokens), *rest)
+    {"quantize": quantize, "logits": logits}[mode](model, np.load(tokens), *rest)
+    print(json.dumps(versions("llmcompressor", "compressed-tensors", "torch", "transformers")))

@@ -27,9 +27,9 @@ def clients(result: dict[str, Any]) -> str:
         parts.append(table(head, lines) + f"\n{versions}.")
     return (
         "A random Llama of two layers, exported in each flavour, loaded by the engine on a CPU and "
-        "run in float32, by GPTQModel in float16. *off*: the largest difference between its logits "
-        "and those of `jq.apply`, relative to the largest logit; *KL*: nats per token between the "
-        "two; –: it refuses. Of onnxruntime it is one weight as the operator `MatMulNBits`, and "
+        "run in float32, by GPTQModel in float16; of qwix a small Flax network. *off*: the largest "
+        "difference between its logits and those of `jq.apply`, relative to the largest logit; "
+        "*KL*: nats per token between the two; –: it refuses. Of onnxruntime it is one weight as the operator `MatMulNBits`, and "
         "its products (`benchmarks/clients/matmul_nbits.py` packs it).\n\n"
         + "\n\n".join(parts)
         + f"\n\n{ran(result)}.\n"
@@ -37,7 +37,8 @@ def clients(result: dict[str, Any]) -> str:
 
 
 def _number(row: dict[str, Any], key: str, unit: float = 1.0) -> str:
-    return f"{max(row[key], 0.0) / unit:.0e}" if key in row else "–"
+    value = max(row.get(key, 0.0), 0.0) / unit
+    return "–" if key not in row else f"{value:.0e}" if value else "0"
 
 
 def tpu_inference(result: dict[str, Any]) -> str:

@@ -15,7 +15,10 @@ from jquant.app.sources import Model, names_maker
 from jquant.exporters import Exported, export, need_held
 from jquant.schemes.scheme import Plan
 
-Format = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "gguf", "safetensors"]
+Format = Literal[
+    "compressed-tensors", "mlx", "gptq", "gptq_v2", "awq", "gguf", "orbax", "qwix", "safetensors"
+]
+_TREES = ("orbax", "qwix")  # whose names are those of the parameters
 To = Annotated[
     Format | None,
     Parameter(help="Write what another engine reads, as `jquant export` does, not jquant's own."),
@@ -75,7 +78,8 @@ def export_model(
 def need_plan(to: To, model: Model, plan: Plan) -> None:
     """ValueError: the model, or its plan, is not for the format that is asked for, if one is."""
     if to is not None:
-        _need_names(model.source)
+        if to not in _TREES:
+            _need_names(model.source)
         need_held(model.fn, plan, to)
 
 

@@ -31,7 +31,7 @@ WINDOWS, LENGTH = 2, 128  # heuristic: a wrong layout shows in the first tokens
 def verify_model(
     source: Path,
     *,
-    client: Literal["transformers", "llama-cpp", "gptqmodel"] | None = None,
+    client: Literal["transformers", "llama-cpp", "gptqmodel", "mlx"] | None = None,
     against: str | None = None,
     python: Path | None = None,
     examples: Examples = Examples(),
@@ -57,8 +57,9 @@ def verify_model(
         A folder that `jquant export` wrote, or a GGUF file.
     client
         The engine: transformers for compressed-tensors and arrays, llama-cpp for GGUF, gptqmodel
-        for GPTQ and AWQ. It runs on held-out text, 2 windows of 128 tokens unless --samples and
-        --length say otherwise; on random tokens where there is no tokenizer, and none is named.
+        for GPTQ and AWQ, mlx for MLX. It runs on held-out text, 2 windows of 128 tokens unless
+        --samples and --length say otherwise; on random tokens where there is no tokenizer, and none
+        is named.
     against
         A quantized model whose results are expected, such as the one that was exported. Default:
         what the export itself holds, read by jquant.

@@ -86,7 +86,19 @@ def llama_cpp(path: Path, length: int) -> tuple[Run, str]:
     return run, "as it comes"
 
 
-CLIENTS = {"transformers": transformers, "gptqmodel": gptqmodel, "llama-cpp": llama_cpp}
+def mlx(path: Path, length: int) -> tuple[Run, str]:
+    """A folder by mlx-lm on the CPU, in the dtype of the scales of its table of tokens."""
+    engine: Any = importlib.import_module("mlx.core")
+    utils: Any = importlib.import_module("mlx_lm.utils")
+    model, _ = utils.load_model(path)
+
+    def run(window: np.ndarray) -> np.ndarray:
+        return np.array(model(engine.array(window[None]))[0].astype(engine.float32))
+
+    return run, "as it comes"
+
+
+CLIENTS = {"transformers": transformers, "gptqmodel": gptqmodel, "llama-cpp": llama_cpp, "mlx": mlx}
 
 
 def told(**line: Any) -> None:

@@ -31,8 +31,8 @@ class Client:
     """An engine.
 
     Attributes:
-        formats: what it opens: "gguf", "safetensors" (arrays), or a `quant_method`, each with the
-            packages that this takes and the versions that were tried.
+        formats: what it opens: "gguf", "mlx", "safetensors" (arrays), or a `quant_method`, each
+            with the packages that this takes and the versions that were tried.
     """
 
     formats: Mapping[str, Mapping[str, str]]
@@ -45,6 +45,7 @@ CLIENTS: Mapping[str, Client] = {
     ),
     "llama-cpp": Client({"gguf": {"llama-cpp-python": "0.3.36"}}),
     "gptqmodel": Client({"gptq": _GPTQMODEL, "awq": _GPTQMODEL}),
+    "mlx": Client({"mlx": {"mlx": "0.32.4", "mlx-lm": "0.32.2"}}),
 }
 
 
@@ -82,7 +83,7 @@ def need_client(name: str, path: Path) -> Mapping[str, str]:
 
 
 def form_of(path: Path) -> str:
-    """The format of an export: "gguf", "safetensors", or the `quant_method` of its `config.json`.
+    """The format of an export: "gguf", "mlx", "safetensors", or the `quant_method` it names.
 
     Raises:
         ClientError: it is no folder with a `config.json`, and no file.
@@ -91,7 +92,10 @@ def form_of(path: Path) -> str:
         return "gguf"
     from jquant.models.hf_folder import read_json
 
-    quantization = read_json(path / "config.json").get("quantization_config")
+    config = read_json(path / "config.json")
+    if "quantization" in config:
+        return "mlx"
+    quantization = config.get("quantization_config")
     if isinstance(quantization, Mapping):
         return str(quantization.get("quant_method"))[:80]
     return "safetensors"

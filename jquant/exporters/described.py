@@ -8,10 +8,11 @@ alike, so what a format refuses after quantizing it refuses before.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from jquant.axes.groups import Groups
+from jquant.axes.layout import Layout
 from jquant.calibration.find import Weight
 from jquant.errors import FormatError
 from jquant.formats.base import Codec
@@ -31,6 +32,8 @@ class Described:
         grid, groups, inputs: as `Scheme` has them.
         parts: what else belongs to it, by the names of their classes.
         whole: whether one set of parameters is shared by the whole matrix.
+        of_tensor: whether one number for the whole weight multiplies the scales of groups.
+        layout: how its array is read as that matrix; None: it is that.
     """
 
     shape: tuple[int, int]
@@ -39,6 +42,8 @@ class Described:
     inputs: Activations | None = None
     parts: tuple[str, ...] = ()
     whole: bool = False
+    of_tensor: bool = False
+    layout: Layout | None = field(default=None, compare=False)
 
     @staticmethod
     def of(q: QTensor) -> Described:
@@ -48,7 +53,9 @@ class Described:
         whole = scale is not None and tuple(scale.shape[-2:]) == (1, 1) and out > 1
         parts = tuple(type(p).__name__ for p in q.parts if not isinstance(p, Inputs))
         choice = None if q.activations is None else q.activations.choice
-        return Described((out, inner), q.grid, q.groups, choice, parts, whole)
+        tensor = bool({"tensor", "divisor"} & set(q.params))
+        layout = q.layout.trimmed(q.codes.ndim - 2)
+        return Described((out, inner), q.grid, q.groups, choice, parts, whole, tensor, layout)
 
     @staticmethod
     def planned(weight: Weight, scheme: Scheme) -> Described:
@@ -57,7 +64,11 @@ class Described:
         shape = (_product(sizes, weight.out_axes), _product(sizes, weight.in_axes))
         own = (scheme.compensation, *scheme.transforms)
         parts = tuple(type(part).__name__ for part in own if part is not None)
-        return Described(shape, scheme.grid, scheme.grouping, scheme.activations, parts)
+        tensor = getattr(scheme.grid, "scale", None) == "e4m3"
+        return Described(
+            shape, scheme.grid, scheme.grouping, scheme.activations, parts, of_tensor=tensor,
+            layout=weight.layout,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         """As a scheme, with what differs from the usual."""
@@ -77,16 +88,18 @@ class Holding(NamedTuple):
         codec: of its tensors; None: it is held as the array it stands for.
         settings: what the format's configuration says of it; weights of equal ones are one kind.
         stored: the weight as the codec has it, from the weight: the same numbers.
+        kind: what it is held as where there is no codec.
     """
 
     codec: Codec | None
     settings: Any = None
     stored: Callable[[QTensor], QTensor] = lambda q: q
+    kind: str = "array"
 
     @property
     def name(self) -> str:
         """What weights are held as."""
-        return "array" if self.codec is None else self.codec.name
+        return self.kind if self.codec is None else self.codec.name
 
 
 def need_alone(weight: Described) -> None:

@@ -23,7 +23,7 @@ from jquant.exporters.beside import room
 from jquant.exporters.described import Described, Holding
 from jquant.exporters.folder import need_place, new_folder, write_sidecar
 from jquant.exporters.shards import Piece, write_shards
-from jquant.exporters.targets import Target, held, need_alike, target_named
+from jquant.exporters.targets import Target, held, need_alike, need_module, target_named
 from jquant.formats.base import Spec
 from jquant.formats.rows import runs
 from jquant.trees.lazy import Lazy, Window, read
@@ -74,12 +74,14 @@ def export(
 
     Args:
         fn: the model's function, as `jquant.models.load` gave it: a `Decoder` or `TorchFunction`.
+            Of orbax and qwix any function, since names are those of the tree.
         qparams: its parameters, quantized or not, lazy or not.
         folder: what to write. It must not exist, be empty, or be an earlier export, with `force`.
             Of GGUF it is a file.
         format: "compressed-tensors" (which of its formats follows from each weight's grid), "gptq",
             "gptq_v2", "awq"; "gguf": one file, for llama.cpp; or "safetensors": the arrays that the
-            weights stand for.
+            weights stand for. "mlx": for mlx-lm. "orbax": a checkpoint of Orbax, from which
+            `jquant.io.restore` makes the tree again; "qwix": one with a `QArray` for each weight.
         like: the Hugging Face folder that the model is of: its `config.json`, tokenizer and other
             small files are taken over, and the dtypes of tensors that are not quantized where these
             hold their values. None: `config.json` is told from the decoder's numbers. Of GGUF, a
@@ -119,6 +121,13 @@ def export(
         from jquant.exporters.gguf import export_gguf
 
         return Exported(place, *export_gguf(place, fn, qparams, tokenizer, like, (force, verify)))
+    if target.tree:
+        from jquant.exporters.trees import export_tree
+
+        def beside(where: Path) -> None:
+            _write_beside(where, None if like is None else _folder(Path(like)), tokenizer)
+
+        return Exported(place, *export_tree(place, target, qparams, beside, (force, verify)))
     need_place(place, force)
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be a positive int, got {max_shard_bytes!r}")
@@ -127,7 +136,7 @@ def export(
 
     original = None if like is None else _folder(Path(like))
     model = hf_model(fn, qparams, original, tokenizer)
-    holdings = _holdings(target, model)
+    holdings = _holdings(target, fn, model)
     config, expected = _config(target, model, holdings), _expected(model, holdings)
     pieces = [_piece(name, leaf, holdings.get(name)) for name, leaf in expected.items()]
     with room(place, sum(p.nbytes for p in pieces)), new_folder(place, force) as temporary:
@@ -145,6 +154,8 @@ def export(
 
 def _write_beside(folder: Path, original: Path | None, tokenizer: Any) -> None:
     """Write what lies beside tensors and `config.json`: the original's small files, a tokenizer."""
+    if original is None and tokenizer is None:
+        return
     from jquant.exporters.hugging_face import BESIDE
 
     for file in () if original is None else map(original.joinpath, BESIDE):
@@ -160,15 +171,20 @@ def _folder(like: Path) -> Path:
     return like
 
 
-def _holdings(target: Target, model: Any) -> dict[str, Holding]:
+def _holdings(target: Target, fn: Any, model: Any) -> dict[str, Holding]:
     """How each quantized weight is held, by its tensor's name."""
+    from jquant.exporters.hugging_face import kind_of
+
     holdings = {}
     for tensor in model.tensors:
         if not isinstance(tensor.leaf, QTensor):
             continue
-        if target.linear and not (tensor.linear and tensor.name.endswith(".weight")):
+        is_weight = tensor.name.endswith(".weight")
+        need_module(target, tensor.path, kind_of(fn, tensor.path) if is_weight else "other")
+        if tuple(tensor.leaf.codes.shape[-2:]) != tuple(tensor.leaf.shape[-2:]):
             raise FormatError(
-                f"{tensor.path!r}: {target.name} quantizes linear layers alone; keep this weight"
+                f"{tensor.path!r}: its inputs are its rows, codes {tensor.leaf.codes.shape} of an "
+                f"array {tensor.leaf.shape}; keep this weight"
             )
         holdings[tensor.name] = held(target, tensor.path, Described.of(tensor.leaf))
     need_alike(target, [(t.path, holdings[t.name]) for t in model.tensors if t.name in holdings])
@@ -183,7 +199,7 @@ def _config(target: Target, model: Any, holdings: Mapping[str, Holding]) -> dict
     modules = [(name.removesuffix(".weight"), holding) for name, holding in holdings.items()]
     quantized = {name for name, _ in modules}
     ignored = [name for name in model.linear if name not in quantized]
-    return {**model.config, "quantization_config": target.config(modules, ignored)}
+    return {**model.config, target.key: target.config(modules, ignored)}
 
 
 def _expected(model: Any, holdings: Mapping[str, Holding]) -> dict[str, Lazy | QTensor]:

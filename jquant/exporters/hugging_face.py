@@ -8,13 +8,15 @@ Imported when a model is written, since `jquant.models` costs more to import tha
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from jquant.errors import CheckpointError, ExportError
+from jquant.formats.config import claimed
 from jquant.models.config import from_hf
 from jquant.models.decoder import Decoder
 from jquant.models.disassembly import Tensor, disassemble, lazy_leaf
@@ -66,7 +68,7 @@ def hf_model(fn: Any, qparams: Any, like: Path | None, tokenizer: Any = None) ->
     claims, folder = None, None
     if like is not None:
         claims = dict(read_json(like / "config.json"))
-        claims.pop("quantization_config", None)
+        claimed(claims)
         folder = HFFolder.open(like, claims) if any(like.glob("*.safetensors")) else None
     dtypes = {} if folder is None else {n: _DTYPES.get(d, "") for n, d in folder.dtypes.items()}
     if isinstance(fn, Decoder):
@@ -84,11 +86,15 @@ def hf_model(fn: Any, qparams: Any, like: Path | None, tokenizer: Any = None) ->
     return HFModel(tensors, config, linear, dtypes)
 
 
-def is_linear(fn: Any, path: str) -> bool:
-    """Whether a parameter of a model is the weight of a linear layer."""
+def kind_of(fn: Any, path: str) -> Literal["linear", "expert", "table", "other"]:
+    """What a parameter is the weight of: a linear layer, layers of experts, the table of tokens."""
     if isinstance(fn, TorchFunction):
-        return path in linear_parameters(fn.config)
-    return path.endswith("/kernel")
+        return "linear" if path in linear_parameters(fn.config) else "other"
+    leaf = path.partition("[")[0]  # of a layer or an expert of a stack
+    if not leaf.endswith("/kernel"):
+        return "table" if leaf == "embed/embedding" else "other"
+    experts = isinstance(fn, Decoder) and fn.config.experts
+    return "expert" if experts and re.search("/mlp/(gate|up|down)/kernel$", leaf) else "linear"
 
 
 def stored_dtype(tensor: Tensor, dtypes: Mapping[str, str]) -> np.dtype:

@@ -16,6 +16,7 @@ import numpy as np
 
 from jquant.errors import CheckpointError, ExportError
 from jquant.formats.base import formula
+from jquant.formats.config import claimed
 from jquant.models import load
 from jquant.models.decoder import Decoder
 from jquant.models.hf_coded import coded_tensors
@@ -39,7 +40,7 @@ def need_same(folder: Path, fn: Any, expected: Mapping[str, Lazy | QTensor]) -> 
     """
     with reading_back():
         config = dict(read_json(folder / "config.json"))
-        quantization = config.pop("quantization_config", None)
+        quantization = claimed(config)
         opened = HFFolder.open(folder, config)
         if quantization is None:
             leaves: dict[str, Any] = {name: opened.tensor(name) for name in opened.shapes}

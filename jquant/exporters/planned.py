@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jquant.errors import FormatError
 from jquant.exporters.described import Described
-from jquant.exporters.targets import held, need_alike, target_named
+from jquant.exporters.targets import held, need_alike, need_module, target_named
 from jquant.schemes.scheme import Plan
 
 
@@ -37,13 +36,13 @@ def need_held(fn: Any, plan: Plan, format: str) -> None:
     target = target_named(format)
     holdings = []
     for path, scheme in plan.items():
-        if target.linear and not _is_linear(fn, path):
-            raise FormatError(f"{path!r}: {format} quantizes linear layers alone; keep this weight")
+        if target.modules is not None:
+            need_module(target, path, _kind_of(fn, path))
         holdings.append((path, held(target, path, Described.planned(plan.weights[path], scheme))))
     need_alike(target, holdings)
 
 
-def _is_linear(fn: Any, path: str) -> bool:
-    from jquant.exporters.hugging_face import is_linear
+def _kind_of(fn: Any, path: str) -> str:
+    from jquant.exporters.hugging_face import kind_of
 
-    return is_linear(fn, path)
+    return kind_of(fn, path)

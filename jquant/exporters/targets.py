@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jquant.errors import FormatError, near
-from jquant.exporters import compressed_tensors, gguf_types, transposed
+from jquant.exporters import compressed_tensors, gguf_types, mlx, qwix, transposed
 from jquant.exporters.described import Described, Holding
 from jquant.formats.transposed import BITS
 
@@ -30,7 +30,10 @@ class Target(NamedTuple):
         config: the `quantization_config` of the modules by name and of the linear modules that are
             not quantized; None: the folder has none.
         alike: whether all modules are held in one way.
-        linear: whether only weights of linear layers can be quantized.
+        modules: the kinds of modules whose weights can be quantized, see `hugging_face.kind_of`;
+            None: all.
+        key: of `config.json` under which `config` stands.
+        tree: whether it is a tree of the parameters of any function, and no folder of a model.
     """
 
     name: str
@@ -39,13 +42,20 @@ class Target(NamedTuple):
     holds: str
     config: Config | None = None
     alike: bool = False
-    linear: bool = True
+    modules: tuple[str, ...] | None = ("linear", "expert")
+    key: str = "quantization_config"
+    tree: bool = False
 
 
 def _as_array(weight: Described) -> Holding:
     if weight.inputs is not None:
         raise FormatError("quantized inputs, of which an array says nothing")
     return Holding(None)
+
+
+def _in_a_tree(weight: Described) -> Holding:
+    del weight
+    return Holding(None, kind="plain arrays")
 
 
 def _without_inputs(weight: Described) -> Described:
@@ -72,9 +82,18 @@ TARGETS: Mapping[str, Target] = {
             "awq", transposed.hold_awq, transposed.nearest_of((4,), 8, 1), transposed.AWQ_HOLDS,
             transposed.awq_config, alike=True,
         ),
-        Target("gguf", gguf_types.hold, gguf_types.nearest, gguf_types.HOLDS, linear=False),
         Target(
-            "safetensors", _as_array, _without_inputs, "arrays of numbers", linear=False,
+            "mlx", mlx.hold, mlx.nearest, mlx.HOLDS, mlx.config,
+            modules=("linear", "table"), key="quantization",
+        ),
+        Target("gguf", gguf_types.hold, gguf_types.nearest, gguf_types.HOLDS, modules=None),
+        Target(
+            "orbax", _in_a_tree, lambda weight: weight, "whatever `jquant.save` holds",
+            modules=None, tree=True,
+        ),
+        Target("qwix", qwix.hold, qwix.nearest, qwix.HOLDS, modules=None, tree=True),
+        Target(
+            "safetensors", _as_array, _without_inputs, "arrays of numbers", modules=None,
         ),
     )
 }  # fmt: skip
@@ -118,6 +137,15 @@ def held(target: Target, path: str, weight: Described) -> Holding:
             f"{path!r}: {target.name} cannot hold {error}; {advice} ({target.name} holds "
             f"{target.holds})"
         ) from error
+
+
+def need_module(target: Target, path: str, kind: str) -> None:
+    """FormatError: a format does not quantize modules of this kind."""
+    if target.modules is None or kind in target.modules:
+        return
+    words = {"linear": "linear layers", "table": "tables of tokens"}
+    able = " and ".join(word for name, word in words.items() if name in target.modules)
+    raise FormatError(f"{path!r}: {target.name} quantizes {able} alone; keep this weight")
 
 
 def need_alike(target: Target, holdings: Sequence[tuple[str, Holding]]) -> None:

@@ -13,6 +13,7 @@ from jquant.formats.compressed_tensors import (
     nvfp4_pack_quantized,
     pack_quantized,
 )
+from jquant.formats.mlx import mlx
 from jquant.formats.qwix import qarray
 from jquant.formats.transposed import awq, gptq
 
@@ -23,6 +24,7 @@ __all__ = [
     "gguf",
     "gptq",
     "int_quantized",
+    "mlx",
     "mxfp4_pack_quantized",
     "nvfp4_pack_quantized",
     "pack_quantized",

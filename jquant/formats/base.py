@@ -21,7 +21,7 @@ import numpy as np
 from jquant.axes.groups import Groups
 from jquant.axes.layout import Layout
 from jquant.errors import CheckpointError, FormatError
-from jquant.grids import GGUF, Float, Grid, Uniform
+from jquant.grids import GGUF, Affine, Float, Grid, Uniform
 from jquant.io.leaves import within
 from jquant.numerics.packed import whole_bytes
 from jquant.trees.lazy import Lazy, Window, read
@@ -261,6 +261,8 @@ def formula(grid: Grid) -> tuple[Any, ...]:
     if isinstance(grid, Uniform):
         whole = grid.convention not in ("A3", "A4")
         return Uniform, grid.bits, grid.symmetric, grid.scale_dtype, whole
+    if isinstance(grid, Affine):
+        return Affine, grid.bits, grid.scale_dtype
     if isinstance(grid, Float):
         return Float, grid.format, grid.scale
     return (grid,)

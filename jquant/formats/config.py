@@ -1,5 +1,7 @@
 """From the `quantization_config` of a Hugging Face folder to the codec of each of its modules.
 
+MLX calls it `quantization` and names no method: `claimed` takes either out of a `config.json`.
+
 Which modules are quantized is told by their tensors (`qweight`, `weight_packed`, a `weight_scale`
 beside `weight`), so that those a config ignores stay as they are; how, by the config. What would
 change the numbers and is not done (rotations, sparsity, quantized caches, rules for single modules)
@@ -21,6 +23,7 @@ from jquant.formats.compressed_tensors import (
     nvfp4_pack_quantized,
     pack_quantized,
 )
+from jquant.formats.mlx import mlx
 from jquant.formats.transposed import awq, gptq
 from jquant.grids import Float, Uniform
 from jquant.weights.activations import Activations
@@ -44,6 +47,27 @@ class Module(NamedTuple):
     inputs: Activations | None = None
     refusal: str = ""
     unused: tuple[str, ...] = ()
+
+
+def claimed(claims: dict[str, Any]) -> Any:
+    """What a `config.json` says of quantization, taken out of it; None: nothing.
+
+    As in mlx-lm, `quantization` counts before `quantization_config`, which MLX's folders may have
+    as a copy.
+
+    Raises:
+        CheckpointError: MLX is to quantize inputs too.
+
+    Example:
+        >>> claims = {"model_type": "llama", "quantization": {"bits": 4, "group_size": 64}}
+        >>> claimed(claims), claims
+        ({'bits': 4, 'group_size': 64, 'quant_method': 'mlx'}, {'model_type': 'llama'})
+    """
+    config, own = (claims.pop(key, None) for key in ("quantization_config", "quantization"))
+    if own is None:
+        return config
+    _only(claims, "quantize_activations", (None, False))
+    return {**own, "quant_method": "mlx"} if isinstance(own, Mapping) else own
 
 
 def quantized_modules(config: Any, specs: Mapping[str, Spec]) -> dict[str, Module]:
@@ -115,6 +139,19 @@ def _awq(config: Mapping[str, Any], name: str, tensors: Mapping[str, Spec]) -> M
     _only(config, "zero_point", (None, True))
     group = config.get("group_size", 128)
     return _module(name, tensors, awq(group=None if group == -1 else group))
+
+
+def _mlx(config: Mapping[str, Any], name: str, tensors: Mapping[str, Spec]) -> Module:
+    """By the entry of the module, else by what counts for all."""
+    own = config.get(name)
+    settings = own if isinstance(own, Mapping) else config
+    mode: Any = settings.get("mode", "affine")
+    scales = tensors["scales"].dtype.name
+    codec = mlx(
+        mode, bits=settings.get("bits"), group=settings.get("group_size"),
+        **({"scale_dtype": scales} if mode == "affine" else {}),
+    )  # fmt: skip
+    return _module(name, tensors, codec)
 
 
 def _compressed_tensors(
@@ -246,4 +283,5 @@ _METHODS: Mapping[str, tuple[tuple[str, ...], Callable[..., Module]]] = {
     "compressed-tensors": (("weight_packed", "weight_scale"), _compressed_tensors),
     "gptq": (("qweight",), _gptq),
     "awq": (("qweight",), _awq),
+    "mlx": (("scales",), _mlx),
 }

@@ -3,6 +3,7 @@
 from functools import partial
 
 from jquant import deprecated
+from jquant.grids.affine import Affine
 from jquant.grids.base import Grid, GridParams, code_dtype, nearest
 from jquant.grids.codebook import AF4, NF4, Codebook
 from jquant.grids.floating import MX, NV, Float
@@ -21,6 +22,7 @@ __all__ = [
     "MX",
     "NF4",
     "NV",
+    "Affine",
     "Codebook",
     "Float",
     "Grid",

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jquant.errors import CheckpointError
+from jquant.errors import CheckpointError, ExportError
 from jquant.io.files import FileState
 from jquant.io.fitting import check_places
 from jquant.trees.lazy import Lazy, Window
@@ -76,6 +76,27 @@ def lazy_orbax(path: str | os.PathLike[str], *, like: Any = None) -> Any:
 
     stored = jax.tree_util.tree_map_with_path(leaf, tree)
     return stored if like is None else _into(like, stored, folder)
+
+
+def save_orbax(folder: Path, tree: Any) -> None:
+    """Write arrays as a checkpoint of Orbax, which `lazy_orbax` opens.
+
+    Args:
+        folder: which must not be there.
+        tree: of NumPy or JAX arrays.
+
+    Raises:
+        ExportError: Orbax cannot store one of them; says why.
+        OSError: as the system raises it, of a full disk for example.
+    """
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder.absolute(), tree)
+            checkpointer.wait_until_finished()
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"Orbax cannot store this tree: {error!s:.300}") from error
 
 
 def _into(like: Any, stored: Any, folder: Path) -> Any:

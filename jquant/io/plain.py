@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -48,7 +48,17 @@ def plain(qparams: Any) -> dict[str, Any]:
         >>> plain({"w": jnp.arange(3, dtype=jnp.uint4)})["w"].tolist()
         [16, 2]
     """
-    encoder = Encoder(qparams, _describe, reserved=_SAID)
+    return plain_arrays(qparams, lambda array: array)
+
+
+def plain_arrays(qparams: Any, keep: Callable[[Any], Any]) -> dict[str, Any]:
+    """The same with `keep(array)` in place of every array, one after the other."""
+
+    def describe(leaf: Any, name: str, codes: Any = None, refusal: str = "") -> _Plain:
+        one = _describe(leaf, name, codes, refusal)
+        return replace(one, stored=keep(one.stored))
+
+    encoder = Encoder(qparams, describe, reserved=_SAID)
     header = {"version": VERSION, "tree": encoder.root, "static": encoder.statics}
     raw = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     arrays = {name: tensor.stored for name, tensor in encoder.tensors.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jquant.errors import CheckpointError
+from jquant.formats.config import claimed
 from jquant.models.assembly import Checkpoint, assemble
 from jquant.models.config import from_hf
 from jquant.models.decoder import Decoder
@@ -48,7 +49,7 @@ def load_folder(path: Path, choices: Choices) -> tuple[Any, dict[str, Any], Any]
     """
     try:
         claims = dict(read_json(path / "config.json"))
-        quantization = claims.pop("quantization_config", None)
+        quantization = claimed(claims)
         reference = _reference(claims, choices)
     except CheckpointError as error:
         raise CheckpointError(f"{path.name}: {error}") from error

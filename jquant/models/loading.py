@@ -17,6 +17,7 @@ import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from jquant.errors import CheckpointError
+from jquant.formats.config import claimed
 from jquant.io import read_header
 from jquant.models.assembly import Checkpoint, assemble
 from jquant.models.coded import Leaf, in_halves
@@ -156,11 +157,11 @@ def quantized_as(source: str | Path) -> tuple[str, ...]:
         names = {info.kind.name for info in read_gguf(path).tensors.values()}
         return tuple(sorted(names - {kind.name for kind in NUMBERS} - _INTEGERS))
     folder = path if path.is_dir() else _download(str(source), ["config.json"])
-    config = read_json(folder / "config.json").get("quantization_config")
+    config = claimed(dict(read_json(folder / "config.json")))
     if not isinstance(config, Mapping):
         return () if config is None else (f"quantization_config: {config!s:.40}",)
     words = [str(config.get("quant_method", "no quant_method"))]
-    words += [str(config[key]) for key in ("format", "quant_algo") if config.get(key)]
+    words += [str(config[key]) for key in ("format", "quant_algo", "mode") if config.get(key)]
     words += [f"{config['bits']} bits"] if "bits" in config else []
     return (" ".join(word[:40] for word in words),)
 
