@@ -158,6 +158,8 @@ class Sweep:
 
 def _product(rows: Float[Array, "k n"], columns: Float[Array, "n m b"]) -> Float[Array, "k m b"]:
     n, m, b = columns.shape
+    if n == 1:  # as a product, it would be a call
+        return rows[:, :, None] * columns
     return jnp.matmul(rows, columns.reshape(n, m * b), precision=EXACT).reshape(-1, m, b)
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
@@ -44,13 +44,6 @@ class Prepared(NamedTuple):
     bowl: Bowl  # likewise; leaves [*batch, n, …]
 
 
-class Turns(NamedTuple):
-    """How often, and whether scales take part: all that a program depends on."""
-
-    rounds: int
-    refit: bool
-
-
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Polish:
@@ -58,11 +51,12 @@ class Polish:
 
     Args:
         rounding: what rounds first; default `GPTQ()`. Any will do, with what it needs.
-        rounds: how often every code is chosen anew, 3 by default (the first gains most of it).
+        rounds: how often every code is chosen anew, 3 by default (the first gains two thirds).
         refit: whether each group's scale is fitted to its codes, and its offset too where a grid
             has one that is no code (A4, `KMeans`, GGUF's kinds with offsets); values are judged as
             they are stored. Scales that stand for several groups stay as they are.
-        damping: λ relative to the mean of `H_jj` over live inputs; 0.01 as GPTQ has it.
+        damping: λ relative to the mean of `H_jj` over live inputs; 0.1, ten times GPTQ's, which on
+            other text lost less than 0.01 did, and no more for the network (docs/notes/quality.md).
 
     Raises:
         ValueError: an argument is out of its set.
@@ -85,7 +79,7 @@ class Polish:
     rounding: Rounding = GPTQ()
     rounds: int = 3
     refit: bool = True
-    damping: float = 0.01
+    damping: float = 0.1
 
     def __post_init__(self) -> None:
         if isinstance(self.rounding, type) or not isinstance(self.rounding, Rounding):
@@ -169,8 +163,8 @@ class Polish:
             moment_for("Polish", evidence, w.shape)
             evidence = self.prepare(evidence, groups)
         first = self.rounding(w, grid, groups, evidence=evidence.inner, key=key)
-        turns = Turns(self.rounds, self.refit)
-        return _polish(w, first, evidence, turns, Grouped(grid, groups))
+        rounds = jnp.asarray(self.rounds, jnp.int32)  # no part of the program
+        return _polish(w, first, evidence, rounds, self.refit, Grouped(grid, groups))
 
 
 @partial(jax.jit, static_argnames="groups")
@@ -195,15 +189,16 @@ def _prepare(
     return one(moment.astype(jnp.float32))
 
 
-@partial(jax.jit, static_argnames=("turns", "grid"))
+@partial(jax.jit, static_argnames=("refit", "grid"))
 def _polish(
     w: Float[Array, "*batch out in"],
     first: Rounded,
     prepared: Prepared,
-    turns: Turns,
+    rounds: Integer[Array, ""],
+    refit: bool,
     grid: Grouped,
 ) -> Rounded:
-    one = partial(_polish_one, turns=turns, grid=grid)
+    one = partial(_polish_one, rounds=rounds, refit=refit, grid=grid)
     for _ in w.shape[:-2]:
         one = jax.vmap(one)
     return one(w.astype(jnp.float32), first, prepared._replace(inner=None))
@@ -214,7 +209,8 @@ def _polish_one(
     first: Rounded,
     prepared: Prepared,
     *,
-    turns: Turns,
+    rounds: Integer[Array, ""],
+    refit: bool,
     grid: Grouped,
 ) -> Rounded:
     _, power, unit, ridge, bowl = prepared
@@ -241,9 +237,9 @@ def _polish_one(
         jnp.take(columns.of(unpacked(first.codes)), place.source, 0),
         table_of(first.params, columns, place),
     )
-    sweep = Sweep(grid.grid, place.sizes, place.unit, turns.refit)
+    sweep = Sweep(grid.grid, place.sizes, place.unit, refit)
     real = jnp.asarray(columns.real)
-    state = lax.fori_loop(0, turns.rounds, lambda _, s: sweep(s, bowl, real), state)
+    state = lax.fori_loop(0, rounds, lambda _, s: sweep(s, bowl, real), state)
     codes = columns.weights(jnp.take(state.codes, place.home, 0)).astype(first.codes.dtype)
     params = params_of(state.table, first.params, columns, place)
 
