@@ -97,7 +97,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-MAPPINGS = 25_000
+MAPPINGS = 20_000
 
 
 def mappings() -> int:
