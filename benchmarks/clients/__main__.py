@@ -27,7 +27,8 @@ from benchmarks.clients.flavours import BARE, FLAVOURS, Flavour
 from benchmarks.environments import ROOT, Failed, made
 from benchmarks.harness import RESULTS, machine
 from jquant.errors import ClientError
-from jquant.exporters import CLIENTS, apart, ask
+from jquant.exporters import apart, ask
+from jquant.exporters.clients import CLIENTS
 from jquant.models import Decoder, DecoderConfig
 
 FOLDER = ROOT / "build" / "clients"

@@ -151,25 +151,28 @@ def _beside(
 
 def _tokens(model: Model, examples: Examples) -> tuple[np.ndarray, str]:
     """Windows of tokens `[N, T]`, and what they are."""
-    context = limit_of(model.fn, "context")
-    length = examples.length or min(LENGTH, context or LENGTH)
-    alone = examples.text is None and examples.batches is None
-    if model.tokenizer is None and alone:
-        vocab = limit_of(model.fn, "vocab") or 256
-        shape = (examples.samples or WINDOWS, min(length, context or length))
-        return np.random.default_rng(0).integers(0, vocab, shape).astype(np.int32), "random tokens"
-    if examples.batches is None and examples.samples is None:
+    context = limit_of(model.fn, "context") or LENGTH
+    length = examples.length or min(LENGTH, context)
+    if model.tokenizer is None and examples.text is None and examples.batches is None:
+        vocab, shape = limit_of(model.fn, "vocab"), (examples.samples or WINDOWS, length)
+        random = np.random.default_rng(0).integers(0, vocab or 256, shape)
+        return random.astype(np.int32), "random tokens"
+    if examples.batches is None and examples.samples is None:  # as many as there are, up to some
         batches = [windows_of(model.fn, model.tokenizer, length, examples.text)[1][:WINDOWS]]
     else:
         batches = held_out(model, replace(examples, length=length))
-    batches = [inputs_of(batch)[0] for batch in batches]
-    if any(np.ndim(b) != 2 or np.asarray(b).dtype.kind not in "iu" for b in batches):
-        raise ValueError("--client takes tokens, integers [windows, length]")
-    if len({np.shape(batch)[1] for batch in batches}) != 1:
-        raise ValueError("--client takes windows of one length")
-    tokens = np.concatenate([np.asarray(batch) for batch in batches]).astype(np.int32)
+    tokens = _joined([inputs_of(batch)[0] for batch in batches])
     need_known(model.fn, tokens)
     return tokens, "held-out tokens" if examples.batches is None else "tokens"
+
+
+def _joined(batches: list[Any]) -> np.ndarray:
+    """Batches of windows as one. ValueError: they are no tokens, or of several lengths."""
+    arrays = [np.asarray(batch) for batch in batches]
+    shapes = {array.shape[1:] for array in arrays}
+    if len(shapes) != 1 or any(a.ndim != 2 or a.dtype.kind not in "iu" for a in arrays):
+        raise ValueError("--client takes tokens: integers [windows, length], all of one length")
+    return np.concatenate(arrays).astype(np.int32)
 
 
 def _logits(

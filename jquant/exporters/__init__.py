@@ -6,12 +6,12 @@ can hold a plan. Of what lies on a disk, `check` reads all, and `ask` has the en
 """
 
 from jquant.exporters.checking import Checked, CheckedTensor, check
-from jquant.exporters.clients import CLIENTS, Answer, Apart, apart, ask
+from jquant.exporters.clients import Answer, Apart, apart, ask
 from jquant.exporters.exporting import Exported, export
 from jquant.exporters.folder import edited
 from jquant.exporters.planned import need_held
 
 __all__ = [
-    "CLIENTS", "Answer", "Apart", "Checked", "CheckedTensor", "Exported", "apart", "ask", "check",
+    "Answer", "Apart", "Checked", "CheckedTensor", "Exported", "apart", "ask", "check",
     "edited", "export", "need_held",
 ]  # fmt: skip

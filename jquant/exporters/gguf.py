@@ -108,15 +108,7 @@ def write_gguf(
     scheme `jq.presets.q4_k_qep()`.
     """
     path = Path(path)
-    if plain not in get_args(Plain):
-        raise ValueError(f"plain must be one of {get_args(Plain)}, got {plain!r}")
-    if not isinstance(fn, Decoder):
-        raise FormatError(
-            f"GGUF files are written of the reference decoder, got {type(fn).__name__}; load the "
-            "model with backend='jax'"
-        )
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; pass overwrite=True, or another path")
+    _need_sense(path, fn, plain, overwrite)
     taken = {} if like is None else _taken(like)
     architecture = architecture or taken.pop("general.architecture", None)
     description = describe(fn.config, architecture)
@@ -138,6 +130,19 @@ def write_gguf(
         if verify:
             need_same_file(part, fn, qparams, plain)
     return Written(path, tuple(tensors))
+
+
+def _need_sense(path: Path, fn: Any, plain: str, overwrite: bool) -> None:
+    """Raise if the arguments of `write_gguf` make none."""
+    if plain not in get_args(Plain):
+        raise ValueError(f"plain must be one of {get_args(Plain)}, got {plain!r}")
+    if not isinstance(fn, Decoder):
+        raise FormatError(
+            f"GGUF files are written of the reference decoder, got {type(fn).__name__}; load the "
+            "model with backend='jax'"
+        )
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; pass overwrite=True, or another path")
 
 
 def export_gguf(
