@@ -48,6 +48,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "learned": of("learned", learned.learned),
     "learned_smollm2": of("learned_smollm2", learned.learned_smollm2),
     "grids": of("grids", choices.grids),
+    "ranges": of("ranges", choices.ranges),
     "adadim": of("adadim", choices.adadim),
     "lorc": of("lorc", choices.lorc),
     "bits": of("bits", choices.bits),

@@ -21,6 +21,7 @@ from jquant.grids import (
     Codebook,
     Float,
     Grid,
+    Joint,
     KMeans,
     Power,
     Uniform,
@@ -44,14 +45,22 @@ UNIFORM: dict[str, Uniform] = {
     "A1-8": Uniform(8),
     "A1-3-half": Uniform(3, scale_dtype="float16"),
     "A1-4-mse": Uniform(4, range=MSE()),
+    "A1-2-joint": Uniform(2, range=Joint()),
     "A2-4": Uniform(4, convention="A2"),
     "A3-3": Uniform(3, convention="A3"),
+    "A3-3-joint": Uniform(3, convention="A3", range=Joint(2.5, steps=8)),
     "A4-3-half": Uniform(3, convention="A4", scale_dtype="float16"),
     "A4-4-hqq": Uniform(4, range=HQQ()),
+    "A4-2-joint-half": Uniform(2, convention="A4", range=Joint(), scale_dtype="float16"),
     "S1-4": Uniform(4, symmetric=True),
     "S1-2-mse": Uniform(2, symmetric=True, range=MSE()),
     "S2-8": Uniform(8, symmetric=True, convention="S2"),
     "S3-5-bf16": Uniform(5, symmetric=True, convention="S3", scale_dtype="bfloat16"),
+    "S4-3": Uniform(3, symmetric=True, convention="S4"),
+    "S4-2-joint": Uniform(2, symmetric=True, convention="S4", range=Joint()),
+    "S4-4-mse-half": Uniform(4, True, "S4", range=MSE(), scale_dtype="float16"),
+    "S5-2": Uniform(2, symmetric=True, convention="S5"),
+    "S5-4-joint-bf16": Uniform(4, True, "S5", range=Joint(), scale_dtype="bfloat16"),
 }
 AFFINE: dict[str, Affine] = {
     "affine-4-bf16": Affine(4, scale_dtype="bfloat16"),
@@ -131,7 +140,10 @@ def layer(out: int, width: int, seed: int = 0, batch: tuple[int, ...] = ()):
 def position(grid: Uniform, params) -> Callable[[np.ndarray], np.ndarray]:
     """Where a weight lies among the codes, as a real number: for telling ties from mistakes."""
     scale = np.asarray(params["scale"], np.float64)[..., None]
-    zero = np.asarray(params["zero"], np.float64)[..., None] if "zero" in params else 0.0
+    between = grid.convention == "S5"
+    scale = 2 * scale if between else scale
+    fixed = -0.5 if between else 0.0
+    zero = np.asarray(params["zero"], np.float64)[..., None] if "zero" in params else fixed
     return lambda w: np.clip(np.asarray(w, np.float64) / scale + zero, *grid.codes)
 
 

@@ -63,6 +63,8 @@ WEIGHTS = {
     "int2, one scale of a row": (Uniform(2), None),
     "zeros beyond the codes": (Uniform(4, convention="A3"), 8),
     "zeros between the codes": (Uniform(4, range=HQQ()), 7),
+    "signed scales": (Uniform(4, True, "S4"), 8),
+    "odd levels in ragged groups": (Uniform(3, True, "S5"), 7),
     "fp8": (E4M3, None),
     "fp4 in groups": (E2M1, 8),
     "fp8, a power of two": (MX("E4M3"), None),
@@ -457,6 +459,7 @@ def test_choices_that_contradict_themselves() -> None:
     for bad in (
         dict(granularity="row"), dict(compute="int8"), dict(range="minmax"), dict(range=MSE()),
         dict(range=Percentile(99.0)), dict(grid=NF4), dict(grid=Power(4)), dict(grid=MX()),
+        dict(grid=Uniform(8, True, "S4")), dict(grid=Uniform(4, True, "S5")),
         dict(grid=Uniform(8, range=MSE())), dict(grid=E4M3, compute="integer"),
         dict(grid=Float(4, 3), granularity="static"), dict(grid=8),
     ):  # fmt: skip

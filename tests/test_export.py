@@ -52,6 +52,7 @@ HELD: dict[str, tuple[str, jq.Scheme, str]] = {
     "w4a16, zeros": ("compressed-tensors", jq.Scheme(Uniform(4, **HALF), 32), "pack-quantized"),
     "w8a16": ("compressed-tensors", jq.Scheme(Uniform(8, True)), "pack-quantized"),
     "w3a16": ("compressed-tensors", jq.Scheme(Uniform(3, **HALF), 16), "pack-quantized"),
+    "signed": ("compressed-tensors", jq.Scheme(Uniform(4, True, "S4"), 32), "pack-quantized"),
     "w8a8": (
         "compressed-tensors", jq.Scheme(Uniform(8, True), activations=INPUTS), "int-quantized",
     ),
@@ -71,6 +72,7 @@ HELD: dict[str, tuple[str, jq.Scheme, str]] = {
     "gptq": ("gptq", jq.Scheme(Uniform(4, **HALF), 32), "GPTQ v1"),
     "gptq, 3 bits": ("gptq", jq.Scheme(Uniform(3, **HALF), 32), "GPTQ v1"),
     "gptq, symmetric": ("gptq", jq.Scheme(Uniform(8, True, **HALF)), "GPTQ v1"),
+    "gptq, signed": ("gptq", jq.Scheme(Uniform(4, True, "S4", **HALF), 32), "GPTQ v1"),
     "gptq v2": ("gptq_v2", jq.Scheme(Uniform(2, **HALF), 16), "GPTQ v2"),
     "awq": ("awq", jq.Scheme(Uniform(4, convention="A2", **HALF), 32), "AWQ"),
     "awq, symmetric": ("awq", jq.Scheme(Uniform(4, True, **HALF), 32), "AWQ"),
@@ -349,6 +351,7 @@ UNHELD = {
     "a block type": jq.Scheme(GGUF("Q4_1"), 32),
     "zeros between codes": jq.Scheme(Uniform(4, range=HQQ(), **HALF), 32),
     "any zeros": jq.Scheme(Uniform(8, convention="A3", **HALF), 32),
+    "odd levels": jq.Scheme(Uniform(4, True, "S5", **HALF), 32),
     "groups of outputs": jq.presets.int4_per_input(32),
     "a ragged group": jq.Scheme(Uniform(4, True, **HALF), 24),
     "E5M2": jq.Scheme(Float(5, 2, scale="float32")),

@@ -45,13 +45,19 @@ def all_codes(grid):
     return jnp.broadcast_to(jnp.arange(first, last + 1), (GROUPS, last + 1 - first))
 
 
+def signed(grid):
+    """Whether scales may be negative."""
+    searched = isinstance(grid, GGUF) and grid.range != MinMax()
+    return searched or getattr(grid, "convention", None) == "S4"
+
+
 @each_grid
 @given(w=weights)
 def test_decode_increases_with_the_code(grid, w):
     steps = np.diff(np.asarray(decode(all_codes(grid), fit(w, grid), grid)), axis=-1)
     falls = steps[:, :1] < 0  # all of a group's values, where a searched scale is negative
     assert (np.where(falls, -steps, steps) > 0).all()
-    assert not falls.any() or isinstance(grid, GGUF) and grid.range != MinMax()
+    assert not falls.any() or signed(grid)
 
 
 @each_grid
@@ -112,8 +118,8 @@ def test_error_is_at_most_half_a_step_unless_clipped(grid, w):
     params = fit(w, grid)
     points = np.asarray(decode(all_codes(grid), params, grid), np.float64)
     value = np.asarray(decode(code(w, params, grid), params, grid), np.float64)
-    inside = (points[:, :1] <= w) & (w <= points[:, -1:])
-    half = np.asarray(params["scale"], np.float64)[:, None] / 2
+    inside = (points.min(-1, keepdims=True) <= w) & (w <= points.max(-1, keepdims=True))
+    half = np.abs(points[:, 1:2] - points[:, :1]) / 2
     slack = 8 * ULP * np.abs(points).max(-1, keepdims=True)
     assert (np.abs(w - value) <= half + slack)[inside].all()
 
@@ -124,14 +130,14 @@ def test_finite_weights_give_finite_everything(grid, w):
     params = fit(w, grid)
     codes = code(w, params, grid)
     scale = floats(params).get("scale", np.ones(1))
-    assert (scale != 0).all() and ((scale > 0).all() or isinstance(grid, GGUF))
+    assert (scale != 0).all() and ((scale > 0).all() or isinstance(grid, GGUF) or signed(grid))
     points = (decode(codes, params, grid), decode(all_codes(grid), params, grid))
     for array in (*floats(params).values(), *map(np.asarray, points)):
         assert np.isfinite(array).all()
     assert np.asarray(codes).min() >= grid.codes[0] and np.asarray(codes).max() <= grid.codes[1]
 
 
-@pytest.mark.parametrize("convention", ["A1", "A2", "A3", "A4", "S1", "S2", "S3"])
+@pytest.mark.parametrize("convention", ["A1", "A2", "A3", "A4", "S1", "S2", "S3", "S4", "S5"])
 @pytest.mark.parametrize("value", [0.0, 0.7, -0.7])
 def test_constant_groups(convention, value):
     grid = Uniform(4, symmetric=convention[0] == "S", convention=convention)
@@ -139,7 +145,8 @@ def test_constant_groups(convention, value):
     params = grid.fit(w)
     back = np.asarray(grid.decode(nearest(grid, w, params), params))
     # A2 clips constant groups by definition; S2 has no point at its upper end, S1 none at either.
-    bound = 0.7 if convention == "A2" else 0.09 if convention[0] == "S" else 1e-6
+    # S4 keeps the largest entry, S5 both ends.
+    bound = {"A2": 0.7, "S1": 0.09, "S2": 0.09, "S3": 0.09}.get(convention, 1e-6)
     assert np.abs(back - value).max() <= bound
 
 
@@ -218,9 +225,10 @@ def test_codes_are_chosen_for_the_stored_scale(dtype):
         ({"bits": True}, "got True"),
         ({"bits": 4, "symmetric": 1}, "True or False"),
         ({"bits": 4, "convention": "S1"}, r"\['A1', 'A2', 'A3', 'A4'\]"),
-        ({"bits": 4, "symmetric": True, "convention": "A1"}, r"\['S1', 'S2', 'S3'\]"),
+        ({"bits": 4, "symmetric": True, "convention": "A1"}, r"\['S1', .*'S5'\]"),
         ({"bits": 4, "convention": "B1"}, "'B1'"),
-        ({"bits": 4, "range": "mse"}, r"MinMax\(\), MSE\(\) or HQQ\(\)"),
+        ({"bits": 4, "range": "mse"}, r"MinMax\(\), MSE\(\), HQQ\(\) or Joint\(\)"),
+        ({"bits": 8, "symmetric": True, "convention": "S5"}, "2 to 7 bits"),
         ({"bits": 4, "scale_dtype": "float64"}, "'float64'"),
         ({"bits": 4, "range": HQQ(), "convention": "A1"}, "'A4' or None, got 'A1'"),
         ({"bits": 4, "range": HQQ(), "symmetric": True}, "symmetric=False"),

@@ -252,6 +252,8 @@ def formula(grid: Grid) -> tuple[Any, ...]:
         True
         >>> formula(Uniform(4)) == formula(Uniform(4, convention="A4"))
         False
+        >>> formula(Uniform(4, True)) == formula(Uniform(4, True, "S5"))
+        False
     """
     if isinstance(grid, GGUF):
         plain = grid.row.scale_codes is None and not grid.row.has_offset
@@ -259,7 +261,7 @@ def formula(grid: Grid) -> tuple[Any, ...]:
             return GGUF, grid.kind
         grid = Uniform(grid.bits, symmetric=True, scale_dtype="float16")
     if isinstance(grid, Uniform):
-        whole = grid.convention not in ("A3", "A4")
+        whole = grid.convention not in ("A3", "A4", "S5")
         return Uniform, grid.bits, grid.symmetric, grid.scale_dtype, whole
     if isinstance(grid, Affine):
         return Affine, grid.bits, grid.scale_dtype

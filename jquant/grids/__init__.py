@@ -9,6 +9,7 @@ from jquant.grids.codebook import AF4, NF4, Codebook
 from jquant.grids.floating import MX, NV, Float
 from jquant.grids.gguf import GGUF
 from jquant.grids.hqq import HQQ
+from jquant.grids.joint import Joint
 from jquant.grids.kmeans import KMeans
 from jquant.grids.power import Power
 from jquant.grids.ranges import MSE, MinMax
@@ -27,6 +28,7 @@ __all__ = [
     "Float",
     "Grid",
     "GridParams",
+    "Joint",
     "KMeans",
     "MinMax",
     "Power",

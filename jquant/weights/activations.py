@@ -118,13 +118,11 @@ class Activations:
                 "found while the function runs are MinMax()"
             )
         grid = self.grid
-        fine = isinstance(grid, Uniform | grids.Float) and grid.range == MinMax()
-        if isinstance(grid, grids.Float):
-            fine = fine and grid.scale != "e4m3" and grid.group is None
-        if not fine:
+        if not _is_of_inputs(grid):
             raise ValueError(
                 "Activations.grid must be a grids.Uniform or a grids.Float, with range=MinMax() "
-                f"and without groups of its own, got {grid!r}"
+                f"and without groups of its own, of a convention with zero among its values and "
+                f"positive scales (not S4, S5), got {grid!r}"
             )
         if self.granularity == "static" and getattr(grid, "scale", "") is None:
             raise ValueError(
@@ -185,6 +183,16 @@ class Activations:
     def fit(self, low: Float[Array, "*r"], high: Float[Array, "*r"]) -> GridParams:
         """The grid's parameters for ranges `[low, high]`, one for each."""
         return self.grid.fit(jnp.stack([low, high], axis=-1).astype(jnp.float32))
+
+
+def _is_of_inputs(grid: Any) -> bool:
+    """Whether a grid can be that of inputs, whose ranges are found as they come."""
+    if not isinstance(grid, Uniform | grids.Float) or grid.range != MinMax():
+        return False
+    if isinstance(grid, Uniform):
+        # Zero has to be among the values, and a range has no largest entry with a sign.
+        return grid.convention not in ("S4", "S5")
+    return grid.scale != "e4m3" and grid.group is None
 
 
 def even(grid: Grid) -> bool:
@@ -276,6 +284,8 @@ def numbers(grid: Grid, codes: Integer[Array, "*s"], dtype: Any) -> tuple[Array,
     """
     if not isinstance(grid, Uniform):
         return grid.numbers(codes).astype(dtype), 0  # type: ignore[attr-defined]
+    if grid.convention == "S5":
+        return (2 * codes.astype(jnp.int32) + 1).astype(dtype), 0
     if dtype == jnp.int8 and grid.codes[1] > 127:
         if codes.dtype == jnp.uint8:  # a byte for a byte
             return lax.bitcast_convert_type(codes ^ jnp.uint8(128), jnp.int8), 128
