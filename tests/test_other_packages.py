@@ -70,3 +70,6 @@ def test_failures_stand_beside_what_was_measured() -> None:
     assert "* it is used by 'mul' only: tunix 1" in page
     assert "google-tunix 3; with JAX 1, Flax 2, Python 3.12.1" in page
     assert "none failed" in zoo({"machine": machine, "rows": {"a": MEASURED}})
+    newer = {**MEASURED, "package": "maxtext", "versions": {"jax": "2", "flax": "2"}}
+    page = zoo({"machine": machine, "rows": {"a": MEASURED, "b": newer}})
+    assert "google-tunix 3; jax 2; with JAX 1, Flax 2" in page

@@ -82,11 +82,12 @@ def _failures(rows: dict[str, Any]) -> str:
 
 def _versions(result: dict[str, Any]) -> str:
     told: dict[str, str] = {}
+    some = next(row for row in result["rows"].values() if "versions" in row)
     for row in result["rows"].values():
-        own = {k: v for k, v in row.get("versions", {}).items() if k not in BASE}
+        every = row.get("versions", {}).items()
+        own = {k: v for k, v in every if k not in BASE or v != some["versions"][k]}
         if own:
             told[row["package"]] = ", ".join(f"{name} {version}" for name, version in own.items())
-    some = next(row for row in result["rows"].values() if "versions" in row)
     machine = result["machine"]
     own = "; ".join(told.values())
     return (
