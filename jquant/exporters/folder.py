@@ -21,7 +21,7 @@ from jquant.exporters.beside import beside, clear, delete, locked
 from jquant.io.container import parse_json
 
 SIDECAR = "jquant_export.json"
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20
 
 
 def need_place(target: Path, force: bool) -> None:
@@ -102,8 +102,8 @@ def edited(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def _told(file: Path) -> dict[str, object]:
-    checksum = 0
+    checksum, buffer = 0, memoryview(bytearray(_CHUNK))
     with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            checksum = zlib.crc32(chunk, checksum)
+        while size := stream.readinto(buffer):
+            checksum = zlib.crc32(buffer[:size], checksum)
     return {"bytes": file.stat().st_size, "crc32": f"{checksum:08x}"}
