@@ -23,7 +23,7 @@ from jquant.app.console import Narrator
 from jquant.app.named_inputs import real_tokens
 from jquant.app.sources import Model
 from jquant.errors import PlanError
-from jquant.grids import MSE, MinMax
+from jquant.grids import MSE, Joint, MinMax
 from jquant.schemes.scheme import Plan, Scheme
 
 
@@ -70,5 +70,7 @@ def share_bits(
 def _cheap(scheme: Scheme) -> Scheme:
     """The same grid and size, rounded to nearest in the weights' own ranges."""
     grid: Any = scheme.grid
-    searched = any(field.name == "range" for field in fields(grid)) and isinstance(grid.range, MSE)
+    searched = any(field.name == "range" for field in fields(grid)) and isinstance(
+        grid.range, MSE | Joint
+    )
     return draft(replace(scheme, grid=replace(grid, range=MinMax()) if searched else grid))
