@@ -1,5 +1,6 @@
 """Polish: a loss that never rises, ends that nothing improves, and what stays as it was."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -27,10 +28,10 @@ LAWS = {
     "mx": MX(),
     "nv": NV(),
     "kmeans": KMeans(2),
-    **{name: GRIDS[name] for name in ("power-4", "gguf-Q4_1", "gguf-Q4_K", "gguf-Q3_K")},
+    **{name: GRIDS[name] for name in ("power-4", "gguf-Q4_1", "gguf-Q2_K", "gguf-Q3_K")},
 }
 AXES = mostly_slow([Groups("in", 8), Groups("out", 4)], [Groups("in", 8)])
-QUICK = [("A4-bf16", "in-ragged", 1), ("A1", "out-ragged", 1)]
+QUICK = [("A4-bf16", "in-ragged", 1), ("A1", "out-ragged", 1), ("gguf-Q2_K", "in-8", 1)]
 
 
 def values(result, grid, groups):
@@ -174,6 +175,27 @@ def test_a_failed_factorisation_leaves_all_as_it_was():
             assert np.isnan(result.info["error"][1]) and np.isnan(result.info["nearest_error"][1])
         assert 0 <= float(result.info["polished"][1]) <= 1
         assert (np.asarray(result.codes[0]) != np.asarray(plain.codes[0])).any()
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Failing:
+    """Nearest rounding that says it has failed."""
+
+    needs = frozenset()
+
+    def __call__(self, w, grid, groups=Groups(), *, evidence=None, key=None):
+        plain = Nearest()(w, grid, groups, evidence=evidence)
+        return plain._replace(info={"failed": jnp.ones((), jnp.float32)})
+
+
+def test_a_failure_is_heeded_where_the_loss_could_still_fall():
+    w, moment = layer(12, 40)
+    plain, result = (r(w, Uniform(2), evidence=moment) for r in (Nearest(), Polish(Failing())))
+    assert float(result.info["failed"]) == 1 and float(result.info["changed"]) == 0
+    assert float(result.info["polished"]) == 1 and np.isnan(result.info["error"])
+    np.testing.assert_array_equal(result.codes, plain.codes)
+    np.testing.assert_array_equal(result.params["scale"], plain.params["scale"])
 
 
 @pytest.mark.parametrize("share", [pytest.param(0.5, marks=pytest.mark.slow), 5.0])

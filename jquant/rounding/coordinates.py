@@ -91,11 +91,8 @@ class Sweep:
             table = jax.tree.map(entries, state.table) if own else state.table
             here = State(cut(pull), cut(state.codes), table)
             here, change = inner._over(here, Bowl(cut(rows, 1), cut(bowl.live)), real)
-            return pull + _product(rows.T, change), (
-                here.codes,
-                change,
-                here.table if own else None,
-            )
+            left = here.codes, change, here.table if own else None
+            return pull + _product(rows.T, change), left
 
         starts = jnp.arange(0, size, part, jnp.int32)
         pull, (codes, change, table) = lax.scan(step, state.pull, starts)
