@@ -24,6 +24,7 @@ from benchmarks.sections import (
     learned,
     listings,
     llama_cpp,
+    mlx_and_qwix,
     quality,
     speed,
     zoo,
@@ -63,6 +64,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "clients": of("clients", clients.clients),
     "zoo": of("zoo", zoo.zoo),
     "llama_cpp": of("llama_cpp", llama_cpp.llama_cpp),
+    "mlx_and_qwix": of("mlx_and_qwix", mlx_and_qwix.mlx_and_qwix),
     "recipes": listings.recipes,
 }
 

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,8 @@ import jax
 import numpy as np
 
 import jquant as jq
-from benchmarks.clients.flavours import MLX, QWIX, TRANSFORMERS, Flavour
-from benchmarks.clients.small_network import Network
-from benchmarks.harness import RESULTS, write
+from benchmarks.clients.flavours import TRANSFORMERS, Flavour
+from benchmarks.harness import write
 from jquant.models import Decoder, DecoderConfig
 
 HERE = Path(__file__).parent
@@ -31,15 +30,12 @@ class Client(NamedTuple):
     packages: tuple[str, ...]
     script: str
     flavours: Mapping[str, Flavour]
-    flax: bool = False  # whether it is given a small Flax network in place of a Llama
 
 
 CLIENTS = {
     "transformers": Client(
         (*_TORCH, "compressed-tensors==0.20.1"), "transformers_client.py", TRANSFORMERS
     ),
-    "mlx": Client(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"), "mlx_client.py", MLX),
-    "qwix": Client(("qwix==0.1.8", "orbax-checkpoint==0.12.8"), "qwix_client.py", QWIX, True),
 }
 
 
@@ -52,36 +48,16 @@ def interpreter(folder: Path, packages: tuple[str, ...]) -> Path:
     return python
 
 
-class Subject(NamedTuple):
-    """A network, its parameters and its inputs."""
-
-    fn: Callable[..., Any]
-    params: Any
-    inputs: np.ndarray
-
-
-def llama() -> Subject:
+def exported(flavour: Flavour, folder: Path) -> dict[str, int]:
+    """Exports the network in a flavour, and leaves beside it what its logits are to be."""
     fn = Decoder(NETWORK)
     params = jax.tree.map(lambda x: x * 1.5 if x.ndim > 1 else x, fn.init(jax.random.key(7)))
     tokens = np.random.default_rng(0).integers(0, NETWORK.vocab, (2, 24)).astype(np.int32)
-    return Subject(fn, params, tokens)
-
-
-def flax() -> Subject:
-    network = Network()
-    inputs = np.random.default_rng(0).normal(size=(48, 64)).astype(np.float32)
-    params = network.init(jax.random.key(7), inputs)["params"]
-    return Subject(lambda params, x: network.apply({"params": params}, x), params, inputs)
-
-
-def exported(flavour: Flavour, subject: Subject, folder: Path) -> dict[str, int]:
-    """Exports a network in a flavour, and leaves beside it what its logits are to be."""
-    fn, params, inputs = subject
-    plan = jq.plan(jq.find_weights(fn, params, inputs), {**flavour.rules, ".*": jq.keep})
+    plan = jq.plan(jq.find_weights(fn, params, tokens), {**flavour.rules, ".*": jq.keep})
     qparams, _ = jq.quantize(fn, params, plan)
     done = jq.export(fn, qparams, folder, format=flavour.format)
-    logits = np.asarray(jq.apply(fn)(qparams, inputs))
-    np.savez(folder.with_suffix(".npz"), tokens=inputs, logits=logits)
+    logits = np.asarray(jq.apply(fn)(qparams, tokens))
+    np.savez(folder.with_suffix(".npz"), tokens=tokens, logits=logits)
     kinds = list(done.weights.values())
     return {kind: kinds.count(kind) for kind in kinds}
 
@@ -98,8 +74,8 @@ def asked(python: Path, script: str, folders: Mapping[Path, str]) -> list[dict[s
     return [json.loads(line) for line in lines]
 
 
-def _row(flavour: Flavour, subject: Subject, folder: Path) -> dict[str, Any]:
-    held = exported(flavour, subject, folder)
+def _row(flavour: Flavour, folder: Path) -> dict[str, Any]:
+    held = exported(flavour, folder)
     return {
         "format": flavour.format, "held": held, "way": flavour.way, "note": flavour.note,
     }  # fmt: skip
@@ -111,19 +87,14 @@ def main() -> None:
     parser.add_argument("--only", choices=CLIENTS, action="append")
     options = parser.parse_args()
     rows: dict[str, dict[str, Any]] = {}
-    if options.only and (RESULTS / "clients.json").exists():  # the others' rows stay
-        rows = json.loads((RESULTS / "clients.json").read_text())["rows"]
     for name in options.only or CLIENTS:
         client = CLIENTS[name]
         python = interpreter(options.environments.resolve() / name, client.packages)
-        subject = flax() if client.flax else llama()
         with tempfile.TemporaryDirectory() as scratch:
             folders = {
                 title: Path(scratch) / f"model-{k}" for k, title in enumerate(client.flavours)
             }
-            rows[name] = {
-                title: _row(client.flavours[title], subject, f) for title, f in folders.items()
-            }
+            rows[name] = {title: _row(client.flavours[title], f) for title, f in folders.items()}
             ways = {folders[title]: flavour.way for title, flavour in client.flavours.items()}
             results = asked(python, client.script, ways)
         for row, result in zip(rows[name].values(), results, strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jquant as jq
-from jquant.grids import GGUF, MX, Affine, Float, Uniform
+from jquant.grids import Float, Uniform
 
 _BF16, _F16 = {"scale_dtype": "bfloat16"}, {"scale_dtype": "float16"}
 _INT8, _FP8 = Uniform(8, symmetric=True), Float(4, 3, scale="float32")
@@ -71,46 +71,4 @@ TRANSFORMERS: Mapping[str, Flavour] = {
         },
     ),
     "arrays": _all("safetensors", jq.presets.int4_nearest(32)),
-}  # fmt: skip
-
-
-def _kernels(scheme: jq.Scheme, way: str) -> Flavour:
-    return Flavour("qwix", {".*kernel": scheme}, way)
-
-
-QWIX: Mapping[str, Flavour] = {
-    "4 bits, groups of 16": _kernels(jq.Scheme(Uniform(4, True), 16), "int4/16"),
-    "2 bits, groups of 16": _kernels(jq.Scheme(Uniform(2, True), 16), "int2/16"),
-    "8 bits, channels": _kernels(jq.Scheme(_INT8), "int8/all"),
-    "E4M3, channels": _kernels(jq.Scheme(_FP8), "float8_e4m3fn/all"),
-    "NVFP4": _kernels(jq.presets.nvfp4(), "nvfp4/16"),
-    "MXFP4": _kernels(jq.presets.mxfp4(), "dequantize"),
-    "4 bits, zero points": _kernels(jq.Scheme(Uniform(4), 16), "dequantize"),
-    "3 bits, channels": _kernels(jq.Scheme(Uniform(3, True)), "dequantize"),
-    "5 bits, zero points": _kernels(jq.Scheme(Uniform(5), 32), "dequantize"),
-}
-_TABLE_TOO = "embed/.*|layers/.*|head/.*"
-MLX: Mapping[str, Flavour] = {
-    **{
-        f"{bits} bits, groups of 32": _all("mlx", jq.Scheme(Uniform(bits), 32))
-        for bits in (2, 3, 4, 5, 6, 8)
-    },
-    "4 bits, symmetric, bfloat16": _all("mlx", jq.Scheme(Uniform(4, True, **_BF16), 64)),
-    "4 bits, zero points, float16": _all("mlx", jq.Scheme(Uniform(4, **_F16), 32)),
-    "4 bits, `Affine`, bfloat16": _all("mlx", jq.Scheme(Affine(4, **_BF16), 64)),
-    "8 bits, channels": _all("mlx", jq.Scheme(Uniform(8, True, **_F16))),
-    "GGUF's Q4_1": _all("mlx", jq.Scheme(GGUF("Q4_1"))),
-    "MXFP4": _all("mlx", jq.presets.mxfp4()),
-    "MXFP8": _all("mlx", jq.Scheme(MX("E4M3"))),
-    "4 and 8 bits, table and head too": Flavour(
-        "mlx",
-        {
-            ".*mlp/down.*": jq.Scheme(Uniform(8), 64),
-            _TABLE_TOO: jq.Scheme(Uniform(4), 32),
-        },
-    ),
-    "4 bits, table of bfloat16 scales": Flavour(
-        "mlx", {_TABLE_TOO: jq.Scheme(Uniform(4, True, **_BF16), 64)},
-        note="a table's rows are of the dtype of its scales, so all is computed in bfloat16",
-    ),
 }  # fmt: skip

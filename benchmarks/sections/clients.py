@@ -6,10 +6,7 @@ from typing import Any
 
 from benchmarks.sections.text import ran, table
 
-_WAYS = {
-    "compressed": "as it comes", "dequantized": "`dequantize=True`",
-    "dequantize": "`qwix.dequantize`",
-}  # fmt: skip
+_WAYS = {"compressed": "as it comes", "dequantized": "`dequantize=True`"}
 
 
 def clients(result: dict[str, Any]) -> str:
@@ -19,7 +16,7 @@ def clients(result: dict[str, Any]) -> str:
             [
                 name,
                 ", ".join(row["held"]),
-                _WAYS.get(row["way"], f"`quantize_model`, {row['way']}"),
+                _WAYS.get(row["way"], row["way"]) if client == "transformers" else "as it comes",
                 _number(row, "largest_difference", row.get("largest_logit", 1.0)),
                 _number(row, "kl"),
                 row["error"] if "error" in row else row["note"] or "–",
@@ -31,9 +28,8 @@ def clients(result: dict[str, Any]) -> str:
         head = [client, "held as", "loaded", "off", "KL", ""]
         parts.append(table(head, lines) + f"\n{versions}.")
     return (
-        "A random Llama of two layers (of qwix, a small Flax network), exported in each flavour, "
-        "loaded by the engine on a CPU and run in float32. *off*: the largest difference between "
-        "its logits and those of `jq.apply`, "
+        "A random Llama of two layers, exported in each flavour, loaded by the engine on a CPU and "
+        "run in float32. *off*: the largest difference between its logits and those of `jq.apply`, "
         "relative to the largest logit; *KL*: nats per token between the two.\n\n"
         + "\n\n".join(parts)
         + f"\n\n{ran(result)}.\n"
@@ -41,5 +37,4 @@ def clients(result: dict[str, Any]) -> str:
 
 
 def _number(row: dict[str, Any], key: str, unit: float = 1.0) -> str:
-    value = max(row.get(key, 0.0), 0.0) / unit
-    return "–" if key not in row else f"{value:.0e}" if value else "0"
+    return f"{max(row[key], 0.0) / unit:.0e}" if key in row else "–"
