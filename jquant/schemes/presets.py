@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from jquant.axes.groups import Groups
 from jquant.errors import near
-from jquant.grids import GGUF, MSE, MX, NF4, NV, Float, Joint, MinMax, Power, Uniform
+from jquant.grids import GGUF, MSE, MX, NF4, NV, Float, MinMax, Power, Uniform
 from jquant.rounding import GPTQ, NUPES, AdaRound, DiscQuant, Nearest, SignRound
 from jquant.schemes.scheme import Scheme
 from jquant.weights.activations import Activations
@@ -29,7 +29,6 @@ __all__ = [  # the best first
     "int4_qep",
     "int3_qep",
     "int2_qep",
-    "int2_best",
     "int8_gptq",
     "int4_gptq",
     "int3_gptq",
@@ -95,22 +94,6 @@ def int3_qep(group: int | None = 64) -> Scheme:
 def int2_qep(group: int | None = 64) -> Scheme:
     """As `int4_qep`, with 2 bits: for research, and for models far larger than they need be."""
     return Scheme(_affine(2, MSE()), group, GPTQ(correction="qep"))
-
-
-def int2_best(group: int | None = 64) -> Scheme:
-    """2-bit levels ±1 and ±3 times a searched scale, without zero, by GPTQ with QEP's correction.
-
-    The best that was found at 2 bits without gradients, and smaller than `int2_qep`, as there are
-    no zero points: on a small trained network KL was lower by 15 % in groups of 32. The scale is
-    that of the least sum of cubed errors (`Joint(3)`), as GPTQ moves weights before it rounds them.
-    Levels are Qift's (convention S5); jquant's own files hold them, other formats refuse.
-
-    Example:
-        >>> int2_best().grid.convention, int2_best().grid.range.norm
-        ('S5', 3.0)
-    """
-    grid = Uniform(2, symmetric=True, convention="S5", range=Joint(3.0), scale_dtype="float16")
-    return Scheme(grid, group, GPTQ(correction="qep"))
 
 
 def int8_gptq(group: int | None = None) -> Scheme:
