@@ -679,6 +679,10 @@ def test_what_was_edited_is_told(decoder: Any, tmp_path: Path) -> None:
     assert exporters.edited(tmp_path / "out") == ["config.json", "model.safetensors"]
     with pytest.raises(CheckpointError, match="no export of jquant"):
         exporters.edited(tmp_path)
+    for name in ("../away", "/etc/away", "default/../../away", ""):
+        (tmp_path / "out" / "jquant_export.json").write_text(json.dumps({"files": {name: {}}}))
+        with pytest.raises(CheckpointError, match="lists no files of this folder"):
+            exporters.edited(tmp_path / "out")
 
 
 @pytest.mark.parametrize("what", ["codes", "array", "config"])

@@ -81,6 +81,11 @@ def test_any_tree_comes_back_from_orbax(tmp_path: Path) -> None:
     assert done.nbytes > 0 and {p.name for p in (tmp_path / "out").iterdir()} >= {"default"}
     same(jq.io.restore(jq.io.lazy_orbax(tmp_path / "out")), tree)
     same(jq.io.restore(read(tmp_path / "out")), tree)
+    assert exporters.edited(tmp_path / "out") == []
+    files = [p for p in (tmp_path / "out" / "default").rglob("*") if p.is_file()]
+    file = max(files, key=lambda p: p.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert exporters.edited(tmp_path / "out") == [file.relative_to(tmp_path / "out").as_posix()]
 
 
 def test_leaves_may_be_lazy_and_are_read_one_after_the_other(tmp_path: Path) -> None:

@@ -66,8 +66,9 @@ def new_folder(target: Path, force: bool = False) -> Iterator[Path]:
 
 
 def write_sidecar(folder: Path, form: str) -> None:
-    """Write down what the files of a folder are."""
-    files = {file.name: _told(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    """Write down what the files of a folder are, those of folders inside too."""
+    inside = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    files = {file.relative_to(folder).as_posix(): _told(file) for file in inside}
     told = {"jquant": own_version(), "format": form, "files": files}
     (folder / SIDECAR).write_text(json.dumps(told, indent=1), "utf-8")
 
@@ -93,12 +94,18 @@ def edited(folder: str | os.PathLike[str]) -> list[str]:
         raise CheckpointError(f"{path}: {SIDECAR} is missing; it is no export of jquant")
     told = parse_json((path / SIDECAR).read_text("utf-8"), SIDECAR)
     files = told.get("files") if isinstance(told, dict) else None
-    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
+    if not isinstance(files, dict) or not all(map(_is_inside, files)):
         raise CheckpointError(f"{path}: {SIDECAR} lists no files of this folder")
     return [
         name for name, entry in files.items()
         if not (path / name).is_file() or _told(path / name) != entry
     ]  # fmt: skip
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is of a file in a folder, or in one inside it."""
+    parts = name.split("/")
+    return all(part == Path(part).name and part not in ("", "..") for part in parts)
 
 
 def _told(file: Path) -> dict[str, object]:

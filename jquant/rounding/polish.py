@@ -255,7 +255,9 @@ def _polish_one(
     error = pick(error, lost) if first.target is None else losses(w, codes, params)[2]
     info = {
         "error": jnp.where(failed, jnp.nan, unit * error),
-        "polished": pick(after / jnp.where(before > 0, before, 1.0), jnp.ones((), jnp.float32)),
+        "polished": jnp.where(
+            better & (before > 0), after / jnp.where(before > 0, before, 1.0), 1.0
+        ),
         "changed": pick(changed, jnp.zeros((), jnp.float32)),
     }
     if "nearest_error" not in first.info:
