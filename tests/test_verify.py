@@ -29,7 +29,7 @@ def model() -> tuple[Decoder, Any]:
     return fn, quantized(fn.init(jax.random.key(0)), jq.Scheme(Uniform(4, True, **HALF), 32))
 
 
-FORMATS = ("compressed-tensors", "gptq", "awq", "gguf", "safetensors")
+FORMATS = ("compressed-tensors", "gptq", "awq", "gguf", "mlx", "safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def run(*arguments: object) -> int:
 
 
 HELD = {"compressed-tensors": "pack-quantized", "gptq": "GPTQ v1", "awq": "AWQ", "gguf": "Q4_0",
-        "safetensors": "float32"}  # fmt: skip
+        "mlx": "MLX affine", "safetensors": "float32"}  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -64,6 +64,14 @@ def test_every_tensor_is_read_and_told(form: str, model: Any, exports: dict[str,
     if form == "safetensors":
         size = (exports[form] / "model.safetensors").stat().st_size
         assert 0 < size - checked.nbytes < 4096  # a header
+
+
+def test_every_array_of_a_checkpoint_is_read(model: Any, tmp_path: Path) -> None:
+    jq.export(*model, tmp_path / "out", format="qwix")
+    checked = exporters.check(tmp_path / "out")
+    assert checked.edited == () and checked.has_checksums
+    down = [t for t in checked.tensors if t.name.endswith("down/kernel/array/qvalue")]
+    assert {(t.held, t.shape) for t in down} == {("int4", (SMALL.hidden, SMALL.width))}
 
 
 def changed(source: Path, target: Path, name: str, value: Any) -> Path:

@@ -13,13 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jquant.errors import CheckpointError
 from jquant.exporters.folder import SIDECAR, edited
+from jquant.exporters.trees import ITEM
 from jquant.formats.base import Spec
-from jquant.formats.config import quantized_modules
+from jquant.formats.config import claimed, quantized_modules
+from jquant.io.orbax import lazy_orbax
 from jquant.trees.lazy import Lazy, read
+from jquant.trees.paths import path_of
 from jquant.weights.qtensor import QTensor
 
 
@@ -127,12 +131,14 @@ def _need_numbers(name: str, leaf: Lazy | QTensor) -> None:
 
 
 def _of_folder(folder: Path) -> Tensors:
+    if (folder / ITEM).is_dir():
+        return _of_tree(folder)
     from jquant.models.coded import tensors_of
     from jquant.models.hf_coded import coded_tensors
     from jquant.models.hf_folder import HFFolder, read_json
 
     config = dict(read_json(folder / "config.json"))
-    quantization: Any = config.pop("quantization_config", None)
+    quantization: Any = claimed(config)
     opened = HFFolder.open(folder, config)
     specs: dict[str, Spec] = {}
     for file in sorted(set(opened.files.values())):
@@ -154,6 +160,16 @@ def _of_folder(folder: Path) -> Tensors:
         row = CheckedTensor(name, module.codec.name, tuple(leaf.codes.shape), size)
         tensors.append((row, leaf))
     return tensors
+
+
+def _of_tree(folder: Path) -> Tensors:
+    """The arrays of a checkpoint of Orbax, which are of no model."""
+    leaves = jax.tree_util.tree_leaves_with_path(lazy_orbax(folder))
+    arrays = ((path_of(keys), leaf) for keys, leaf in leaves if isinstance(leaf, Lazy))
+    return [
+        (CheckedTensor(name, *_plain(Spec(leaf.shape, np.dtype(leaf.dtype)))), leaf)
+        for name, leaf in arrays
+    ]
 
 
 def _of_file(path: Path) -> Tensors:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from jquant.errors import ClientError
+from jquant.formats.config import claimed
 
 _CHILD = Path(__file__).with_name("client_child.py")
 _TORCH = {"torch": "2.13.0", "transformers": "5.24.0"}
@@ -92,10 +93,7 @@ def form_of(path: Path) -> str:
         return "gguf"
     from jquant.models.hf_folder import read_json
 
-    config = read_json(path / "config.json")
-    if "quantization" in config:
-        return "mlx"
-    quantization = config.get("quantization_config")
+    quantization = claimed(dict(read_json(path / "config.json")))
     if isinstance(quantization, Mapping):
         return str(quantization.get("quant_method"))[:80]
     return "safetensors"
