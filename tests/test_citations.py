@@ -21,6 +21,7 @@ CHOICES += [  # what a score cites is data of its own, see test_sensitivity
     jq.allocation.Sensitivity("", "", "", {}, papers=SCORES)
 ]
 CHOICES += [jq.emulate(jnp.sin, 8, "stochastic"), jq.distances]
+CHOICES += [jq.Scheme(jq.grids.Uniform(4), transforms=(jq.Hadamard(),))]
 CHOICES += [preset() for preset in jq.presets.presets().values()]
 
 

@@ -109,6 +109,21 @@ class Affine:
         scale, bias = _columns(params)
         return scale * codes.astype(jnp.float32) + bias
 
+    @property
+    def shifts(self) -> bool:
+        """Whether all values of a group can be moved by any one number: the bias may be any."""
+        return True
+
+    def rescaled(
+        self, params: GridParams, factor: Float[Array, "*g"], shift: Float[Array, "*g"]
+    ) -> GridParams:
+        """Parameters, as stored, of values near `factor * value + shift`."""
+        old, bias = (params[name].astype(jnp.float32) for name in ("scale", "bias"))
+        small, most = LEAST_SCALE[self.scale_dtype], float(jnp.finfo(self.scale_dtype).max)
+        scale = jnp.sign(old) * jnp.clip(jnp.abs(old) * factor, small, most)
+        bias = jnp.clip(factor * bias + shift, -most, most)
+        return {"scale": scale.astype(self.scale_dtype), "bias": bias.astype(self.scale_dtype)}
+
 
 def _columns(params: GridParams) -> tuple[Float[Array, "*g 1"], Float[Array, "*g 1"]]:
     """Scale and bias as float32, with an axis for the weights of a group."""
