@@ -28,8 +28,8 @@ from jquant.weights.rotated import Rotated
 class Hadamard:
     """A random Hadamard rotation of the inputs, which `apply` makes as it goes.
 
-    It is for quantized inputs first: of 4 bits they lose two thirds of what they cost in the small
-    trained network of the tests. Of weights alone it gains little or nothing there: compare.
+    It is for quantized inputs first: in the small trained network of the tests, inputs of 4 bits
+    cost a KL of 0.033 in place of 0.087. Of weights alone it gains little or nothing there.
 
     Args:
         block: how many inputs are rotated together, a divisor of their number for which there is a
