@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from jquant.grids.base import GridParams, neighbours
+from jquant.grids.base import GridParams, closest, neighbours
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax, best_of
 from jquant.grids.uniform import LEAST_STEP
 from jquant.numerics import require
@@ -101,8 +101,7 @@ class Affine:
 
     def nearest(self, w: Float[Array, "*g b"], params: GridParams) -> Integer[Array, "*g b"]:
         """The code of the nearest value; ties go to even codes."""
-        code = jnp.clip(jnp.round(self._position(w, params)), *self.codes)
-        return code.astype(jnp.int32)
+        return closest(self._position(w, params), self.codes)
 
     def decode(self, codes: Integer[Array, "*g b"], params: GridParams) -> Float[Array, "*g b"]:
         """`scale * code + bias`, float32; a scale of a file may be negative."""

@@ -132,6 +132,16 @@ def neighbours(
     return lo.astype(jnp.int32), hi.astype(jnp.int32)
 
 
+def closest(position: Float[Array, "*s"], codes: tuple[int, int]) -> Integer[Array, "*s"]:
+    """The int32 codes nearest to positions among them; ties go to even codes.
+
+    Example:
+        >>> closest(jnp.array([1.5, 2.5, 9.0]), (0, 7)).tolist()
+        [2, 2, 7]
+    """
+    return jnp.clip(jnp.round(position), *codes).astype(jnp.int32)
+
+
 def spread(grid: Grid, params: GridParams) -> GridParams:
     """The parameters, with a number for every group where the grid keeps one for several.
 

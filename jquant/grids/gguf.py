@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from jquant.grids.base import GridParams, neighbours
+from jquant.grids.base import GridParams, closest, neighbours
 from jquant.grids.gguf_kinds import KINDS, Kind
 from jquant.grids.gguf_search import Affine, Held, Problem, best_levels, best_pair
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax
@@ -229,8 +229,7 @@ class GGUF:
 
     def nearest(self, w: Float[Array, "*g b"], params: GridParams) -> Integer[Array, "*g b"]:
         """The code of the nearest value; ties go to even codes."""
-        code = jnp.clip(jnp.round(self._position(w, params)), *self.codes)
-        return code.astype(jnp.int32)
+        return closest(self._position(w, params), self.codes)
 
     def decode(self, codes: Integer[Array, "*g b"], params: GridParams) -> Float[Array, "*g b"]:
         """`step * code - offset`, float32."""

@@ -8,9 +8,10 @@ second moment of its inputs), `"drift"` (how far those inputs are from the unqua
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from jquant.axes.groups import Groups
@@ -77,3 +78,15 @@ class Rounding(Protocol):
     ) -> Rounded:
         """Round `w` on `grid` in `groups`."""
         ...
+
+
+def mapped(one: Callable[..., Any], batch: tuple[int, ...]) -> Callable[..., Any]:
+    """A function of one matrix, and of what belongs to it, over these leading axes.
+
+    Example:
+        >>> mapped(jax.numpy.trace, (2, 3))(jax.numpy.ones((2, 3, 4, 4))).shape
+        (2, 3)
+    """
+    for _ in batch:
+        one = jax.vmap(one)
+    return one

@@ -24,10 +24,10 @@ nothing of it (see `correction.py` for both methods and how they are related).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ from jquant.errors import EvidenceError
 from jquant.grids.base import Grid, GridParams, code_dtype, shares
 from jquant.grids.grouped import Grouped
 from jquant.rounding.arrangement import Arrangement, arrange, by_power
-from jquant.rounding.base import Rounded
+from jquant.rounding.base import Rounded, mapped
 from jquant.rounding.columns import Across, Within, columns_of
 from jquant.rounding.correction import STRENGTH, Correction, corrected
 from jquant.rounding.elementwise import moment_for
@@ -261,7 +261,7 @@ def _prepare(
     moment = moment.astype(jnp.float32)
     return Prepared(
         jnp.diagonal(moment, axis1=-2, axis2=-1),
-        _mapped(factor, moment.shape[:-2])(moment),
+        mapped(factor, moment.shape[:-2])(moment),
         None if drift is None else drift.astype(jnp.float32),
     )
 
@@ -271,13 +271,7 @@ def _round(
     w: Float[Array, "*batch out in"], prepared: Prepared, choice: GPTQ, grid: Grouped
 ) -> Rounded:
     one = partial(_round_one, choice=choice, grid=grid)
-    return _mapped(one, w.shape[:-2])(w.astype(jnp.float32), prepared)
-
-
-def _mapped(one: Callable[..., Any], batch: tuple[int, ...]) -> Callable[..., Any]:
-    for _ in batch:
-        one = jax.vmap(one)
-    return one
+    return mapped(one, w.shape[:-2])(w.astype(jnp.float32), prepared)
 
 
 def _round_one(

@@ -24,7 +24,7 @@ from jquant.axes.groups import Groups
 from jquant.calibration.evidence import Evidence
 from jquant.grids.base import Grid, GridParams, code_dtype
 from jquant.grids.grouped import Grouped
-from jquant.rounding.base import Rounded
+from jquant.rounding.base import Rounded, mapped
 from jquant.rounding.elementwise import importance_of, moment_for, second_moment
 from jquant.rounding.relaxed import Relaxation, Target, Unit
 from jquant.rounding.steps import Moving, Steps
@@ -89,10 +89,7 @@ def _learn(
     target = Target(w, grid.fit(w, importance_of(moment)), grid.grid, grid.groups)
     seen = None if moment is None or count is None else (moment, count)
     keys = None if key is None else jax.random.split(key, batch)
-    run = partial(_one, relaxation)
-    for _ in batch:
-        run = jax.vmap(run)
-    best, info = run(target, seen, keys)
+    best, info = mapped(partial(_one, relaxation), batch)(target, seen, keys)
     return Rounded(best.codes.astype(code_dtype(grid)), best.params, info)
 
 

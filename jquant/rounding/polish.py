@@ -25,7 +25,7 @@ from jquant.grids.base import Grid, GridParams, is_refitted
 from jquant.grids.grouped import Grouped
 from jquant.numerics import require
 from jquant.numerics.packed import unpacked
-from jquant.rounding.base import Rounded, Rounding, label_of
+from jquant.rounding.base import Rounded, Rounding, label_of, mapped
 from jquant.rounding.columns import columns_of
 from jquant.rounding.coordinates import Bowl, State, Sweep
 from jquant.rounding.elementwise import moment_for
@@ -184,9 +184,7 @@ def _prepare(
         ridge = jnp.where(live, damping, 0.0)
         return power, unit, ridge, Bowl(scaled + jnp.diag(ridge), live)
 
-    for _ in moment.shape[:-2]:
-        one = jax.vmap(one)
-    return one(moment.astype(jnp.float32))
+    return mapped(one, moment.shape[:-2])(moment.astype(jnp.float32))
 
 
 @partial(jax.jit, static_argnames=("refit", "grid"))
@@ -199,9 +197,7 @@ def _polish(
     grid: Grouped,
 ) -> Rounded:
     one = partial(_polish_one, rounds=rounds, refit=refit, grid=grid)
-    for _ in w.shape[:-2]:
-        one = jax.vmap(one)
-    return one(w.astype(jnp.float32), first, prepared._replace(inner=None))
+    return mapped(one, w.shape[:-2])(w.astype(jnp.float32), first, prepared._replace(inner=None))
 
 
 def _polish_one(
