@@ -118,6 +118,17 @@ def test_gguf_of_other_networks(tmp_path: Path) -> None:
     close(run(fn, params), torch_logits(llama3, TOKENS))
 
 
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(
+    "flags",
+    [{}, dict(tied=True), dict(qkv_bias=True, out_bias=True), dict(experts=4, experts_used=2)],
+)
+def test_shapes_are_those_of_random_parameters(flags: dict, scan_layers: bool) -> None:
+    plain = models.DecoderConfig(vocab=9, width=8, hidden=5, layers=2, heads=2, kv_heads=1)
+    fn = models.Decoder(dataclasses.replace(plain, **flags), scan_layers)
+    assert fn.shapes == jax.eval_shape(fn.init, jax.random.key(0))
+
+
 def test_every_leaf_is_known_to_both_formats() -> None:
     plain = models.DecoderConfig(vocab=9, width=8, hidden=5, layers=2, heads=2, kv_heads=1)
     for flags in ({}, dict(tied=True), dict(qkv_bias=True), dict(qkv_bias=True, out_bias=True)):

@@ -32,6 +32,7 @@ from jquant.app.listing import listing
 from jquant.app.measuring import alone, beside, described, full_and_quantized
 from jquant.app.named_inputs import real_tokens, taking
 from jquant.app.options import Kept, Orbax, Quiet, Reading, Recipe, Source
+from jquant.app.program_cache import keep_programs
 from jquant.app.quantizing import (
     Chosen,
     Granularity,
@@ -392,4 +393,5 @@ def main() -> None:
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", module="jquant")
     warnings.showwarning = _warn
+    keep_programs()
     sys.exit(run())

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 from jquant.grids.gguf_kinds import Kind
 from jquant.grids.ranges import LEAST_SCALE, MSE
+from jquant.numerics.powers import powered
 
 _HALF = float(jnp.finfo(jnp.float16).max)
 _LEAST = LEAST_SCALE["float16"]
@@ -71,9 +72,8 @@ class Problem(NamedTuple):
 
     def loss(self, at: Affine) -> Float[Array, "*g t"]:
         """The weighted error of nearest codes; infinite where there is no number."""
-        error = jnp.abs(at.step[..., None] * self.codes(at) - at.offset[..., None] - self.w)
-        size = error * error if self.search.norm == 2.0 else error**self.search.norm
-        loss = jnp.sum(self.weight * size, -1)
+        error = at.step[..., None] * self.codes(at) - at.offset[..., None] - self.w
+        loss = jnp.sum(self.weight * powered(error, self.search.norm), -1)
         return jnp.where(jnp.isfinite(loss), loss, jnp.inf)
 
     def alone(self, start: Affine) -> Affine:

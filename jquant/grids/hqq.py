@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jquant.numerics.powers import powered
+
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
@@ -88,10 +90,10 @@ def best_zero(
         q = jnp.clip(jnp.round(x + z), *codes)
         miss = x - (q - z)
         size = jnp.abs(miss)
-        loss = jnp.sum(weight * size**search.norm, axis=-1)
+        loss = jnp.sum(weight * powered(miss, search.norm), axis=-1)
         beta = search.beta * search.kappa ** jnp.float32(i)
         # Where an error is zero so is what is left of it.
-        less = jnp.where(size > 0, size, 1.0) ** (search.norm - 1) / beta
+        less = powered(jnp.where(size > 0, size, 1.0), search.norm - 1) / beta
         sparse = jnp.sign(miss) * jnp.maximum(size - less, 0.0)
         updated = jnp.sum(weight * (q - (x - sparse)), axis=-1) / total
         better = loss < least

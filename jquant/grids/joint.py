@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 
 from jquant.grids.base import Grid, GridParams, nearest
 from jquant.numerics import require
+from jquant.numerics.powers import powered
 
 # Heuristic. With more steps, more of them around the best, and more zero points, losses of normal
 # and Student's t weights were lower by less than a hundredth.
@@ -143,7 +144,7 @@ def best_pair(
         zero = space.allowed(zero)
         code = jnp.clip(jnp.round(x / step[..., None] + zero[..., None]), first, last)
         error = x - step[..., None] * (code - zero[..., None])
-        now = _Best(jnp.sum(weight * _powered(error, search.norm), axis=-1), step, zero)
+        now = _Best(jnp.sum(weight * powered(error, search.norm), axis=-1), step, zero)
         return jax.tree.map(lambda a, b: jnp.where(now.loss < best.loss, a, b), now, best)
 
     many = {"none": 1, "real": 2 * search.zeros}.get(space.zeros, search.zeros)
@@ -241,7 +242,7 @@ def better(
 
     def loss(params: GridParams) -> Float[Array, "*g"]:
         error = (w - grid.decode(nearest(grid, w, params), params)) / jnp.where(unit > 0, unit, 1.0)
-        return jnp.sum(weight * _powered(error, search.norm), axis=-1)
+        return jnp.sum(weight * powered(error, search.norm), axis=-1)
 
     first = loss(pairs[0]) < loss(pairs[1])
     return jax.tree.map(lambda a, b: jnp.where(first, a, b), *pairs)
@@ -259,15 +260,3 @@ def _shares(
         top = jnp.max(share, axis=-1, keepdims=True, initial=0.0)
         share = jnp.where(top > 0, share / jnp.where(top > 0, top, 1.0), 1.0)
     return share / jnp.sum(share, axis=-1, keepdims=True)
-
-
-def _powered(error: Float[Array, "*s"], norm: float) -> Float[Array, "*s"]:
-    """`|error| ** norm`; of halves without a logarithm, which takes ten times as long."""
-    if norm == 2:
-        return error * error
-    size = jnp.abs(error)
-    if float(norm).is_integer():
-        return lax.integer_pow(size, int(norm))
-    if float(2 * norm).is_integer():
-        return lax.integer_pow(jnp.sqrt(size), int(2 * norm))
-    return size**norm

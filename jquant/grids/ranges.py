@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jquant.grids.base import Grid, GridParams, nearest
+from jquant.numerics.powers import powered
 
 # The least scale of each storable type: below, a scale would be flushed to zero. float16 keeps its
 # subnormals, which are ordinary numbers in the float32 arithmetic that uses them.
@@ -66,8 +67,8 @@ def best_of(
 
     def loss(factor: Float[Array, ""]) -> Float[Array, "*g"]:
         params = at(factor)
-        error = jnp.abs(w - grid.decode(nearest(grid, w, params), params))
-        return jnp.sum(weight * error**search.norm, axis=-1)
+        error = w - grid.decode(nearest(grid, w, params), params)
+        return jnp.sum(weight * powered(error, search.norm), axis=-1)
 
     def better(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
         factor = 1.0 - jnp.float32(i) / search.resolution

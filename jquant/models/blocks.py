@@ -24,7 +24,7 @@ Cache = dict[str, Any]
 class Attention(nnx.Module):
     """Causal attention with `heads` queries sharing `kv_heads` keys and values."""
 
-    def __init__(self, config: DecoderConfig, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, dtype: str, rngs: nnx.Rngs | None):
         c = config
         self.config, self.dtype = config, dtype
         queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
@@ -77,7 +77,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """`down(activation(gate(x)) * up(x))`."""
 
-    def __init__(self, config: DecoderConfig, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, dtype: str, rngs: nnx.Rngs | None):
         self.dtype, self.activation = dtype, config.activation
         self.fused = config.fused
         if config.fused:
@@ -98,7 +98,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention, then the gated network, each with norms and added to its input."""
 
-    def __init__(self, config: DecoderConfig, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, dtype: str, rngs: nnx.Rngs | None):
         c = config
         self.config, self.dtype = config, dtype
         before = {"pre": dtype, "both": dtype}.get(c.norms)

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from jquant.models.blocks import Block, Cache
 from jquant.models.config import DecoderConfig
-from jquant.models.layers import Linear, Norm, dot
+from jquant.models.layers import Linear, Norm, dot, normal
 from jquant.models.positions import Views, views
 
 Params = Mapping[str, Any]
@@ -35,10 +35,9 @@ Params = Mapping[str, Any]
 class Embed(nnx.Module):
     """The table of token vectors `[vocab, width]`; also the head where the two are tied."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs | None):
         shape = (config.vocab, config.width)
-        table = jax.random.normal(rngs.params(), shape, jnp.float32)
-        self.embedding = nnx.Param(table * config.width**-0.5)
+        self.embedding = nnx.Param(normal(rngs, shape, config.width**-0.5))
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         # A token outside the vocabulary gives NaN, which is seen; clamping would not be.
@@ -49,10 +48,13 @@ class Embed(nnx.Module):
 class Llama(nnx.Module):
     """The whole network; `layers` is a list of blocks, or one block of stacked parameters."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, scan_layers: bool, dtype: str):
+    def __init__(
+        self, config: DecoderConfig, rngs: nnx.Rngs | None, *, scan_layers: bool, dtype: str
+    ):
         self.config = config
         self.embed = Embed(config, rngs)
         if scan_layers:
+            assert rngs is not None
             stack = nnx.vmap(lambda r: Block(config, dtype, r), in_axes=0, out_axes=0)
             self.layers = stack(rngs.split(config.layers))
         else:
@@ -137,6 +139,18 @@ class Decoder:
         """Random float32 parameters, for tests and benchmarks."""
         return _string_keys(nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(params=key)))))
 
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """The tree of `init` with a `jax.ShapeDtypeStruct` in place of every array.
+
+        Example:
+            >>> config = DecoderConfig(vocab=32, width=8, hidden=16, layers=2, heads=4, kv_heads=2)
+            >>> Decoder(config).shapes["norm"]["scale"].shape
+            (8,)
+        """
+        pure = _string_keys(nnx.to_pure_dict(nnx.state(_abstract(self))))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), pure)
+
     def init_cache(self, rows: int, length: int) -> Cache:
         """An empty cache for `rows` sequences of at most `length` tokens, in the compute dtype.
 
@@ -152,7 +166,7 @@ class Decoder:
             for i in range(c.layers)
         }
 
-    def _build(self, rngs: nnx.Rngs) -> Llama:
+    def _build(self, rngs: nnx.Rngs | None) -> Llama:
         return Llama(self.config, rngs, scan_layers=self.scan_layers, dtype=self.dtype)
 
     def _module(self, params: Params) -> Llama:
@@ -179,9 +193,17 @@ class CachedStep:
 
 
 @functools.lru_cache(maxsize=64)
+def _abstract(decoder: Decoder) -> Llama:
+    """The module without its numbers, made once per decoder."""
+    if decoder.scan_layers:  # one block is traced, whose arrays then get one axis more
+        return nnx.eval_shape(lambda: decoder._build(nnx.Rngs(params=0)))
+    return decoder._build(None)
+
+
+@functools.lru_cache(maxsize=64)
 def _graph(decoder: Decoder) -> nnx.GraphDef:
-    """The structure of the NNX module without its arrays; traced once per decoder."""
-    return nnx.graphdef(nnx.eval_shape(lambda: decoder._build(nnx.Rngs(params=0))))
+    """The structure of the NNX module without its arrays."""
+    return nnx.graphdef(_abstract(decoder))
 
 
 def _string_keys(tree: Any) -> Any:

@@ -16,15 +16,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jquant.models.config import DecoderConfig
-from jquant.models.layers import ACTIVATIONS, Linear
+from jquant.models.layers import ACTIVATIONS, Linear, normal
 
 
 class Grouped(nnx.Module):
     """One kernel `[in, out]` for each group of rows, with a float32 result."""
 
-    def __init__(self, groups: int, inputs: int, outputs: int, rngs: nnx.Rngs):
-        kernel = jax.random.normal(rngs.params(), (groups, inputs, outputs), jnp.float32)
-        self.kernel = nnx.Param(kernel * inputs**-0.5)
+    def __init__(self, groups: int, inputs: int, outputs: int, rngs: nnx.Rngs | None):
+        self.kernel = nnx.Param(normal(rngs, (groups, inputs, outputs), inputs**-0.5))
 
     def __call__(self, x: Float[Array, "n i"], sizes: Int[Array, " e"]) -> Float[Array, "n o"]:
         return jax.lax.ragged_dot(
@@ -35,7 +34,7 @@ class Grouped(nnx.Module):
 class Experts(nnx.Module):
     """The experts of one layer and their router."""
 
-    def __init__(self, config: DecoderConfig, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, dtype: str, rngs: nnx.Rngs | None):
         c = config
         self.config, self.dtype = config, dtype
         self.router = Linear(c.width, c.experts, False, rngs)

@@ -16,12 +16,23 @@ from jaxtyping import Array, Float
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}  # jax.nn.gelu is the one by tanh
 
 
+def normal(
+    rngs: nnx.Rngs | None, shape: tuple[int, ...], deviation: float
+) -> Float[Array, "..."] | jax.ShapeDtypeStruct:
+    """Normal random numbers, float32; without `rngs` only what shape and dtype they would have.
+
+    Tracing would tell these too, but it takes a hundredth of a second for every weight.
+    """
+    if rngs is None:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.random.normal(rngs.params(), shape, jnp.float32) * deviation
+
+
 class Linear(nnx.Module):
     """`x @ kernel + bias`, with a float32 result whatever the dtype of the inputs."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs):
-        kernel = jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32)
-        self.kernel = nnx.Param(kernel * inputs**-0.5)
+    def __init__(self, inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs | None):
+        self.kernel = nnx.Param(normal(rngs, (inputs, outputs), inputs**-0.5))
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:

@@ -116,7 +116,7 @@ def _decoder(fields: dict[str, Any], header: Header) -> tuple[Decoder, dict[str,
     # Layers are built one by one, so a lie about their number would take forever.
     if not fn.scan_layers and fn.config.layers > len(header.leaves):
         raise ValueError(f"{fn.config.layers} layers of {len(header.leaves)} parameters")
-    return fn, _shapes(jax.eval_shape(fn.init, jax.random.key(0)))
+    return fn, _shapes(fn.shapes)
 
 
 def _torch(
