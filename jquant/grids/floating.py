@@ -123,6 +123,12 @@ class Float:
             raise ValueError("Float without a scale has no range to search; pass scale= too")
         if self.scale != "e8m0" and self.scale_rule != "floor":
             raise ValueError(f"Float.scale_rule={self.scale_rule!r} is of the scale 'e8m0' alone")
+        self._check_scales(row)
+        if self.scale is not None and row.largest / row.smallest > 2.0**200:
+            raise ValueError(f"{row} spans the range of float32 and needs no scale; pass None")
+
+    def _check_scales(self, row: Format) -> None:
+        """Refuse what is of other scales than the grid's. ValueError: there is such."""
         if self.macro is not None:
             require.integer("Float.macro", self.macro, 2, 2**16)
             if self.scale != "e8m0":
@@ -130,8 +136,6 @@ class Float:
         require.boolean("Float.four_six", self.four_six)
         if self.four_six and (self.scale, row) != ("e4m3", find_format(2, 1)):
             raise ValueError("Float.four_six=True is of E2M1 with the scale 'e4m3' alone, as NV()")
-        if self.scale is not None and row.largest / row.smallest > 2.0**200:
-            raise ValueError(f"{row} spans the range of float32 and needs no scale; pass None")
 
     @property
     def format(self) -> Format:
