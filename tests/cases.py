@@ -75,7 +75,10 @@ FLOATING: dict[str, Float] = {
     "mx-E2M1": MX(),
     "mx-E2M1-ceil-mse": MX(scale_rule="ceil", range=MSE()),
     "mx-INT8": MX("INT8"),
+    "mx-E2M1-oas-macro": MX(scale_rule="oas", macro=4),
+    "mx-E2M1-macro-mse": MX(scale_rule="oas", macro=2, range=MSE(norm=2.0)),
     "nv": NV(),
+    "nv-four-six": NV(four_six=True),
 }
 POWER: dict[str, Power] = {
     "power-4": Power(4),

@@ -357,6 +357,7 @@ UNHELD = {
     "E5M2": jq.Scheme(Float(5, 2, scale="float32")),
     "MXFP8": jq.Scheme(MX("E4M3")),
     "MXFP6": jq.Scheme(MX("E2M3")),
+    "macro blocks": jq.Scheme(MX(macro=4)),
     "no scale": jq.Scheme(Float(4, 3)),
     "static inputs": jq.Scheme(
         Uniform(8, True), activations=jq.Activations(Uniform(8, True), "static")

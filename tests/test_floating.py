@@ -242,6 +242,7 @@ def test_the_shared_exponent_of_ocp(format, largest, scale, one):
         ("floor", [0, 0, 0, 0, 0, 0, 1]),
         ("even", [0, 0, 0, 0, 1, 1, 1]),
         ("ceil", [0, 0, 1, 1, 1, 1, 1]),
+        ("oas", [0, 0, 0, 0, 0, 1, 1]),
     ],
 )
 def test_rules_of_the_shared_exponent(rule, powers):

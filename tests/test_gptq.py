@@ -159,7 +159,7 @@ def test_is_nearest_bit_for_bit_when_inputs_are_uncorrelated(rounding, blocks):
     ("grid", "blocks"),
     mostly_slow(
         covering(
-            [NF4, MX(), NV(), Float(2, 1, scale="float16"), Power(4), KMeans(3)],
+            [NF4, MX(), MX(macro=2), NV(), Float(2, 1, scale="float16"), Power(4), KMeans(3)],
             [Groups("in", 8), Groups("out", 8)],
         ),
         lambda case: case[0] == NF4,
@@ -173,7 +173,7 @@ def test_every_grid_with_a_diagonal_moment_is_nearest(grid, blocks):
     same(result, Nearest()(w, grid, blocks, evidence=jnp.diag(diagonal)))
 
 
-@pytest.mark.parametrize("grid", [NV(), Power(4)])
+@pytest.mark.parametrize("grid", [NV(), MX(macro=2), Power(4)])
 def test_dynamic_groups_of_a_grid_that_shares_parameters_are_refused(grid):
     w, moment = layer(16, 40)
     with pytest.raises(ValueError, match="stands for several: pass groups='static'"):

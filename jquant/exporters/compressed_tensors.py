@@ -195,7 +195,9 @@ def _grid(grid: Grid) -> Grid:
         return grid if formula(grid) == formula(plain) else plain
     if isinstance(grid, Float):
         if grid.bits <= 4:
-            return MX(range=grid.range) if grid.scale == "e8m0" else NV(range=grid.range)
+            if grid.scale == "e8m0":
+                return MX(scale_rule=grid.scale_rule, range=grid.range)
+            return NV(four_six=grid.four_six, range=grid.range)
         scale = grid.scale if grid.scale in SCALE_DTYPES else "float32"
         return Float(4, 3, scale=scale, range=grid.range if grid.scale else MinMax())
     return Uniform(min(max(int(grid.bits), 2), 8), scale_dtype="float16")

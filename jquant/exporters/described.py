@@ -103,9 +103,12 @@ class Holding(NamedTuple):
 
 
 def need_alone(weight: Described) -> None:
-    """FormatError: there is something besides codes that no format of files has."""
+    """FormatError: there is something besides codes and scales that no format of files has."""
     if weight.parts:
         raise FormatError(f"parts besides the codes ({', '.join(weight.parts)})")
+    macro = getattr(weight.grid, "macro", None)
+    if macro is not None:
+        raise FormatError(f"mantissas that {macro} groups share (macro={macro})")
 
 
 def along_inputs(weight: Described, most: int | None = None) -> Groups:

@@ -67,7 +67,8 @@ def nearest(weight: Described) -> Described | None:
     if width % GROUPS[0]:
         return None
     if isinstance(grid, Float) and grid.scale in ("e8m0", "e4m3"):
-        near = MX(range=grid.range) if grid.bits <= 4 else MX("E4M3", range=grid.range)
+        kind = "E2M1" if grid.bits <= 4 else "E4M3"
+        near = MX(kind, scale_rule=grid.scale_rule, range=grid.range)
         return alone(
             weight, grid=near, groups=Groups("in", near.group), inputs=None, of_tensor=False
         )

@@ -73,6 +73,8 @@ def nearest(weight: Described) -> Described:
     grid = weight.grid
     if isinstance(grid, Uniform):
         grid = Uniform(grid.bits, grid.symmetric, scale_dtype=grid.scale_dtype)
+    elif isinstance(grid, Float) and grid.format in _FLOATS and grid.scale is not None:
+        grid = replace(grid, macro=None)
     elif isinstance(grid, Float) and grid.bits in (4, 8):
         scale = grid.scale or "float32"
         limits = {"range": grid.range if grid.scale else MinMax(), "group": grid.group}

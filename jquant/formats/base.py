@@ -266,7 +266,7 @@ def formula(grid: Grid) -> tuple[Any, ...]:
     if isinstance(grid, Affine):
         return Affine, grid.bits, grid.scale_dtype
     if isinstance(grid, Float):
-        return Float, grid.format, grid.scale
+        return Float, grid.format, grid.scale, grid.macro
     return (grid,)
 
 

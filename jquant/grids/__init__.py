@@ -5,8 +5,9 @@ from functools import partial
 from jquant import deprecated
 from jquant.grids.affine import Affine
 from jquant.grids.base import Grid, GridParams, code_dtype, nearest
+from jquant.grids.blocks import MX, NV
 from jquant.grids.codebook import AF4, NF4, Codebook
-from jquant.grids.floating import MX, NV, Float
+from jquant.grids.floating import Float
 from jquant.grids.gguf import GGUF
 from jquant.grids.hqq import HQQ
 from jquant.grids.joint import Joint

@@ -9,31 +9,39 @@ numbers make the rest: what a format can hold and how the scale of a group is st
         scale for the tensor                          scale = E4M3(max |w| / 6 / tensor)
 
 Under the rule of OCP for MX, weights between the largest number and the next power of two clip;
-there are two other rules. Static: all but the parameters `scale` `[*g]` and `tensor` `[1, 1]`.
+there are three other rules, and neighbouring groups may share a mantissa (`macro.py`). Of NV, each
+group may have its largest weight at 4 in place of 6, where steps are even. Static: all but the
+parameters `scale` `[*g]`, `tensor` `[1, 1]` and `macro`, one for some neighbouring groups.
 
 References: OCP Microscaling Formats (MX) v1.0, 2023 (§6.3 has the scale); NVIDIA, Pretraining large
-language models with NVFP4, 2025, https://arxiv.org/abs/2509.25149 (both scales).
+language models with NVFP4, 2025, https://arxiv.org/abs/2509.25149 (both scales); Chhugani et al.,
+Unveiling the Potential of Quantization with MXFP4, 2026, https://arxiv.org/abs/2603.08713 (the rule
+"oas" and `macro`); Cook et al., Four Over Six: More Accurate NVFP4 Quantization with Adaptive Block
+Scaling, 2025, https://arxiv.org/abs/2512.02010.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32, Integer
 from jaxtyping import Float as Real
 
 from jquant.grids.base import GridParams
-from jquant.grids.ranges import MSE, MinMax, best_of
+from jquant.grids.macro import best_mantissa, multiplier, of_groups, of_largest
+from jquant.grids.ranges import MSE, MinMax, best_factor, factors_of, loss_at
 from jquant.grids.scales import CAP, SCALES, Rule, as_stored, power_of_two
 from jquant.numerics import require
 from jquant.numerics.extremes import largest
-from jquant.numerics.formats import FORMATS, Format, Overflow, Special, find_format
+from jquant.numerics.formats import Format, Overflow, Special, find_format
 
-MX_FORMATS = ("E2M1", "E2M3", "E3M2", "E4M3", "E5M2", "INT8")
+_ROOM = 256.0  # what the largest group's scale is then, of E4M3's 448: 3/2 of it still fits
 
 
 @jax.tree_util.register_static
@@ -57,7 +65,15 @@ class Float:
             "bfloat16", "e8m0" (powers of two) or "e4m3", with one float32 scale per tensor.
         scale_rule: how "e8m0" takes a power of two from a group's largest weight: "floor" as OCP,
             "even" rounded to the format's mantissa first (to the next one from 1.75 for E2M1, as
-            compressed-tensors does), "ceil" the least that clips nothing.
+            compressed-tensors does), "ceil" the least that clips nothing, "oas" half of that where
+            it clips by no more than half a step (overflow-aware scaling: for E2M1 the largest
+            weight comes to lie in (3.5, 7] times the scale, so that it is "even" but for ties).
+        macro: how many neighbouring groups share a mantissa of one byte, by which their scales
+            "e8m0" are multiplied (macro block scaling; 4 of MX's are the paper's 128 weights).
+            None: there is none. With `MSE` it is searched too, together with the powers of two.
+        four_six: whether the largest weight of a group may lie at 4 in place of 6, where that makes
+            the smaller squared error, weighted as that of `MSE` (four over six). For E2M1 with
+            "e4m3", whose tensor scale then leaves room for it: that of NV is 7/4 as large.
         range: `MinMax()`, or `MSE()` to search for a scale that clips on purpose.
         group: the group size that a `Scheme` without groups takes.
         negative_zero: whether there is a code for -0, below the smallest number's. Files have it,
@@ -86,6 +102,8 @@ class Float:
     range: MinMax | MSE = MinMax()
     group: int | None = None
     negative_zero: bool = False
+    macro: int | None = None
+    four_six: bool = False
 
     def __post_init__(self) -> None:
         row = self.format
@@ -105,8 +123,19 @@ class Float:
             raise ValueError("Float without a scale has no range to search; pass scale= too")
         if self.scale != "e8m0" and self.scale_rule != "floor":
             raise ValueError(f"Float.scale_rule={self.scale_rule!r} is of the scale 'e8m0' alone")
+        self._check_scales(row)
         if self.scale is not None and row.largest / row.smallest > 2.0**200:
             raise ValueError(f"{row} spans the range of float32 and needs no scale; pass None")
+
+    def _check_scales(self, row: Format) -> None:
+        """Refuse what is of other scales than the grid's. ValueError: there is such."""
+        if self.macro is not None:
+            require.integer("Float.macro", self.macro, 2, 2**16)
+            if self.scale != "e8m0":
+                raise ValueError(f"Float.macro={self.macro} is of the scale 'e8m0' alone")
+        require.boolean("Float.four_six", self.four_six)
+        if self.four_six and (self.scale, row) != ("e4m3", find_format(2, 1)):
+            raise ValueError("Float.four_six=True is of E2M1 with the scale 'e4m3' alone, as NV()")
 
     @property
     def format(self) -> Format:
@@ -118,7 +147,12 @@ class Float:
     def papers(self) -> tuple[str, ...]:
         blocks = {"e8m0": ("rouhani2023microscaling",), "e4m3": ("nvidia2025nvfp4",)}
         eight = (self.exponent_bits, self.mantissa_bits) in ((4, 3), (5, 2)) and self.signed
-        return blocks.get(str(self.scale), ()) + (("micikevicius2022fp8",) if eight else ())
+        chosen = {
+            "micikevicius2022fp8": eight,
+            "chhugani2026mxfp4": self.macro is not None or self.scale_rule == "oas",
+            "cook2025foursix": self.four_six,
+        }
+        return blocks.get(str(self.scale), ()) + tuple(key for key, on in chosen.items() if on)
 
     @property
     def bits(self) -> int:
@@ -150,42 +184,96 @@ class Float:
     def fit(
         self, w: Real[Array, "*g b"], importance: Real[Array, "*#g #b"] | None = None
     ) -> GridParams:
-        """Group parameters: none, or `scale` `[*g]` in its stored dtype, and for "e4m3" `tensor`,
-        float32, over the last two axes of `*g`, which are kept with size one.
+        """Group parameters: none, or `scale` `[*g]` in its stored dtype; for "e4m3" `tensor`,
+        float32, over the last two axes of `*g`, which are kept with size one; and with `macro`,
+        uint8, one number for so many along the last of `*g`.
 
-        `importance` weighs the errors of `MSE`. Finite weights give finite parameters and values; a
-        group of zeros has scale 1, one of tiny weights a scale at which values stay normal, and one
-        that holds NaN a scale of NaN.
+        `importance` weighs errors where there is more than one scale to choose from. Finite weights
+        give finite parameters and values; a group of zeros has scale 1 (times that of the macro
+        block), one of tiny weights a scale at which values stay normal, and one that holds NaN a
+        scale of NaN.
         """
         if self.scale is None:
             return {}
         w, numbers, stored = w.astype(jnp.float32), self.format, SCALES[self.scale]
         top = jnp.minimum(largest(jnp.abs(w) if self.signed else w, axis=-1, initial=0.0), CAP)
         least = 2.0**-126 / numbers.smallest
+        if self.scale == "e8m0":
+            return self._powers(w, top, importance)
         tensor = None
         if self.scale == "e4m3":
             axes = tuple(range(max(top.ndim - 2, 0), top.ndim))
             whole = largest(top, axis=axes, keepdims=True)
-            unit = numbers.largest * stored.most
+            unit = numbers.largest * (_ROOM if self.four_six else stored.most)
             tensor = as_stored(whole, unit, SCALES["float32"], least / stored.least)
 
         def at(factor: Array | float) -> GridParams:
-            if self.scale == "e8m0":
-                return {"scale": power_of_two(top * factor, numbers, self.scale_rule)}
             if tensor is None:
                 return {"scale": as_stored(top * factor, numbers.largest, stored, least)}
             scale = as_stored(top * factor, numbers.largest * tensor, stored, 0.0)
             return {"scale": scale, "tensor": tensor}
 
-        if isinstance(self.range, MinMax):
+        factors = self._factors
+        if len(factors) == 1:
             return at(1.0)
-        return best_of(self.range, self, w, importance, at)
+        return at(best_factor(factors, self._loss(w, importance, at), top.shape)[0])
+
+    @property
+    def _factors(self) -> np.ndarray:
+        """What a group's range may be multiplied by, 1 first."""
+        own = factors_of(self.range)
+        if self.scale == "e8m0":  # those between would only give the same powers of two again
+            return 2.0 ** -np.arange(int(np.ceil(-np.log2(own.min()))) + 1, dtype=np.float32)
+        if self.four_six:
+            wider = own * np.float32(1.5)
+            return np.concatenate([own, wider[wider > 1]])
+        return own
+
+    def _loss(self, w: Array, importance: Array | None, at: Callable[[Any], GridParams]) -> Any:
+        norm = self.range.norm if isinstance(self.range, MSE) else 2.0
+        return loss_at(self, w, importance, norm, at)
+
+    def _powers(
+        self, w: Float32[Array, "*g b"], top: Float32[Array, "*g"], importance: Array | None
+    ) -> GridParams:
+        """Powers of two for the groups, and with `macro` what multiplies them."""
+        numbers, together = self.format, self.macro
+
+        def at(mantissa: Array | None) -> Callable[[Array | float], GridParams]:
+            if mantissa is None or together is None:
+                return lambda factor: {
+                    "scale": power_of_two(top * factor, numbers, self.scale_rule)
+                }
+            part = top / multiplier(of_groups(mantissa, together, top.shape[-1]))
+            return lambda factor: {
+                "scale": power_of_two(part * factor, numbers, self.scale_rule), "macro": mantissa,
+            }  # fmt: skip
+
+        def best(mantissa: Array | None) -> tuple[Array, Array]:
+            loss = self._loss(w, importance, at(mantissa))
+            return best_factor(self._factors, loss, top.shape)
+
+        searched = isinstance(self.range, MSE)
+        mantissa = None if together is None else of_largest(top, numbers.largest, together)
+        if searched and mantissa is not None and together is not None:
+            mantissa = best_mantissa(mantissa, together, lambda m: best(m)[1])
+        return at(mantissa)(best(mantissa)[0] if searched else 1.0)
+
+    def spread(self, params: GridParams) -> GridParams:
+        """Parameters of which `macro` stands for no more than one group."""
+        if "macro" not in params or self.macro is None:
+            return params
+        count = params["scale"].shape[-1]
+        return {**params, "macro": of_groups(params["macro"], self.macro, count)}
 
     def _scale(self, params: GridParams) -> Float32[Array, "*g 1"] | None:
         """What a number of the format is multiplied by, with an axis for the weights of a group."""
         if self.scale is None:
             return None  # not 1: dividing by it would flush float32's subnormals to zero
+        params = self.spread(params)
         scale = params["scale"].astype(jnp.float32)
+        if "macro" in params:
+            scale = scale * multiplier(params["macro"])
         if "divisor" in params:  # a file may keep one, whose inverse is no float32
             scale = scale / params["divisor"]
         return (scale * params["tensor"] if "tensor" in params else scale)[..., None]
@@ -247,40 +335,3 @@ class Float:
             rank = jnp.where(rank > self.format.top, 0, rank)
         value = self.format.magnitude(rank)
         return jnp.where(codes < 0, -value, value)
-
-
-def MX(
-    format: str = "E2M1", *, scale_rule: Rule = "floor", range: MinMax | MSE = MinMax()
-) -> Float:
-    """The microscaling grid of OCP: numbers of `format`, a power of two per 32 of them.
-
-    Args:
-        format: "E2M1" (MXFP4), "E2M3", "E3M2" (MXFP6), "E4M3", "E5M2" (MXFP8) or "INT8" (MXINT8,
-            codes -127 ... 127).
-        scale_rule: see `Float`. "floor" is OCP's.
-        range: see `Float`. `MSE()` can only lower a power of two: give it "ceil" to start from.
-
-    Raises:
-        ValueError: there is no such format.
-
-    Example:
-        >>> grid = MX()
-        >>> params = grid.fit(jnp.array([[7.0, 0.3]]))
-        >>> float(params["scale"][0]), grid.nearest(jnp.array([[7.0, 0.3]]), params).tolist()
-        (1.0, [[7, 1]])
-    """
-    if format not in MX_FORMATS:
-        raise ValueError(f"MX.format must be one of {MX_FORMATS}, got {format!r}")
-    numbers = FORMATS[format][:2]
-    return Float(*numbers, scale="e8m0", scale_rule=scale_rule, range=range, group=32)
-
-
-def NV(*, range: MinMax | MSE = MinMax()) -> Float:
-    """NVIDIA's NVFP4: E2M1, an E4M3 scale per 16 of them, and a float32 scale per tensor.
-
-    Example:
-        >>> params = NV().fit(jnp.array([[[2688.0, 0.0], [6.0, 3.0]]]))
-        >>> params["scale"].tolist(), params["tensor"].tolist()
-        ([[448.0, 1.0]], [[1.0]])
-    """
-    return Float(2, 1, scale="e4m3", range=range, group=16)

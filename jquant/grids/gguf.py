@@ -41,6 +41,7 @@ from jaxtyping import Array, Float, Integer
 from jquant.grids.base import GridParams, closest, neighbours
 from jquant.grids.gguf_kinds import KINDS, Kind
 from jquant.grids.gguf_search import Affine, Held, Problem, best_levels, best_pair
+from jquant.grids.macro import in_blocks, of_groups
 from jquant.grids.ranges import LEAST_SCALE, MSE, MinMax
 from jquant.numerics import require
 from jquant.numerics.extremes import largest, least
@@ -156,7 +157,7 @@ class GGUF:
             best = best_pair(problem, at)._asdict()
             chosen = {"scale": best["step"], "offset": best["offset"]}
             return {name: chosen[name].astype(jnp.float16) for name in names}
-        cut = partial(_in_blocks, together=row.together)
+        cut = partial(in_blocks, together=row.together)
         problem = Problem(row, search, cut(w, axis=-2), cut(weight, axis=-2))
         nothing = jnp.zeros_like(held["scale"]), jnp.zeros_like(held["scale_code"])
         unit, code, offset_unit, offset_code = (
@@ -185,7 +186,7 @@ class GGUF:
             return {name: step.astype(jnp.float16)}
         most = row.scale_codes[1]
         count = x.shape[-1]
-        blocks = _in_blocks(x, row.together)
+        blocks = in_blocks(x, row.together)
         top = largest(blocks, axis=-1)
         unit = jnp.clip(top / most, LEAST_SCALE["float16"], _HALF)
         unit = jnp.where(top == 0, 1.0, unit).astype(jnp.float16)
@@ -199,13 +200,10 @@ class GGUF:
             return params
         count = params["scale_code"].shape[-1]
 
-        def each(name: str) -> Array:
-            leaf = params[name]
-            if name.endswith("_code") or leaf.shape[-1] == count:
-                return leaf
-            return jnp.repeat(leaf, self.row.together, axis=-1)[..., :count]
-
-        return {name: each(name) for name in params}
+        return {
+            name: leaf if name.endswith("_code") else of_groups(leaf, self.row.together, count)
+            for name, leaf in params.items()
+        }
 
     def _affine(self, params: GridParams) -> tuple[Array, Array | float]:
         """The step and the offset of every group as float32, with an axis for its weights."""
@@ -267,11 +265,3 @@ class GGUF:
             moved[key] = part.astype(jnp.int32 if key != name else jnp.float16)
             moved[key] = moved[key].astype(params[key].dtype)
         return moved
-
-
-def _in_blocks(x: Array, together: int, axis: int = -1) -> Array:
-    """An axis of groups as one of super-blocks and one of their groups, zeros at the end."""
-    axis %= x.ndim
-    pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, -x.shape[axis] % together)
-    return jnp.pad(x, pad).reshape(*x.shape[:axis], -1, together, *x.shape[axis + 1 :])

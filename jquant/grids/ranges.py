@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -47,6 +49,14 @@ class MSE:
             raise ValueError(f"MSE needs 0 < steps <= resolution and norm > 0, got {self}")
 
 
+def factors_of(search: MinMax | MSE) -> np.ndarray:
+    """The factors of a range that are tried, float32, the first of them 1."""
+    if isinstance(search, MinMax):
+        return np.ones(1, np.float32)
+    steps = np.arange(search.steps, dtype=np.float32)
+    return np.float32(1.0) - steps / np.float32(search.resolution)
+
+
 def best_of(
     search: MSE,
     grid: Grid,
@@ -63,18 +73,37 @@ def best_of(
         importance: weighs the errors; None for all alike.
         at: parameters of the groups whose range is `factor` (scalar or `[*g]`) times their own.
     """
+    loss = loss_at(grid, w, importance, search.norm, at)
+    return at(best_factor(factors_of(search), loss, w.shape[:-1])[0])
+
+
+def loss_at(
+    grid: Grid,
+    w: Float[Array, "*g b"],
+    importance: Float[Array, "*#g #b"] | None,
+    norm: float,
+    at: Callable[[Any], GridParams],
+) -> Callable[[Any], Float[Array, "*g"]]:
+    """The sum of `importance * |error| ** norm` of every group, a function of what `at` takes."""
     weight = jnp.float32(1.0) if importance is None else importance.astype(jnp.float32)
 
-    def loss(factor: Float[Array, ""]) -> Float[Array, "*g"]:
-        params = at(factor)
+    def loss(choice: Any) -> Float[Array, "*g"]:
+        params = at(choice)
         error = w - grid.decode(nearest(grid, w, params), params)
-        return jnp.sum(weight * powered(error, search.norm), axis=-1)
+        return jnp.sum(weight * powered(error, norm), axis=-1)
+
+    return loss
+
+
+def best_factor(
+    factors: np.ndarray, loss: Callable[[Any], Float[Array, "*g"]], shape: tuple[int, ...]
+) -> tuple[Float[Array, "*g"], Float[Array, "*g"]]:
+    """Of each group the factor that loses least, the earlier one in ties, and what it loses."""
+    tried = jnp.asarray(factors)
 
     def better(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        factor = 1.0 - jnp.float32(i) / search.resolution
-        now = loss(factor)
-        return jnp.where(now < best[0], now, best[0]), jnp.where(now < best[0], factor, best[1])
+        now = loss(tried[i])
+        return jnp.where(now < best[1], tried[i], best[0]), jnp.where(now < best[1], now, best[1])
 
-    one = jnp.ones(w.shape[:-1], jnp.float32)
-    _, factor = lax.fori_loop(1, search.steps, better, (loss(jnp.float32(1.0)), one))
-    return at(factor)
+    first = jnp.broadcast_to(tried[0], shape)
+    return lax.fori_loop(1, len(factors), better, (first, loss(tried[0])))

@@ -1,7 +1,7 @@
 """How the scale of a group is stored, and which stored scale brings a largest weight to a unit.
 
 A scale is rounded to its dtype when it is fitted, so that codes are chosen for the scale that is
-there. "e8m0" is the powers of two in one byte, of which `power_of_two` has three rules; "e4m3" is
+there. "e8m0" is the powers of two in one byte, of which `power_of_two` has four rules; "e4m3" is
 one byte too, but reaches only from 2^-9 to 448, so whoever uses it adds a scale per tensor.
 """
 
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jquant.grids.ranges import LEAST_SCALE
 from jquant.numerics.formats import FORMATS, Format
 
-Rule = Literal["floor", "even", "ceil"]
+Rule = Literal["floor", "even", "ceil", "oas"]
 
 
 class Storage(NamedTuple):
@@ -54,13 +54,15 @@ def power_of_two(largest: Float[Array, "*g"], numbers: Format, rule: Rule) -> Fl
 
     OCP's "floor" brings that weight below the power of two above the format's largest number, so it
     may clip. "even" rounds the weight to the format's mantissa first: if that reaches the next
-    power of two, so does the scale. "ceil" is the least scale that clips nothing.
+    power of two, so does the scale. "ceil" is the least scale that clips nothing. "oas" halves it
+    where that clips the largest weight by no more than half a step: "even" but for ties.
     """
     bits = lax.bitcast_convert_type(largest, jnp.int32)
     fraction, exponent = math.frexp(numbers.largest)  # largest = fraction * 2^exponent
     above = {
         "floor": 0,
         "even": (1 << 22) >> numbers.mantissa_bits,
+        "oas": ((1 << 22) >> numbers.mantissa_bits) - 1,
         "ceil": (1 << 23) - 1 - int((2 * fraction - 1) * 2**23),
     }[rule]
     field = ((bits + above) >> 23) - (exponent - 1)

@@ -34,7 +34,9 @@ _WORDS: Mapping[Any, str] = {
 _NAMES: Mapping[Any, str] = {word: name for name, word in _WORDS.items()}
 
 # Fields that files of version 1 may lack, with what they mean then.
-ADDED: Mapping[str, Mapping[str, Any]] = {"Float": {"negative_zero": False}}
+ADDED: Mapping[str, Mapping[str, Any]] = {
+    "Float": {"negative_zero": False, "macro": None, "four_six": False}
+}
 
 FLOATS = tuple(name for name, dtype in JAX_DTYPES.items() if jnp.issubdtype(dtype, jnp.floating))
 

@@ -138,6 +138,8 @@ class GPTQ:
     @property
     def papers(self) -> tuple[str, ...]:
         more = {None: (), "qep": ("arai2025qep",), "gptaq": ("li2025gptaq",)}[self.correction]
+        if self.correction == "qep" and self.strength == 1:
+            more += ("zhang2025qronos",)
         return ("frantar2022gptq", *more)
 
     @deprecated.keywords("a rounding")

@@ -29,6 +29,7 @@ __all__ = [  # the best first
     "int4_qep",
     "int3_qep",
     "int2_qep",
+    "qronos",
     "int8_gptq",
     "int4_gptq",
     "int3_gptq",
@@ -94,6 +95,24 @@ def int3_qep(group: int | None = 64) -> Scheme:
 def int2_qep(group: int | None = 64) -> Scheme:
     """As `int4_qep`, with 2 bits: for research, and for models far larger than they need be."""
     return Scheme(_affine(2, MSE()), group, GPTQ(correction="qep"))
+
+
+def qronos(group: int | None = 64, bits: int = 4) -> Scheme:
+    """Qronos, as QEP with all of its correction and next to no damping.
+
+    Qronos alternates between rounding a weight to what corrects the errors made so far and moving
+    the others to their least squares solution. With damping λ that solution is
+    `W (G + λI) (H + λI)⁻¹` minus what is rounded already (G: of full and quantized inputs), which
+    is QEP's target at strength 1 followed by GPTQ; the codes of the very first weight of a row may
+    differ. Qronos has λ at a millionth of the largest eigenvalue of H; here it is 1e-5 of the mean
+    of its diagonal, and ranges are searched as in `int4_qep`. It wants tens of tokens per input.
+
+    Example:
+        >>> qronos().rounding.strength, qronos(bits=3).grid.bits
+        (1.0, 3)
+    """
+    rounding = GPTQ(correction="qep", strength=1.0, damping=1e-5)
+    return Scheme(_affine(bits, MSE()), group, rounding)
 
 
 def int8_gptq(group: int | None = None) -> Scheme:

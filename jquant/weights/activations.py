@@ -192,7 +192,7 @@ def _is_of_inputs(grid: Any) -> bool:
     if isinstance(grid, Uniform):
         # Zero has to be among the values, and a range has no largest entry with a sign.
         return grid.convention not in ("S4", "S5")
-    return grid.scale != "e4m3" and grid.group is None
+    return grid.scale != "e4m3" and grid.macro is None and grid.group is None
 
 
 def even(grid: Grid) -> bool:
@@ -204,7 +204,7 @@ def _kind(grid: Grid) -> str | None:
     """Which numbers a grid has besides its scale, "integer" or "float"; None: neither."""
     if isinstance(grid, Uniform):
         return "integer"
-    if not isinstance(grid, grids.Float) or grid.scale == "e4m3":
+    if not isinstance(grid, grids.Float) or grid.scale == "e4m3" or grid.macro is not None:
         return None
     # bfloat16 must hold them all as normal numbers.
     exact = grid.mantissa_bits <= 7 and grid.format.smallest >= 2.0**-126
