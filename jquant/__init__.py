@@ -8,11 +8,23 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from jquant import allocation, deprecated, errors, evaluate, exporters, formats, grids, io, rounding
+from jquant import (
+    allocation,
+    deprecated,
+    errors,
+    evaluate,
+    exchange,
+    exporters,
+    formats,
+    grids,
+    io,
+    rounding,
+)
 from jquant.allocation import plan
 from jquant.arithmetic import distances, emulate
 from jquant.axes import Groups, Layout
 from jquant.calibration import Evidence, TokenWeights, Weight, capture, find_weights
+from jquant.exchange import compress, decompress
 from jquant.exporters import Exported, export
 from jquant.inference import apply
 from jquant.io import load, save
@@ -59,12 +71,15 @@ __all__ = [
     "apply",
     "capture",
     "cite",
+    "compress",
+    "decompress",
     "dequantize",
     "distances",
     "emulate",
     "errors",
     "estimate",
     "evaluate",
+    "exchange",
     "export",
     "exporters",
     "find_weights",

@@ -53,6 +53,10 @@ class CheckpointError(ValueError):
     """A file is truncated, corrupt, hostile, or of another version; nothing of it was used."""
 
 
+class PacketError(ValueError):
+    """A packet is damaged or of another form than its receiver's, or packets have no mean."""
+
+
 class ExportError(ValueError):
     """An export cannot take its place, or what was read back is not what was to be written."""
 

@@ -60,6 +60,7 @@ def test_every_public_name_has_an_entry() -> None:
         "allocation",
         "errors",
         "evaluate",
+        "exchange",
         "exporters",
         "formats",
         "grids",

@@ -24,7 +24,7 @@ RANKS = (
     ("calibration", "inference"),
     ("rounding", "io", "evaluate"),
     ("schemes", "formats"),
-    ("layerwise", "models"),
+    ("layerwise", "models", "exchange"),
     ("learning", "exporters"),
     ("jobs",),
     ("allocation",),

@@ -50,7 +50,8 @@ def made_by(name: str, value: object, *types: type) -> None:
     """
     if not isinstance(value, types):
         *first, last = (f"{kind.__name__}()" for kind in types)
-        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")
+        kinds = f"{', '.join(first)} or {last}" if first else last
+        raise ValueError(f"{name} must be {kinds}, got {value!r:.200}")
 
 
 def _is_integer(value: object) -> bool:
