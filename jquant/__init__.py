@@ -12,7 +12,15 @@ from jquant import allocation, deprecated, errors, evaluate, exporters, formats,
 from jquant.allocation import plan
 from jquant.arithmetic import distances, emulate
 from jquant.axes import Groups, Layout
-from jquant.calibration import Evidence, TokenWeights, Weight, capture, find_weights
+from jquant.calibration import (
+    Evidence,
+    Saliency,
+    TokenWeights,
+    Weight,
+    capture,
+    find_weights,
+    saliency,
+)
 from jquant.exporters import Exported, export
 from jquant.inference import apply
 from jquant.io import load, save
@@ -52,6 +60,7 @@ __all__ = [
     "Progress",
     "QTensor",
     "Report",
+    "Saliency",
     "Scheme",
     "TokenWeights",
     "Weight",
@@ -81,6 +90,7 @@ __all__ = [
     "quantize_weight",
     "realize",
     "rounding",
+    "saliency",
     "save",
     "stochastic_round",
     "tree_map_weights",
