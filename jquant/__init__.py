@@ -23,7 +23,15 @@ from jquant import (
 from jquant.allocation import plan
 from jquant.arithmetic import distances, emulate
 from jquant.axes import Groups, Layout
-from jquant.calibration import Evidence, TokenWeights, Weight, capture, find_weights
+from jquant.calibration import (
+    Evidence,
+    Saliency,
+    TokenWeights,
+    Weight,
+    capture,
+    find_weights,
+    saliency,
+)
 from jquant.exchange import compress, decompress
 from jquant.exporters import Exported, export
 from jquant.inference import apply
@@ -64,6 +72,7 @@ __all__ = [
     "Progress",
     "QTensor",
     "Report",
+    "Saliency",
     "Scheme",
     "TokenWeights",
     "Weight",
@@ -96,6 +105,7 @@ __all__ = [
     "quantize_weight",
     "realize",
     "rounding",
+    "saliency",
     "save",
     "stochastic_round",
     "tree_map_weights",

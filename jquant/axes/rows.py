@@ -81,6 +81,12 @@ class Arrangement(NamedTuple):
         return math.prod(left[k] for k in self.turn[self.batch : len(self.turn) - self.inner])
 
     @property
+    def lead(self) -> tuple[int, ...]:
+        """The shape of the rows without their inputs, `[*batch, tokens]`."""
+        left = [n for k, n in enumerate(self.sizes) if k not in self.copies]
+        return (*(left[k] for k in self.turn[: self.batch]), self.tokens)
+
+    @property
     def outline(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
         """The digits, their order with copies last, and how many of them make up the rows."""
         left = [k for k in range(len(self.sizes)) if k not in self.copies]

@@ -88,10 +88,12 @@ def _place(evidence: Evidence, reading: Reading, whole: list[Part]) -> Evidence:
     def put(axes: int, array: jnp.ndarray) -> jnp.ndarray:
         return window.put(array.transpose([*turn, *range(rank, array.ndim)]), axes)
 
-    return Evidence(**{
+    whole_one = Evidence(**{
         name: jax.tree.map(functools.partial(put, axes), getattr(evidence, name))
         for name, axes in _INPUT_AXES.items()
     })  # fmt: skip
+    groups = [_place(evidence.of_group(g), reading, whole) for g in range(evidence.groups)]
+    return whole_one.guided_by(groups) if groups else whole_one
 
 
 # How many of the last axes of each part of evidence are those of the inputs.

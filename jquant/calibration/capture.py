@@ -15,7 +15,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jquant.calibration.cutting import Cuts, Recording
+from jquant.calibration.data import in_words
 from jquant.calibration.evidence import Evidence
+from jquant.calibration.saliency import Saliency
 from jquant.calibration.tokens import Given, check_any, chosen, refuse, weighed
 from jquant.calibration.walk import Run, Walk, unmatched
 from jquant.errors import EvidenceError
@@ -32,6 +34,7 @@ def capture(
     paths: Collection[str] | None = None,
     spread: bool = False,
     token_weights: Given = None,
+    saliency: Saliency | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Evidence]:
     """Second moments, counts, means and maxima of the inputs of every weight of `fn`.
@@ -47,6 +50,8 @@ def capture(
         token_weights: what each token counts: a function `(*inputs) -> array` of a batch's inputs,
             one array for each batch, or a `TokenWeights`; None: each counts 1. Arrays are bool,
             integer or float, not negative, of the leading axes of an input: `[batch, time]`.
+        saliency: what `jq.saliency` returned of these batches: evidence of the weights it names is
+            `guided` too. None: not.
         progress: called after each batch with the number of batches done.
 
     Returns:
@@ -61,7 +66,7 @@ def capture(
         UnsupportedPrimitiveError: a watched weight cannot be followed; names path and primitive.
         EvidenceError: no batches, or an input that is NaN, infinite, or too large to be squared;
             names path and batch. Token weights that are no weights, or a weight used on rows whose
-            tokens are not known.
+            tokens are not known. Saliency of other batches, or of layers that are one stack here.
 
     Example:
         >>> import jax.numpy as jnp
@@ -78,21 +83,32 @@ def capture(
     leaves = Leaves.of(params)
     watched = [path for path in leaves.arrays if paths is None or path in paths]
     cuts = Cuts(fn, leaves, Recording(dict.fromkeys(watched, ()), None, spread=spread))
-    walk = Walk(cuts, _runs(cuts, batches, token_weights))
+    if saliency is not None:
+        for path in watched:
+            if path not in saliency.names and any(n.startswith(f"{path}[") for n in saliency.names):
+                saliency.check_named(path, path)
+    walk = Walk(cuts, _runs(cuts, batches, token_weights, saliency))
     evidence = walk.gather(0, leaves.read, leaves.read, progress)
     if cuts.first is None:
         raise EvidenceError("capture got no batches; pass at least one array or tuple of inputs")
     return {piece.path: one for piece, one in evidence.items()}
 
 
-def _runs(cuts: Cuts, batches: Iterable[Any], token_weights: Given) -> Iterator[Run]:
+def _runs(
+    cuts: Cuts, batches: Iterable[Any], token_weights: Given, saliency: Saliency | None
+) -> Iterator[Run]:
     """One batch after the other, none kept; tokens that are not known are refused as they come."""
-    choice, seen = chosen(token_weights), []
+    choice, seen, shapes = chosen(token_weights), [], []
     for number, (inputs, weights) in enumerate(weighed(batches, choice)):
-        kinds = len(cuts.kinds)
-        run = Run.of(cuts.of(number, inputs, weights), inputs, weights)
+        kinds, own = len(cuts.kinds), None
+        if saliency is not None:
+            shapes.append(in_words(inputs))
+            own = saliency.of_batch(number, shapes[-1])
+        run = Run.of(cuts.of(number, inputs, weights), inputs, weights, own)
         if choice is not None and choice.unmatched == "raise" and len(cuts.kinds) > kinds:
             refuse([(str(piece), why) for piece, why in unmatched(cuts, run).items()])
         seen += [] if weights is None else [np.any(weights, keepdims=True)]
         yield run
     check_any(seen)
+    if saliency is not None:
+        saliency.check(shapes)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
+from jquant.calibration.saliency import Saliency
 from jquant.calibration.tokens import Given, Weights, check_any, chosen, weighed
 from jquant.errors import EvidenceError
 from jquant.weights.arguments import Inputs, shape_of, value_of
@@ -23,11 +24,13 @@ class Data:
         batches: the inputs of each.
         weights: of the tokens of each, of one dtype; None where no tokens are weighed.
         unmatched: see `TokenWeights`.
+        saliency: what tokens count for each weight by itself; None: the same.
     """
 
     batches: tuple[Inputs, ...] = ()
     weights: tuple[Weights, ...] | None = None
     unmatched: Literal["raise", "count"] = "raise"
+    saliency: Saliency | None = None
 
     @staticmethod
     def of(batches: Iterable[Any], token_weights: Given = None, most: int | None = None) -> Data:
@@ -65,11 +68,21 @@ class Data:
         """For every batch its inputs, and the weights of its tokens or None."""
         yield from zip(self.batches, self.weights or itertools.repeat(None), strict=False)
 
+    def guided(self, saliency: Saliency) -> Data:
+        """The same with what tokens count for each weight.
+
+        Raises:
+            EvidenceError: it is of other batches.
+        """
+        saliency.check(list(map(in_words, self.batches)))
+        return replace(self, saliency=saliency)
+
     def arrays(self) -> Iterator[Any]:
-        """All arrays of all batches, then all weights."""
+        """All arrays of all batches, then all weights, then all saliency."""
         for inputs in self.batches:
             yield from map(value_of, jax.tree.leaves(inputs))
         yield from self.weights or ()
+        yield from () if self.saliency is None else self.saliency.arrays()
 
     def kinds(self) -> Iterator[Inputs]:
         """One batch of every kind: structure, shapes and dtypes."""

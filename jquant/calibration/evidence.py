@@ -8,8 +8,8 @@ bfloat16 inputs need no rescaling before the product and stay exact (PERFORMANCE
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -34,6 +34,10 @@ class Evidence:
         drift: sum of `(x_full - x) xᵀ`, `[*batch, in, in]`, where `x_full` is what the unquantized
             network would see in place of `x`; not symmetric. None where there is no such pair, as
             in a pass of one network. `second_moment + drift` is the sum of `x_full xᵀ`.
+        spread: histograms of the inputs, or None.
+        guided: the same sums weighed by what errors of the outputs cost (`jq.saliency`), with an
+            axis behind the batch axes for groups of output rows: `[*batch, groups, in, in]` for the
+            second moment. It has neither `total` nor `abs_max` nor `spread`. None: not known.
     """
 
     second_moment: Float[Array, "*batch in in"]
@@ -42,6 +46,38 @@ class Evidence:
     abs_max: Float[Array, "*batch in"] | None = None
     drift: Float[Array, "*batch in in"] | None = None
     spread: Spread | None = None
+    guided: Evidence | None = None
+
+    @property
+    def groups(self) -> int:
+        """Into how many groups of output rows `guided` is split; 0 where there is none."""
+        return 0 if self.guided is None else self.guided.count.shape[-1]
+
+    def of_group(self, number: int) -> Evidence:
+        """What there is of one group of output rows, evidence without a `guided` of its own.
+
+        Example:
+            >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+            >>> one, two = Evidence.of(x), Evidence.of(x, weights=jnp.array([0.5, 2.0]))
+            >>> evidence = one.guided_by([one, two])
+            >>> float(evidence.of_group(1).count), evidence.guided.second_moment.shape
+            (2.5, (2, 2, 2))
+        """
+        assert self.guided is not None
+        axis = self.count.ndim
+        return jax.tree.map(lambda leaf: jnp.take(leaf, number, axis), self.guided)
+
+    def guided_by(self, groups: Sequence[Evidence]) -> Evidence:
+        """The same with sums that are weighed for each group of output rows."""
+        bare = [replace(e, total=None, abs_max=None, spread=None, guided=None) for e in groups]
+        axis = self.count.ndim
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *bare)
+        return replace(self, guided=stacked)
+
+    def with_drift(self, drift: Callable[[Evidence], Array | None]) -> Evidence:
+        """The same with another drift, of the evidence and of what is guided in it."""
+        guided = None if self.guided is None else self.guided.with_drift(drift)
+        return replace(self, drift=drift(self), guided=guided)
 
     @property
     def mean(self) -> Float[Array, "*batch in"]:
@@ -59,6 +95,7 @@ class Evidence:
             _both(jnp.maximum, self.abs_max, other.abs_max),
             _both(jnp.add, self.drift, other.drift),
             _both(Spread.merge, self.spread, other.spread),
+            _both(Evidence.merge, self.guided, other.guided),
         )
 
     @staticmethod

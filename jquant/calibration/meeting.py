@@ -38,6 +38,14 @@ class Rows(NamedTuple):
     sizes: jax.Array | None = None
 
 
+class Meeting(NamedTuple):
+    """How a weight is contracted with rows: its origin there, and how the rows are arranged."""
+
+    origin: Origin
+    contraction: Contraction
+    way: Arrangement
+
+
 def unsupported(origin: Origin, operation: str, why: str) -> UnsupportedPrimitiveError:
     return UnsupportedPrimitiveError(
         f"weight {origin.path!r} enters {operation!r}: {why}, so its evidence cannot be "
@@ -74,9 +82,13 @@ def meet(
         way = contraction.arrangement(split)
         observer.see(walker, (where, k), origin, reading, way.tokens)
         weights = _token_weights(observer, walker, origin.path, rows, contraction, way)
-        compute = _reader(observer, walker, (where, way), contraction, way, weights)
+        meeting = Meeting(split, contraction, way)
+        guide = observer.guide(walker, where, meeting)
+        compute = _reader(observer, walker, (where, way), meeting, _Counts(weights, guide))
         operands = (rows.x,) if rows.sizes is None else (rows.x, rows.sizes)
         what = contraction.kind, contraction.patches, way
+        if guide is not None:  # no other weight's rows count the same
+            what = *what, origin.path, where, k
         evidence = walker.share(what, operands, partial(automatic, compute, *operands))
         walker.emit((origin.path, reading), evidence)
 
@@ -114,15 +126,18 @@ def _token_weights(
     return observer.tokens.result(walker.site, path, result, contraction.patches.feature)
 
 
+class _Counts(NamedTuple):
+    """What rows count: those of each token, and for each group of a weight's outputs."""
+
+    tokens: jax.Array | None  # [*batch, tokens]
+    guide: jax.Array | None  # [*batch, tokens, groups]
+
+
 def _reader(
-    observer: Any,
-    walker: Walker,
-    what: Any,
-    contraction: Contraction,
-    way: Arrangement,
-    weights: jax.Array | None,
+    observer: Any, walker: Walker, what: Any, meeting: Meeting, counts: _Counts
 ) -> Callable[..., Evidence]:
     """What makes evidence of the other operand, and of the sizes of its groups."""
+    contraction, way, (weights, guide) = meeting.contraction, meeting.way, counts
 
     def compute(x: jax.Array, sizes: jax.Array | None = None) -> Evidence:
         rows, count = way.rows(contraction.seen(x)), None
@@ -131,7 +146,15 @@ def _reader(
             held = jnp.any(rows != 0, -1)
             held = held if weights is None else jnp.where(held, weights, 0 * weights)
             count = jnp.sum(held, -1, dtype=jnp.float32)
-        return observer.evidence(walker, what, _floats(rows), count, sizes, weights)
+        rows = _floats(rows)
+        evidence = observer.evidence(walker, what, rows, count, sizes, weights)
+        if guide is None:
+            return evidence
+        own = guide if weights is None else guide * weights[..., None].astype(jnp.float32)
+        groups = [own[..., g] for g in range(own.shape[-1])]
+        return evidence.guided_by(
+            [observer.evidence(walker, what, rows, None, sizes, one) for one in groups]
+        )
 
     return compute
 

@@ -25,9 +25,10 @@ from jquant.axes.roles import Reading, Sighting
 from jquant.calibration import lookups, products
 from jquant.calibration.elementwise import elementwise, retagged
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.meeting import Rows, meet, unsupported
+from jquant.calibration.meeting import Meeting, Rows, meet, unsupported
 from jquant.calibration.pending import Lookup, Pending, Product
 from jquant.calibration.picks import Picked
+from jquant.calibration.saliency import Turns
 from jquant.calibration.tagged import Tagged, array_of, changed, is_independent
 from jquant.calibration.tokens import Tokens
 from jquant.calibration.views import MADE, view
@@ -49,6 +50,7 @@ class Observer:
         full: the rows another observer has kept.
         spread: whether evidence says how inputs are spread.
         tokens: what every token counts, and where they are; None: each row is a token.
+        saliency: what the rows of each use of a weight count; None: the same.
         roots: positions of the steps that are known to use weights, where only a part of a function
             is walked.
 
@@ -68,9 +70,11 @@ class Observer:
         full: Mapping[Any, jax.Array] | None = None,
         spread: bool = False,
         tokens: Tokens | None = None,
+        saliency: Turns | None = None,
         roots: Collection[int] | None = None,
     ) -> None:
         self.keep, self.full, self.spread, self.tokens = keep, full, spread, tokens
+        self.saliency = saliency
         self.rows: dict[Any, jax.Array] = {}
         self.uses: dict[tuple[tuple[int, ...], Any], Sighting] = {}
         self.mixed: dict[str, str] = {}
@@ -211,6 +215,17 @@ class Observer:
         for eqn in walker.within[:-1]:
             rows *= eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         self.uses[walker.site, where] = Sighting(origin.path, reading, rows, origin.through)
+
+    def guide(self, walker: Walker, where: Any, meeting: Meeting) -> jax.Array | None:
+        """What the rows count that a weight meets now, `[*batch, tokens, groups]`; None: the same.
+
+        `where`: the operand that holds the weight; something else where the weight is not in the
+        product as it stands.
+        """
+        del walker, where
+        if self.saliency is None:
+            return None
+        return self.saliency.take(meeting.origin.path, meeting.way.lead)
 
     def looked_up(self, walker: Walker, origin: Origin, roles: Sequence[Role]) -> Reading:
         """How a table is read whose axes have these roles in a lookup."""

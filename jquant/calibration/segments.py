@@ -20,6 +20,7 @@ from jquant.calibration.find import Sightings, sightings
 from jquant.calibration.observe import Observer
 from jquant.calibration.place import Place
 from jquant.calibration.running import evaluate, read
+from jquant.calibration.saliency import Turns
 from jquant.calibration.stages import Segment
 from jquant.calibration.tagged import Tagged, array_of, constant
 from jquant.calibration.tally import accumulate
@@ -82,8 +83,8 @@ def advance_both(
     """The same for the values of the quantized and of the full network, which choose alike."""
 
     def run(operands: list[Array], full: list[Array]) -> tuple[list[Array], list[Array]]:
-        _, seen = _watch(Observer(), segment, full)
-        _, values = _watch(Observer(), segment, operands, seen)
+        _, seen = watch(Observer(), segment, full)
+        _, values = watch(Observer(), segment, operands, seen)
         outputs = segment.outputs
         return [array_of(values[n]) for n in outputs], [array_of(seen[n]) for n in outputs]
 
@@ -124,8 +125,8 @@ def gather(
     """The compiled program: sums so far and values of the sources to sums, and what is wrong with
     them (`accumulate`).
 
-    `places`: where the tokens are in the sources, if tokens are weighed; their weights are the last
-    operand then.
+    `places`: where the tokens are in the sources, if tokens are weighed; their weights are an
+    operand then. The last one is, for each of the watched, what rows count at each use of it.
 
     The weights are called by their place among the watched, `"0"`, `"1"`, …. Where the sources'
     values in the full-precision network are given too, the evidence holds the drift between them;
@@ -137,17 +138,21 @@ def gather(
         operands: list[Array],
         full: list[Array] | None,
         weights: Array | None = None,
+        saliency: Sequence[Sequence[Array]] | None = None,
     ) -> Any:
         rows = seen = tokens = None
+        turns = {str(k): own for k, own in enumerate(saliency or ()) if own}
         if weights is not None and places is not None:
             start = dict(zip(segment.sources, places, strict=True))
             tokens = Tokens.of(weights, lambda to: follow_steps(to, segment.steps, start))
         if full is not None:
-            observer = Observer(keep=True, roots=segment.roots)
-            _, seen = _watch(observer, segment, full)
+            observer = Observer(keep=True, saliency=Turns(turns), roots=segment.roots)
+            _, seen = watch(observer, segment, full)
             rows = observer.rows
-        observer = Observer(full=rows, spread=spread, tokens=tokens, roots=segment.roots)
-        walker, _ = _watch(observer, segment, operands, seen)
+        observer = Observer(
+            full=rows, spread=spread, tokens=tokens, saliency=Turns(turns), roots=segment.roots
+        )
+        walker, _ = watch(observer, segment, operands, seen)
         held = dict(zip(segment.sources, operands, strict=True))
         shapes = [(str(k), tuple(held[n].shape)) for k, n in enumerate(segment.watched)]
         return accumulate(total, sightings(walker, observer, shapes))
@@ -155,7 +160,7 @@ def gather(
     return _program(("gather", key, spread, places), lambda: jax.jit(run, donate_argnums=0))
 
 
-def _watch(
+def watch(
     observer: Observer,
     segment: Segment,
     operands: list[Array],

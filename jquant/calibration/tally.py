@@ -19,6 +19,7 @@ from jquant.axes.roles import Reading, decisive
 from jquant.calibration.assemble import assemble
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.find import Sightings
+from jquant.calibration.saliency import Misfit
 from jquant.errors import EvidenceError
 
 
@@ -41,14 +42,16 @@ class Tally:
         Raises:
             EvidenceError: the batch shows other uses than the ones before.
         """
-        if self.total is None:
-            shapes = jax.eval_shape(run, None, *operands)[0]
-            self.total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            self.names = tuple(names)
         try:
+            if self.total is None:
+                self.names = tuple(names)
+                shapes = jax.eval_shape(run, None, *operands)[0]
+                self.total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             if tuple(names) != self.names:
                 raise UsesDiffer
             self.total, flaws = run(self.total, *operands)
+        except Misfit as error:
+            raise error.of(str(self.names[int(error.name)]), len(self.flaws)) from error
         except UsesDiffer as error:
             raise EvidenceError(
                 f"batch {len(self.flaws)} takes another path through the function than batch 0: "
@@ -120,7 +123,12 @@ def _flaw(batch: Evidence, total: Evidence) -> UInt8[Array, ""]:
     """What is wrong with the inputs of a batch, or with the sums that they are added to."""
     assert batch.abs_max is not None
     # Whatever is too large shows in its own sum of squares.
-    sums = [jnp.diagonal(total.second_moment, axis1=-2, axis2=-1), total.drift]
+    sums = [
+        leaf
+        for each in (total, total.guided)
+        if each is not None
+        for leaf in (jnp.diagonal(each.second_moment, axis1=-2, axis2=-1), each.drift)
+    ]
     fine = [jnp.all(jnp.isfinite(leaf)) for leaf in sums if leaf is not None]
     flaw = jnp.where(jnp.all(jnp.stack(fine)), 0, 1)
     return jnp.where(jnp.all(jnp.isfinite(batch.abs_max)), flaw, 2).astype(jnp.uint8)

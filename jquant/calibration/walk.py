@@ -13,10 +13,11 @@ there are no batches: then every weight is a stage, in which nothing is read and
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from jquant.calibration.cutting import Cuts, Recording
 from jquant.calibration.data import Data
 from jquant.calibration.difference import count, squares
 from jquant.calibration.evidence import Evidence
+from jquant.calibration.saliency import Misfit, Uses
 from jquant.calibration.segments import StageFunction, Task
 from jquant.calibration.stages import Comparison, Cut, Segment, Stage
 from jquant.calibration.store import Store
@@ -52,22 +54,38 @@ class Run:
         weights: of its tokens.
         alive: the values kept for later stages: in the network with quantized weights, and in the
             one without.
+        saliency: of weights and layers by name, if any.
     """
 
     cut: Cut
     inputs: Mapping[int, Any]
     weights: Weights | None
     alive: tuple[dict[int, Any], dict[int, Any]]
+    saliency: Mapping[str, Uses] | None = None
 
     @staticmethod
-    def of(cut: Cut, inputs: Any, weights: Weights | None) -> Run:
+    def of(
+        cut: Cut,
+        inputs: Any,
+        weights: Weights | None,
+        saliency: Mapping[str, Uses] | None = None,
+    ) -> Run:
         leaves = map(value_of, jax.tree.leaves(inputs))
-        return Run(cut, dict(zip(cut.flat.inputs, leaves, strict=True)), weights, ({}, {}))
+        held = dict(zip(cut.flat.inputs, leaves, strict=True))
+        return Run(cut, held, weights, ({}, {}), saliency)
 
     @property
     def weighed(self) -> tuple[Weights, ...]:
         """The weights of the tokens as the last operands of a program: one, or none."""
         return () if self.weights is None else (self.weights,)
+
+    def counted(self, segment: Segment, full: Any) -> tuple[Any, ...]:
+        """The last operands of a program that reads evidence: `full`, and what rows count."""
+        if self.saliency is None:
+            return full, *self.weighed
+        pieces = self.cut.flat.pieces
+        own = [list(self.saliency.get(str(pieces[n]), ())) for n in segment.watched]
+        return full, self.weights, own
 
     def operands(
         self,
@@ -126,9 +144,12 @@ class Walk:
             EvidenceError: batches that differ in more than their length.
         """
         cuts = Cuts(fn, leaves, recording)
+        given = itertools.repeat(None) if data.saliency is None else data.saliency.batches
         runs = [
-            Run.of(cuts.of(number, inputs, weights), inputs, weights)
-            for number, (inputs, weights) in enumerate(data.pairs())
+            Run.of(cuts.of(number, inputs, weights), inputs, weights, own)
+            for number, ((inputs, weights), own) in enumerate(
+                zip(data.pairs(), given, strict=False)
+            )
         ]
         sides = range(2 if recording.beside else 1)
         stores = tuple(Store(budget, [run.alive[side] for run in runs]) for side in sides)
@@ -184,7 +205,7 @@ class Walk:
             for stage, segment in enumerate(cut.gathers):
                 program = _reads(self.cuts, cut, segment)
                 operands = [shapes[n] for n in segment.sources]
-                rest = (operands if self.recording.drift else None, *run.weighed)
+                rest = run.counted(segment, operands if self.recording.drift else None)
                 total = jax.eval_shape(program, None, operands, *rest)[0]
                 yield Task("reading", stage, program, (total, operands, *rest), many)
             for stage, segment in enumerate((cut.prologue, *cut.advances)):
@@ -198,6 +219,23 @@ class Walk:
                     else:
                         program, sides = segments.advance(segment, key), len(self.stores)
                         yield Task("advancing", at, program, (operands,), many * sides)
+
+    def check_saliency(self) -> None:
+        """Refuse saliency of other shapes than the rows that it is to weigh.
+
+        Raises:
+            EvidenceError: names the weight, and both shapes.
+        """
+        for number, run in enumerate(self.runs):
+            for segment in run.cut.gathers:
+                shapes = run.cut.flat.shapes
+                operands = [shapes[n] for n in segment.sources]
+                names = [str(run.cut.flat.pieces[n]) for n in segment.watched]
+                try:
+                    program = _reads(self.cuts, run.cut, segment)
+                    jax.eval_shape(program, None, operands, *run.counted(segment, None))
+                except Misfit as error:
+                    raise error.of(names[int(error.name)], number) from error
 
     def alive_bytes(self, stage: int) -> int:
         """Bytes that are kept of all batches while a stage is read and rounded."""
@@ -222,7 +260,8 @@ class Walk:
             operands = run.operands(segment, 0, read)
             full = run.operands(segment, 1, read) if drift else None
             names = [pieces[n] for n in segment.watched]
-            tally.add(names, _reads(self.cuts, run.cut, segment), operands, full, *run.weighed)
+            rest = run.counted(segment, full)
+            tally.add(names, _reads(self.cuts, run.cut, segment), operands, *rest)
             if told is not None:
                 tally.wait()
                 told(number + 1)
@@ -230,7 +269,7 @@ class Walk:
         where = f", at stage {stage + 1} of {len(self.stages)}, the first that saw it"
         evidence = tally.evidence(where if staged else "")
         lost = self.unpaired.keys() & evidence
-        return evidence | {piece: replace(evidence[piece], drift=None) for piece in lost}
+        return evidence | {piece: evidence[piece].with_drift(lambda _: None) for piece in lost}
 
     def comparison(self, piece: Piece) -> Comparison:
         """What `compare` compares a weight on, on batches like the first."""

@@ -24,6 +24,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from jquant import deprecated
 from jquant.axes.layout import Layout
 from jquant.calibration.evidence import Evidence
+from jquant.calibration.saliency import Saliency
 from jquant.calibration.segments import Task
 from jquant.calibration.stages import Sequential
 from jquant.calibration.tokens import Given
@@ -109,6 +110,7 @@ def estimate(
     key: PRNGKeyArray | None = None,
     sequential: Sequential = "weight",
     token_weights: Given = None,
+    saliency: Saliency | None = None,
     budget: int | None = None,
 ) -> Estimate:
     """What `quantize` will take with these arguments: see `Estimate`, and `quantize` for them.
@@ -126,7 +128,7 @@ def estimate(
     """
     sequential = deprecated.current("quantize.sequential", sequential)
     request = Request(fn, params, plan, dict(evidence or {}), key, sequential=sequential)
-    request = request.checked(batches, token_weights)
+    request = request.checked(batches, token_weights, saliency)
     walk = request.walk(budget)
     start, costs = time.perf_counter(), _Costs()
     for task in walk.tasks():
@@ -257,6 +259,8 @@ def _rounding(piece: Piece, plan: Plan, shape: tuple[int, ...], informed: bool) 
     evidence = Evidence.of(x, spread="spread" in scheme.needs) if informed else None
     if evidence is not None and "drift" in scheme.needs:
         evidence = dataclasses.replace(evidence, drift=jnp.zeros_like(evidence.second_moment))
+    if evidence is not None and "guided" in scheme.needs:
+        evidence = evidence.guided_by([evidence])
     w = jax.random.normal(jax.random.key(1), (*batch, small_rows, small), jnp.float32)
     w = w.astype(weight.dtype)
 

@@ -15,6 +15,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from jquant import deprecated
 from jquant.calibration.evidence import Evidence
+from jquant.calibration.saliency import Saliency
 from jquant.calibration.stages import Sequential
 from jquant.calibration.tokens import Given
 from jquant.jobs.fingerprint import fingerprint
@@ -42,6 +43,7 @@ def quantize(
     key: PRNGKeyArray | None = None,
     sequential: Sequential = "weight",
     token_weights: Given = None,
+    saliency: Saliency | None = None,
     work_dir: str | os.PathLike[str] | None = None,
     budget: int | None = None,
     progress: OnProgress | None = None,
@@ -76,6 +78,9 @@ def quantize(
             array for each batch, or a `TokenWeights`; None: each counts 1. Arrays are bool, integer
             or float, not negative, of the leading axes of an input. `objectives.KL` and `Fisher`
             are weighed too; other objectives are refused beside it.
+        saliency: what errors of outputs cost, token by token and weight by weight, as `jq.saliency`
+            returned of these batches: for `rounding.Guided`. Stages use that of the network as it
+            came.
         work_dir: a folder to keep finished stages in. The same call with the same folder goes on
             after the last of them, with bit-identical results.
         budget: bytes of activations kept on the device between stages; what exceeds it waits on the
@@ -109,7 +114,7 @@ def quantize(
     sequential = deprecated.current("quantize.sequential", sequential)
     request = Request(
         fn, params, plan, dict(evidence or {}), key, aim_of(objective), sequential
-    ).checked(batches, token_weights)
+    ).checked(batches, token_weights, saliency)
     return run(request, Resources(work_dir, budget, progress))
 
 

@@ -19,6 +19,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from jquant.calibration.cutting import Recording
 from jquant.calibration.data import Data
 from jquant.calibration.evidence import Evidence
+from jquant.calibration.saliency import Saliency
 from jquant.calibration.stages import Sequential
 from jquant.calibration.tokens import Given
 from jquant.calibration.walk import Walk
@@ -26,9 +27,11 @@ from jquant.errors import EvidenceError, PlanError
 from jquant.jobs.progress import OnProgress
 from jquant.layerwise.checks import (
     check_evidence,
+    check_guided,
     check_matched,
     check_needs,
     check_reached,
+    check_salient,
     check_weights,
 )
 from jquant.learning.checks import check_logits, check_objective, check_weighable
@@ -92,7 +95,12 @@ class Request:
     sequential: Sequential = "weight"
     data: Data = Data()  # noqa: RUF009
 
-    def checked(self, batches: Iterable[Any] | None, token_weights: Given = None) -> Request:
+    def checked(
+        self,
+        batches: Iterable[Any] | None,
+        token_weights: Given = None,
+        saliency: Saliency | None = None,
+    ) -> Request:
         """The request with its batches, all of it checked.
 
         Raises:
@@ -103,7 +111,7 @@ class Request:
         request, whole = self, isinstance(self.aim, Whole)
         if whole:  # every step runs all of the network
             request = dataclasses.replace(self, params=realize(self.params))
-        request._check_plan(offered)
+        request._check_plan(offered, saliency is not None)
         if batches is None or not request.reads:
             return request
         most = None
@@ -111,6 +119,7 @@ class Request:
             descent = descent_of(request.learned.values())
             most = descent.steps * descent.accumulate
         data = Data.of(batches, token_weights, most)
+        data = data if saliency is None else data.guided(saliency)
         if isinstance(self.aim, Whole):
             check_logits(self.fn, request.params, self.aim.objective, data)
         return dataclasses.replace(request, data=data)
@@ -136,11 +145,12 @@ class Request:
                 f"sequential must be 'weight', 'block' or None, got {self.sequential!r}"
             )
 
-    def _check_plan(self, batches: bool) -> None:
+    def _check_plan(self, batches: bool, guided: bool) -> None:
         """Refuse weights, roundings and evidence that do not go together."""
         check_weights(self.plan, by_path(self.params))
         staged = batches and self.sequential is not None
         check_needs(self.rounded, self.evidence, self.key, batches=batches, staged=staged)
+        check_guided(self.rounded, self.evidence, guided and batches)
         check_evidence(self.plan, self.evidence)
 
     @property
@@ -176,6 +186,11 @@ class Request:
         return tuple(p for p in self.rounded if weights[p].has_inputs and p not in self.evidence)
 
     @cached_property
+    def guided(self) -> tuple[str, ...]:
+        """The weights whose inputs are to be weighed by saliency."""
+        return tuple(path for path in self.unknown if "guided" in self.rounded[path].needs)
+
+    @cached_property
     def recording(self) -> Recording:
         """Where the function is cut, and what is recorded there."""
         needs = frozenset[str]().union(*(scheme.needs for scheme in self.rounded.values()))
@@ -199,4 +214,5 @@ class Request:
         walk = Walk.start(self.fn, self.leaves, self.data, self.recording, budget)
         check_reached(walk, self.rounded)
         check_matched(walk, self.data, self.unknown)
+        check_salient(walk, self.data.saliency, self.guided)
         return walk

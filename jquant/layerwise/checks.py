@@ -17,6 +17,7 @@ from jquant.calibration.data import Data
 from jquant.calibration.difference import uncompared
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.find import Weight
+from jquant.calibration.saliency import Saliency
 from jquant.calibration.tokens import refuse
 from jquant.calibration.walk import Walk
 from jquant.errors import EvidenceError, PlanError, WeightError, near
@@ -140,6 +141,34 @@ def check_needs(
             )
 
 
+def check_guided(plan: Plan, evidence: Mapping[str, Evidence], offered: bool) -> None:
+    """Refuse roundings by saliency without it, and saliency (`offered`) that no rounding uses."""
+    guided = [path for path, scheme in plan.items() if "guided" in scheme.needs]
+    for path in guided:
+        given = evidence.get(path)
+        if not offered if given is None else given.guided is None:
+            raise EvidenceError(
+                f"weight {path!r}: {label_of(plan[path].rounding)} needs to know what errors of "
+                "its outputs cost; pass batches and saliency=jq.saliency(...) of them, or evidence "
+                "of jq.capture(..., saliency=)"
+            )
+    if offered and not guided:
+        raise PlanError(
+            "saliency is passed, and no rounding of the plan uses it; pass "
+            "Scheme(..., rounding=rounding.Guided(GPTQ())) or no saliency"
+        )
+
+
+def check_salient(walk: Walk, saliency: Saliency | None, paths: Collection[str]) -> None:
+    """Refuse saliency that does not know weights, or layers, whose inputs it is to weigh."""
+    for stage in walk.stages:
+        for piece in stage.pieces:
+            if saliency is not None and piece.path in paths:
+                saliency.check_named(piece.path, str(piece))
+    if saliency is not None and saliency.kinds is None:  # given by hand, of whatever shape
+        walk.check_saliency()
+
+
 def _check_readable(weight: Weight, scheme: Scheme, batches: bool) -> None:
     """Refuse a weight whose second moment is needed and cannot be read from batches."""
     name, instead = _asking(scheme)
@@ -206,6 +235,13 @@ def check_evidence(plan: Plan, evidence: Mapping[str, Evidence]) -> None:
                 f"weight {path!r}: second moment must be {(*shape[:-2], shape[-1], shape[-1])}, "
                 f"got {moment.shape}"
             )
+        if given.guided is not None:
+            groups = (*shape[:-2], given.groups, shape[-1], shape[-1])
+            if given.guided.second_moment.shape != groups:
+                raise EvidenceError(
+                    f"weight {path!r}: its guided second moment must be {groups}, got "
+                    f"{given.guided.second_moment.shape}"
+                )
         fine, skew = _sound(given)
         for name, is_fine in fine.items():
             if not is_fine:

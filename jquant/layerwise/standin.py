@@ -47,8 +47,7 @@ def stand_in(name: str, scheme: Scheme, evidence: Evidence, unpaired: str) -> St
     """What to round a weight with; `unpaired` says why its inputs have no drift."""
     told = []
     if "drift" in scheme.needs and evidence.drift is None:
-        still = jnp.zeros_like(evidence.second_moment)
-        evidence = dataclasses.replace(evidence, drift=still)
+        evidence = evidence.with_drift(lambda seen: jnp.zeros_like(seen.second_moment))
         told.append(f"not corrected: the drift of its inputs is not known {unpaired}".rstrip())
     unseen, where = _unseen(evidence), ""
     if unseen.any():

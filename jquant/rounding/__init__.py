@@ -6,6 +6,7 @@ from jquant.rounding.descent import Descent
 from jquant.rounding.discquant import DiscQuant
 from jquant.rounding.elementwise import Nearest
 from jquant.rounding.gptq import GPTQ
+from jquant.rounding.guided import Guided
 from jquant.rounding.nupes import NUPES
 from jquant.rounding.polish import Polish
 from jquant.rounding.signround import SignRound
@@ -17,6 +18,7 @@ __all__ = [
     "AdaRound",
     "Descent",
     "DiscQuant",
+    "Guided",
     "Nearest",
     "Polish",
     "Rounded",

@@ -2,8 +2,9 @@
 
 A rounding is a frozen dataclass registered static. It is called with a weight in the canonical view
 `[*batch, out, in]`, and says by `needs` what it must be told beyond the weight: `"moment"` (the
-second moment of its inputs), `"drift"` (how far those inputs are from the unquantized network's) or
-`"key"` (randomness). By `papers` it may say what to cite (see `schemes/cite.py`).
+second moment of its inputs), `"drift"` (how far those inputs are from the unquantized network's),
+`"guided"` (moments weighed by what errors of the outputs cost) or `"key"` (randomness). By `papers`
+it may say what to cite (see `schemes/cite.py`).
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ class Rounding(Protocol):
     """How codes are chosen: a frozen dataclass registered static, called with a weight and a grid.
 
     `needs` names what must be told beside the weight: "moment" (the second moment of its inputs),
-    "drift" (how far these are from the unquantized network's) and "key" (randomness). A rounding
-    may have a method `prepare(evidence, groups)`: what it returns is passed on as evidence for
-    every weight with these inputs. Papers to cite stand in an attribute `papers`, as BibTeX keys.
+    "drift" (how far these are from the unquantized network's), "guided" (moments weighed by what
+    errors of the outputs cost) and "key" (randomness). A rounding may have a method
+    `prepare(evidence, groups)`: what it returns is passed on as evidence for every weight with
+    these inputs. Papers to cite stand in an attribute `papers`, as BibTeX keys.
 
     Example:
         >>> from jquant.rounding import GPTQ
@@ -64,7 +66,7 @@ class Rounding(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """A subset of `{"moment", "drift", "key"}`."""
+        """A subset of `{"moment", "drift", "guided", "key"}`."""
         ...
 
     def __call__(

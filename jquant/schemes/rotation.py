@@ -116,15 +116,15 @@ class Hadamard:
         def of(value: Array | None, turn: object) -> Array | None:
             return None if value is None else turn(value)  # type: ignore[operator]
 
-        return (
-            part,
-            part.rows(w),
-            dataclasses.replace(
+        def turned(evidence: Evidence) -> Evidence:
+            return dataclasses.replace(
                 evidence,
                 second_moment=both(evidence.second_moment),
                 drift=of(evidence.drift, both),
                 total=of(evidence.total, lambda x: part.rows(x[..., None, :])[..., 0, :]),
                 abs_max=None,
                 spread=None,
-            ),
-        )
+                guided=None if evidence.guided is None else turned(evidence.guided),
+            )
+
+        return part, part.rows(w), turned(evidence)

@@ -103,7 +103,10 @@ class Scheme:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What must be told: a subset of `{"moment", "drift", "key", "inputs", "spread"}`."""
+        """What must be told.
+
+        A subset of `{"moment", "drift", "guided", "key", "inputs", "spread"}`.
+        """
         return self.rounding.needs.union(*(part.needs for part in self.parts))
 
     @property
