@@ -224,3 +224,24 @@ def test_a_damaged_shard(folder: Path) -> None:
     path.write_bytes(raw)
     with pytest.raises(CheckpointError, match="corrupt"):
         jq.load(folder)
+
+
+def test_lazy_leaves_are_quantized_where_they_are_to_lie() -> None:
+    """The same codes as of arrays on one device; a layer of a stack is read where it lies too."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(2, 32, 32)).astype(np.float32)
+    stack = jq.Lazy(w.shape, w.dtype, w.__getitem__, "a stack")
+    mesh = mesh_of(AxisType.Auto)
+
+    def fn(p: Any, x: Any) -> Any:
+        return jnp.tanh(x @ p["s"][0]) @ p["s"][1]
+
+    x = rng.normal(size=(64, 32)).astype(np.float32)
+    plan = jq.plan(jq.find_weights(fn, {"s": w}, x), {".*": jq.presets.int4_gptq(8)})
+    plain, _ = jq.quantize(fn, {"s": w}, plan, [x])
+    lazy = jq.io.place({"s": stack}, NamedSharding(mesh, P(None, "d", "m")), lazy=True)
+    assert isinstance(lazy["s"], jq.Lazy)
+    assert jq.realize(lazy)["s"].sharding.spec == P(None, "d", "m")
+    qparams, _ = jq.quantize(fn, lazy, plan, [x])
+    assert_same_bits(qparams, plain)
+    assert qparams["s"].codes.sharding.mesh == mesh

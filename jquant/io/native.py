@@ -46,7 +46,7 @@ from jquant.io.placing import Shardings, place
 from jquant.io.tree import Decoder, Encoder
 from jquant.trees.lazy import realize
 from jquant.trees.placement import transferring
-from jquant.trees.processes import fallen, is_spread, joined, one_token
+from jquant.trees.processes import is_spread, on_all, one_token
 from jquant.weights.arguments import replaced, value_of
 from jquant.weights.qtensor import QTensor
 
@@ -118,7 +118,8 @@ def save(
     Raises:
         TreeError: a leaf of another kind, naming its path and the way out.
         ValueError: codes outside their grid; a class of grid that is not jquant's.
-        CheckpointError: another process could not write its shard, or has another folder.
+        CheckpointError: processes do not share the folder.
+        ProcessError: another process could not write its shard.
 
     Example:
         >>> import jax.numpy as jnp, tempfile
@@ -175,22 +176,14 @@ def _save_spread(folder: Path, qparams: Any, user: Mapping[str, str]) -> None:
             )
         shards.write_index(folder, encoder, names, user)
 
-    for step in (write_mine, write_index):
-        error: Exception | None = None
-        try:
-            step()
-        except (OSError, ValueError) as raised:
-            error = raised
-        others = fallen(error)
-        if error is not None:
-            (folder / names[me]).unlink(missing_ok=True)
-            raise error
-        if others:
-            (folder / names[me]).unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{folder} was not saved: process {joined(others)} could not write; see the error "
-                "there. A checkpoint that was there before is as it was"
-            )
+    try:
+        with on_all(jax.process_count() > 1, f"write its shard of {folder}"):
+            write_mine()
+        with on_all(jax.process_count() > 1, f"write the index of {folder}"):
+            write_index()
+    except (OSError, ValueError):  # what was there before is as it was
+        (folder / names[me]).unlink(missing_ok=True)
+        raise
 
 
 @transferring

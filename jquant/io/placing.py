@@ -7,17 +7,17 @@ stands for: its codes and group parameters are spread along, where the mesh divi
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding, Sharding
 from jaxtyping import PyTree
 
 from jquant.errors import TreeError, near
-from jquant.trees.lazy import read, realize
+from jquant.trees.lazy import into_place, is_lazy, realize
 from jquant.trees.paths import path_of
 from jquant.trees.placement import transferring
 from jquant.weights.qtensor import is_qtensor, shardings_of
@@ -28,7 +28,7 @@ Shardings = Sharding | Mapping[str, Sharding] | Chooser
 
 
 @transferring
-def place(tree: PyTree, shardings: Shardings) -> PyTree:
+def place(tree: PyTree, shardings: Shardings, *, lazy: bool = False) -> PyTree:
     """The tree with its arrays on the devices of shardings; lazy ones are read there.
 
     Of a `Lazy` leaf or a memory map, each process reads the windows that its devices hold, one leaf
@@ -40,6 +40,8 @@ def place(tree: PyTree, shardings: Shardings) -> PyTree:
             paths in full, of which the first that matches decides, or a function of path and shape.
             None from a function leaves a leaf to JAX. A `QTensor` has the path and the shape of the
             weight it stands for; of its arrays, axes that the mesh does not divide lie everywhere.
+        lazy: leave `Lazy` leaves unread; they know their place from then on. `quantize` reads them
+            there when their stage comes.
 
     Raises:
         TreeError: a leaf is not to be placed so: no expression matches its path, or the sharding
@@ -51,15 +53,17 @@ def place(tree: PyTree, shardings: Shardings) -> PyTree:
         >>> from jax.sharding import PartitionSpec as P
         >>> from jquant import Lazy
         >>> mesh = jax.make_mesh((1,), ("model",))
+        >>> import numpy as np
         >>> leaf = Lazy((2,), np.dtype("float32"), np.ones(2, np.float32).__getitem__, "ones")
-        >>> place({"w": leaf}, {"w": NamedSharding(mesh, P("model"))})["w"].addressable_shards[0].data
-        Array([1., 1.], dtype=float32)
+        >>> placed = place({"w": leaf}, {"w": NamedSharding(mesh, P("model"))})
+        >>> placed["w"].sharding.mesh.shape["model"], placed["w"].sharding.spec[0]
+        (1, 'model')
     """
     pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
     leaves = {path_of(keys): leaf for keys, leaf in pairs}
     choose = _chooser(shardings, {p: leaf for p, leaf in leaves.items() if _has_shape(leaf)})
     targets = [_target(path_of(keys), leaf, choose) for keys, leaf in pairs]
-    placed = [_put(leaf, at) for (_, leaf), at in zip(pairs, targets, strict=True)]
+    placed = [_put_all(leaf, at, lazy) for (_, leaf), at in zip(pairs, targets, strict=True)]
     return jax.tree.unflatten(structure, placed)
 
 
@@ -139,21 +143,15 @@ def _in_words(sharding: Sharding) -> str:
     return f"{sharding.spec} on the mesh {dict(sharding.mesh.shape)}"
 
 
-def _put(leaf: Any, target: Any) -> Any:
+def _put(leaf: Any, target: Any, lazy: bool) -> Any:
+    if lazy and is_lazy(leaf):
+        return dataclasses.replace(leaf, sharding=target)
     if target is None:
         return realize(leaf)
-    if is_qtensor(leaf):
-        return jax.tree.map(_put, leaf, target)
-    if isinstance(leaf, jax.Array):
-        return jax.device_put(leaf, target)
-    if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:  # which JAX would cut
-        return read(leaf)
-    windows: dict[Any, np.ndarray] = {}  # copies on several devices are read once
+    return jax.device_put(leaf, target) if isinstance(leaf, jax.Array) else into_place(leaf, target)
 
-    def window(index: Any) -> np.ndarray:
-        cut = tuple(at.indices(size) for at, size in zip(index, leaf.shape, strict=True))
-        if cut not in windows:
-            windows[cut] = np.asarray(read(leaf, index))
-        return windows[cut]
 
-    return jax.make_array_from_callback(tuple(leaf.shape), target, window)
+def _put_all(leaf: Any, target: Any, lazy: bool) -> Any:
+    if is_qtensor(leaf) and target is not None:
+        return jax.tree.map(lambda part, at: _put(part, at, lazy), leaf, target)
+    return jax.tree.map(lambda part: _put(part, target, lazy), leaf)

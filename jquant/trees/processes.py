@@ -7,14 +7,17 @@ between processes (files, data, what a user has passed) is compared before array
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from jquant.errors import ProcessError
 
 
 def is_spread(tree: Any) -> bool:
@@ -58,6 +61,31 @@ def fallen(error: Exception | None) -> list[int]:
     words = from_all("went on" if error is None else "fell")
     ok = "went on" if error is None else hashlib.sha256(b"went on").hexdigest()
     return [process for process, word in enumerate(words) if word != ok]
+
+
+@contextlib.contextmanager
+def on_all(shared: bool, what: str) -> Iterator[None]:
+    """A block that each process runs; if it fails on one, it fails on all.
+
+    Args:
+        shared: whether there are others at all.
+        what: the block in words, for the message.
+
+    Raises:
+        ProcessError: another process could not do it.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except (OSError, ValueError) as raised:
+        if not shared:
+            raise
+        error = raised
+    others = fallen(error) if shared else []
+    if error is not None:
+        raise error
+    if others:
+        raise ProcessError(f"process {joined(others)} could not {what}; see the error there")
 
 
 def one_token() -> str:
