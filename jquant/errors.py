@@ -69,6 +69,10 @@ class WorkDirError(ValueError):
     """A work directory cannot be written to, or holds the stages of another job."""
 
 
+class ProcessError(ValueError):
+    """The processes of a job do not ask for the same, or one of them could not go on."""
+
+
 @contextlib.contextmanager
 def extra(name: str, otherwise: str = "") -> Iterator[None]:
     """A `with` block of imports from packages that `pip install 'jquant-jax[name]'` installs.

@@ -9,6 +9,7 @@ lets `jax.export` write programs on quantized weights (`jquant.io.exported`).
 from jquant.io import exported as _exported  # noqa: F401  (tells JAX how to write the weights)
 from jquant.io.native import Header, Stored, load, load_matching, read_header, save
 from jquant.io.orbax import lazy_orbax
+from jquant.io.placing import place
 from jquant.io.plain import plain, restore
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "lazy_orbax",
     "load",
     "load_matching",
+    "place",
     "plain",
     "read_header",
     "restore",

@@ -29,6 +29,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
@@ -36,12 +37,16 @@ import numpy as np
 
 from jquant import deprecated
 from jquant.errors import CheckpointError
+from jquant.io import shards
 from jquant.io.container import parse_json, read_container, render_header, replace_file
 from jquant.io.files import FileState, naming
 from jquant.io.fitting import check_places
 from jquant.io.leaves import Reader
+from jquant.io.placing import Shardings, place
 from jquant.io.tree import Decoder, Encoder
+from jquant.trees.lazy import realize
 from jquant.trees.placement import transferring
+from jquant.trees.processes import is_spread, on_all, one_token
 from jquant.weights.arguments import replaced, value_of
 from jquant.weights.qtensor import QTensor
 
@@ -96,6 +101,11 @@ def save(
     that are `Lazy` or memory maps may be more than memory holds. (Lazy integers among a weight's
     parameters are read twice: their values decide how they are stored.)
 
+    Of arrays that are spread over the devices of several processes each process writes what lies on
+    its own: every one must call `save`, with a folder that they share as `path`. `load` reads that
+    folder on any number of processes and devices. It has an index, which is written last, so a
+    folder is a whole checkpoint or none.
+
     Args:
         path: the file; a file that is there is replaced, its folder must exist.
         qparams: any pytree of `QTensor`s, arrays of any JAX dtype (`Lazy` or not), numbers and
@@ -107,8 +117,9 @@ def save(
 
     Raises:
         TreeError: a leaf of another kind, naming its path and the way out.
-        ValueError: codes outside their grid; a class of grid that is not jquant's; an array spread
-            over processes.
+        ValueError: codes outside their grid; a class of grid that is not jquant's.
+        CheckpointError: processes do not share the folder.
+        ProcessError: another process could not write its shard.
 
     Example:
         >>> import jax.numpy as jnp, tempfile
@@ -117,39 +128,96 @@ def save(
         >>> load(path)["w"].tolist()
         [0.0, 1.0, 2.0]
     """
-    encoder = Encoder(qparams)
-    tree = {"version": VERSION, "tree": encoder.root, "static": encoder.statics}
     user = {f"user.{key}": value for key, value in (metadata or {}).items()}
-    sizes = {name: (t.stored_dtype, t.stored_shape, t.size) for name, t in encoder.tensors.items()}
+    if is_spread(qparams):
+        _save_spread(Path(path), qparams, user)
+        return
+    encoder = Encoder(qparams)
+    _write(path, encoder.root, encoder.statics, encoder.tensors, user)
+
+
+def _write(
+    path: str | os.PathLike[str],
+    root: Any,
+    statics: list[Any],
+    tensors: Mapping[str, Any],
+    user: Mapping[str, str],
+) -> None:
+    tree = {"version": VERSION, "tree": root, "static": statics}
+    sizes = {name: (t.stored_dtype, t.stored_shape, t.size) for name, t in tensors.items()}
     with replace_file(path) as file:
         # Checksums come last but have a fixed width, so the header keeps its length.
         file.write(_header(tree, user, sizes))
-        for tensor in encoder.tensors.values():
+        for tensor in tensors.values():
             tensor.write(file)
         file.seek(0)
         file.write(_header(tree, user, sizes))
 
 
+def _save_spread(folder: Path, qparams: Any, user: Mapping[str, str]) -> None:
+    """A folder with a file from each process; the index comes when all of them have written."""
+    encoder, token, me = shards.encoded(qparams), one_token(), jax.process_index()
+    names = [shards.name_of(token, process) for process in range(jax.process_count())]
+
+    def write_mine() -> None:
+        folder.mkdir(exist_ok=True)
+        tensors = shards.tensors_of(encoder, me)
+        root = {"dict": [[key, tensor.node] for key, tensor in tensors.items()]}
+        _write(folder / names[me], root, [], tensors, {})
+
+    def write_index() -> None:
+        if me:
+            return
+        lost = [name for name in names if not (folder / name).is_file()]
+        if lost:
+            raise CheckpointError(
+                f"{folder}: process 0 does not see {', '.join(lost)[:200]}, which other processes "
+                "have written; pass a folder that all processes share"
+            )
+        shards.write_index(folder, encoder, names, user)
+
+    try:
+        with on_all(jax.process_count() > 1, f"write its shard of {folder}"):
+            write_mine()
+        with on_all(jax.process_count() > 1, f"write the index of {folder}"):
+            write_index()
+    except (OSError, ValueError):  # what was there before is as it was
+        (folder / names[me]).unlink(missing_ok=True)
+        raise
+
+
 @transferring
-def load(path: str | os.PathLike[str], *, lazy: bool = False, like: Any = None) -> Any:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    lazy: bool = False,
+    like: Any = None,
+    shardings: Shardings | None = None,
+) -> Any:
     """Read back what `save` wrote: the same tree, codes, parameters, layouts and dtypes.
 
     Arrays come as JAX arrays; 64-bit ones as NumPy arrays where JAX is not in its 64-bit mode,
     because it would cut them.
 
     Args:
-        path: the file.
+        path: the file, or the folder that several processes have written.
         lazy: return a `Lazy` for every array, also inside each `QTensor`. The header is verified
             now, an array's bytes when it is read: `CheckpointError` if they are corrupt, or if the
             file has changed since.
         like: a tree whose structure the result is to have, such as the parameters before they were
             quantized, or `jax.eval_shape` of what makes them: the leaves of the file take the
             places of its leaves, path by path. Dtypes are those of the file. None: as stored.
+        shardings: where the arrays go, straight from the file, as for `jq.io.place`: one
+            `Sharding`, `{regular expression: Sharding}`, or a function of path and shape. Each
+            process reads what its devices hold (and, once per array, all its bytes for the
+            checksum). None: the default device.
 
     Raises:
-        CheckpointError: the file is truncated, corrupt, hostile or of a newer version. Nothing of
-            it is returned.
-        TreeError: `like` has not the paths of the file, or a leaf of another shape.
+        CheckpointError: the file is truncated, corrupt, hostile or of a newer version, or a shard
+            is missing. Nothing of it is returned.
+        TreeError: `like` has not the paths of the file, or a leaf of another shape; a sharding does
+            not fit a leaf, or there is none for it.
+        ValueError: `lazy` and `shardings` together; an expression matches no path.
         FileNotFoundError: there is no such file.
 
     Example:
@@ -165,18 +233,31 @@ def load(path: str | os.PathLike[str], *, lazy: bool = False, like: Any = None) 
         >>> load(path, like=Pair(jnp.ones(2), 0.0))
         Pair(a=Array([0., 0.], dtype=float32), b=1e-05)
     """
+    if shardings is not None:
+        if lazy:
+            raise ValueError("lazy=True leaves arrays in the file, shardings place them; pass one")
+        return place(load(path, lazy=True, like=like), shardings)
+    if shards.are_in(Path(path)):
+        index = shards.Index(Path(path), functools.partial(load, lazy=True))
+        with naming(path):
+            tree = _read(index.decoder, index.root, like, index.lazy)
+        return tree if lazy else realize(tree)
     with open(path, "rb") as file, naming(path):
         decoder, root, _ = _open(file)
-        if like is not None:
-            nodes = _fitting(decoder, root, like)
         read: Callable[[Any], Any] = _reader(file, decoder)
         if lazy:
             state = FileState.of(path, file)
             reader = Reader(state.open, decoder.entries, decoder.top)
             read = functools.partial(reader.lazy, identity=state.identity)
-        if like is None:
-            return decoder.read(root, read)
-        return replaced(like, {at: decoder.read(node, read) for at, node in nodes.items()})
+        return _read(decoder, root, like, read)
+
+
+def _read(decoder: Decoder, root: Any, like: Any, read: Callable[[Any], Any]) -> Any:
+    """The tree with what `read` makes of each array, in the structure of `like`."""
+    if like is None:
+        return decoder.read(root, read)
+    nodes = _fitting(decoder, root, like)
+    return replaced(like, {at: decoder.read(node, read) for at, node in nodes.items()})
 
 
 def load_matching(path: str | os.PathLike[str], pattern: str) -> dict[str, Any]:

@@ -179,6 +179,7 @@ class Decoder:
     ):
         self.entries, self.claim, self.streams = entries, claim, streams
         self.top: dict[str, int] = {}  # tensor of codes: its largest code less its smallest
+        self.ranges: dict[str, tuple[int, int]] = {}  # array of codes: its grid's
         self.statics: list[dict[str, Any]] = []
         if not isinstance(statics, list) or not all(isinstance(s, dict) for s in statics):
             raise CheckpointError("the list of schemes is malformed")
@@ -294,6 +295,7 @@ class Decoder:
         except REFUSALS as error:
             raise CheckpointError(f"a weight of the file makes no sense: {error!s:.200}") from error
         codes = node["fields"]["codes"]
+        self.ranges[str(codes.get("array"))] = low, high
         if not self.streams:
             return
         if codes.get("low") != low or codes.get("bits") != max(1, (high - low).bit_length()):

@@ -41,7 +41,7 @@ def fingerprint(request: Request, walk: Walk) -> dict[str, str]:
         "jaxlib": version_of("jaxlib"),
         "jquant": version_of("jquant-jax"),
         "device": f"{device.platform} {device.device_kind}",
-        "the function": digest(_function(request)),
+        "the function": function_digest(request),
         "the plan": digest(
             f"{path} {scheme!r} {plan.weights[path].layout!r}" for path, scheme in plan.items()
         ),
@@ -58,6 +58,11 @@ def fingerprint(request: Request, walk: Walk) -> dict[str, str]:
         "the objective": digest_objective(request, walk),
         "the key": "none" if request.key is None else digest(leaf_digest(request.key)),
     }
+
+
+def function_digest(request: Request) -> str:
+    """The item of what the function computes."""
+    return digest(_function(request))
 
 
 def _function(request: Request) -> Iterator[str]:

@@ -18,12 +18,14 @@ from jquant.calibration.evidence import Evidence
 from jquant.calibration.saliency import Saliency
 from jquant.calibration.stages import Sequential
 from jquant.calibration.tokens import Given
+from jquant.errors import WorkDirError
 from jquant.jobs.fingerprint import fingerprint
 from jquant.jobs.progress import OnProgress
 from jquant.jobs.records import open_work_dir
 from jquant.jobs.report import Report
 from jquant.jobs.request import Request, Resources, aim_of
 from jquant.jobs.stages import Job
+from jquant.jobs.together import agree, check_agreed, is_of_all
 from jquant.learning.objectives import Objective
 from jquant.schemes.scheme import Plan
 from jquant.trees.placement import transferring
@@ -99,7 +101,9 @@ def quantize(
             (or one of its experts or layers) that no token reaches and a factorisation that fails.
         ObjectiveError: an objective is not finite, or a weight that is to be learned does not move
             it.
-        WorkDirError: the work directory cannot be written to, or is another job's.
+        WorkDirError: the work directory cannot be written to, or is another job's, or processes do
+            not share it.
+        ProcessError: arrays are spread over processes, and these do not ask for the same job.
 
     Example:
         >>> import jax, jax.numpy as jnp, jquant as jq
@@ -120,9 +124,20 @@ def quantize(
 
 def run(request: Request, resources: Resources) -> tuple[PyTree, Report]:
     """The result of a request that is checked; see `quantize`."""
-    walk, work = request.walk(resources.budget), None
+    shared, work = is_of_all(request), None
+    if shared:
+        check_agreed(request)
+    walk = request.walk(resources.budget)
     if resources.work_dir is not None:
-        work = open_work_dir(resources.work_dir, fingerprint(request, walk))
+        if shared and request.learned:
+            raise WorkDirError(
+                "weights that are learned on the whole network keep no records on several "
+                "processes; pass no work_dir, or no objective"
+            )
+        prints = fingerprint(request, walk)
+        if shared:
+            agree(prints)
+        work = open_work_dir(resources.work_dir, prints, shared)
     job = Job(request, walk, work, resources.progress)
     job.run()
     return replaced(request.params, job.quantized), job.report()

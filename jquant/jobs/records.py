@@ -32,6 +32,7 @@ from jquant.io.container import replace_file
 from jquant.layerwise.outcome import Outcome
 from jquant.learning.trace import Trace
 from jquant.trees.lazy import Lazy
+from jquant.trees.processes import differing, from_all, on_all, one_token, whole
 from jquant.weights.qtensor import QTensor
 
 _JOB, _STAGE, _LEARNING = "job.json", "stage-{:05d}.safetensors", "learning.safetensors"
@@ -44,9 +45,14 @@ Record = dict[str, tuple[QTensor, Outcome]]  # by the name of the weight, or of 
 
 @dataclass(frozen=True)
 class WorkDir:
-    """The records of one job; see `open_work_dir`."""
+    """The records of one job; see `open_work_dir`.
+
+    Attributes:
+        shared: whether it is that of several processes: the first writes for all.
+    """
 
     path: Path
+    shared: bool = False
 
     def finished(self, stage: int, names: Collection[str]) -> Record | None:
         """The record of a stage, its arrays to be read when they are needed; None if not there.
@@ -59,7 +65,7 @@ class WorkDir:
             CheckpointError: the record is damaged; an array's damage shows when it is read.
         """
         file = self.path / _STAGE.format(stage)
-        if not file.exists():
+        if not self._all_see(file):
             return None
         with _saying_what_to_do():
             told = read_header(file).metadata.get("outcomes", "{}")
@@ -73,6 +79,20 @@ class WorkDir:
         weights = jax.tree.map(_guarded, weights)
         return {name: (weights[name], outcomes[name]) for name in weights}
 
+    def _all_see(self, file: Path) -> bool:
+        """Whether a record is there, for all processes.
+
+        Raises:
+            WorkDirError: for some it is not.
+        """
+        is_there = file.exists()
+        if self.shared and differing(from_all(str(is_there))):
+            raise WorkDirError(
+                f"{self.path}: some processes see {file.name} and others do not; pass a folder "
+                "that all processes share"
+            )
+        return is_there
+
     def finish(self, stage: int, record: Record) -> Record:
         """Write the record of a stage, and return it as `finished` would.
 
@@ -81,9 +101,13 @@ class WorkDir:
         """
         outcomes = {name: dataclasses.asdict(outcome) for name, (_, outcome) in record.items()}
         weights = {name: q for name, (q, _) in record.items()}
+        if self.shared:  # gathered by all; a record does not tell how many processes there were
+            weights = jax.tree.map(whole, weights)
         try:
             file = self.path / _STAGE.format(stage)
-            save(file, weights, metadata={"outcomes": json.dumps(outcomes)})
+            with on_all(self.shared, f"write the record of stage {stage + 1}"):
+                if not self.shared or jax.process_index() == 0:
+                    save(file, weights, metadata={"outcomes": json.dumps(outcomes)})
         except OSError as error:
             raise WorkDirError(
                 f"{self.path}: the record of stage {stage + 1} cannot be written "
@@ -137,13 +161,41 @@ class WorkDir:
         return jax.tree.unflatten(structure, placed), trace
 
 
-def open_work_dir(path: str | os.PathLike[str], fingerprint: Mapping[str, str]) -> WorkDir:
+def open_work_dir(
+    path: str | os.PathLike[str], fingerprint: Mapping[str, str], shared: bool = False
+) -> WorkDir:
     """The work directory of the job with this fingerprint, made if it is not there.
 
+    Args:
+        path: the folder.
+        fingerprint: of the job.
+        shared: whether the job is one of several processes, which all call this.
+
     Raises:
-        WorkDirError: it cannot be written to, belongs to another job, or is not a work directory.
+        WorkDirError: it cannot be written to, belongs to another job, or is not a work directory;
+            or processes do not share it.
+        ProcessError: another process could not open it.
     """
     folder = Path(path)
+    token = one_token() if shared else ""
+    with on_all(shared, f"open the work directory {folder}"):
+        if not shared or jax.process_index() == 0:
+            _open(folder, fingerprint, token)
+    if not shared:
+        return WorkDir(folder)
+    with on_all(shared, f"see the work directory {folder} that process 0 has"):
+        try:
+            run = json.loads((folder / _JOB).read_bytes()).get("run")
+        except (OSError, ValueError, AttributeError):
+            run = None
+        if run != token:
+            raise WorkDirError(
+                f"{folder} is not the folder that process 0 has; pass one that all processes share"
+            )
+    return WorkDir(folder, shared)
+
+
+def _open(folder: Path, fingerprint: Mapping[str, str], token: str) -> None:
     job = folder / _JOB
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,14 +211,14 @@ def open_work_dir(path: str | os.PathLike[str], fingerprint: Mapping[str, str]) 
             (folder / name).unlink(missing_ok=True)
         # Written again in any case: that it can be is found out now, not after the first stage.
         with replace_file(job) as file:
-            contents = {"version": _VERSION, "fingerprint": dict(fingerprint)}
+            contents: dict[str, Any] = {"version": _VERSION, "fingerprint": dict(fingerprint)}
+            contents |= {"run": token} if token else {}
             file.write(json.dumps(contents, indent=1).encode())
     except OSError as error:
         raise WorkDirError(
             f"{folder} cannot be used as a work directory ({error.strerror or error}); pass a "
             "folder that can be written to"
         ) from error
-    return WorkDir(folder)
 
 
 def _compare(folder: Path, job: Path, fingerprint: Mapping[str, str]) -> None:
@@ -243,14 +295,15 @@ def leaf_digest(leaf: Any) -> Iterable[str | bytes]:
     if isinstance(leaf, Lazy):
         yield leaf.identity
     elif isinstance(leaf, np.memmap) and leaf.filename is not None:
-        whole: Any = leaf  # `leaf` may be a part of it, at the same offset
-        while isinstance(whole.base, np.ndarray):
-            whole = whole.base
-        begin = leaf.ctypes.data - whole.ctypes.data
+        base: Any = leaf  # `leaf` may be a part of it, at the same offset
+        while isinstance(base.base, np.ndarray):
+            base = base.base
+        begin = leaf.ctypes.data - base.ctypes.data
         stat = os.stat(leaf.filename)
         yield f"{leaf.filename} {stat.st_size} {stat.st_mtime_ns}"
         yield f"{leaf.offset} {begin} {leaf.strides}"
     elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         yield np.asarray(jax.random.key_data(leaf)).tobytes()
     else:
-        yield np.ascontiguousarray(leaf).tobytes()
+        held = whole(leaf) if isinstance(leaf, jax.Array) else leaf
+        yield np.ascontiguousarray(held).tobytes()

@@ -27,6 +27,7 @@ from jquant.jobs.progress import Doing, OnProgress, Progress
 from jquant.jobs.records import Record, WorkDir
 from jquant.jobs.report import WORSE, Report, WeightReport
 from jquant.jobs.request import Request, Whole
+from jquant.jobs.spreading import over_rows
 from jquant.layerwise.checks import not_used
 from jquant.layerwise.outcome import Outcome
 from jquant.layerwise.standin import check_tokens, stand_in
@@ -163,12 +164,13 @@ class Job:
         if "key" in scheme.needs and key is not None:
             own = key_of(key, str(piece))
         w = self.original(piece)
+        spread = over_rows(w, scheme, layout)
         prepared = self.prepare(scheme.rounding, evidence, scheme.grouping)
 
         def rounded(w: Array, evidence: Any, key: PRNGKeyArray | None, prepared: Any) -> Any:
             return quantize_weight(w, scheme, layout, evidence=evidence, key=key, prepared=prepared)
 
-        q, info = at_ease(rounded, w, evidence, own, prepared)
+        q, info = at_ease(rounded, spread, evidence, own, prepared)
         q = placed(q, w)
         jax.block_until_ready(info)
         outcome = Outcome.of(info, evidence, time.perf_counter() - start)

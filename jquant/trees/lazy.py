@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import EllipsisType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, Sharding
 
 from jquant.trees import placement
 
@@ -38,6 +39,8 @@ class Lazy:
         read: gives a window, as one `slice(start, stop)` per axis, in the array's dtype.
         identity: which bytes these are and what is done to them: two leaves of equal identity hold
             equal values, so a computation that is resumed can tell whether its inputs have changed.
+        sharding: where `realize` and `quantize` put what they read, each process the windows that
+            its devices hold; `jq.io.place(tree, shardings, lazy=True)` says it. None: as JAX does.
 
     Indexing takes integers and slices of step 1 along leading axes, and raises `IndexError` for
     anything else or out of range; a source that gives another shape or dtype than it promised
@@ -56,6 +59,7 @@ class Lazy:
     dtype: np.dtype
     read: Callable[[Window], np.ndarray] = field(repr=False)
     identity: str
+    sharding: Sharding | None = field(default=None, repr=False)
 
     @property
     def ndim(self) -> int:
@@ -172,8 +176,9 @@ def read(leaf: Any, index: Index = ...) -> Any:
         index: integers and slices of step 1 along leading axes; `...` is all of it.
 
     Returns:
-        a JAX array of a JAX array (one compiled program for all windows of a size), lying on the
-        devices of a mesh as the whole does, otherwise a NumPy array that is not backed by a file.
+        a JAX array of a JAX array (one compiled program for all windows of a size) and of a `Lazy`
+        with a sharding, lying on the devices of a mesh as the whole does, otherwise a NumPy array
+        that is not backed by a file.
 
     Raises:
         IndexError: the index is out of range or of another kind.
@@ -183,7 +188,7 @@ def read(leaf: Any, index: Index = ...) -> Any:
         [2, 3]
     """
     if isinstance(leaf, Lazy):
-        return leaf[index]
+        return leaf[index] if leaf.sharding is None else _read_apart(leaf, index)
     if index is Ellipsis and isinstance(leaf, jax.Array):
         return leaf
     window, kept = _window(tuple(leaf.shape), index)
@@ -191,6 +196,44 @@ def read(leaf: Any, index: Index = ...) -> Any:
         return placement.window(leaf, window, kept)
     value = np.asarray(leaf)[window][kept]
     return np.array(value) if isinstance(leaf, np.memmap) else value
+
+
+def _read_apart(leaf: Lazy, index: Index) -> Any:
+    """A window of a leaf that is to lie on several devices; integers' axes are dropped there."""
+    window, kept = _window(leaf.shape, index)
+    shape = tuple(at.stop - at.start for at in window)
+    sharding: Any = leaf.sharding
+    entries = placement.entries_of(leaf)
+    if entries is not None:  # axes that are cut lie everywhere
+        pairs = zip(entries, shape, leaf.shape, strict=True)
+        left = [entry if part == size else None for entry, part, size in pairs]
+        sharding = NamedSharding(sharding.mesh, placement.fitting(sharding.mesh, left, shape))
+    value = into_place(replace(leaf, sharding=None), sharding, window)
+    integers = isinstance(value, jax.Array) and not all(isinstance(k, slice) for k in kept[:-1])
+    return placement.window(value, [slice(0, n) for n in shape], kept) if integers else value
+
+
+def into_place(leaf: Any, sharding: Sharding, window: Window | None = None) -> Any:
+    """A leaf, or a window of it, on the devices of a sharding: of each only what lies there.
+
+    An array of 64 bits that JAX would cut comes as a NumPy array.
+    """
+    window = window or tuple(slice(0, size) for size in leaf.shape)
+    if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+        return read(leaf, window)
+    shape = tuple(at.stop - at.start for at in window)
+    parts: dict[Any, np.ndarray] = {}  # copies on several devices are read once
+
+    def part(index: Any) -> np.ndarray:
+        cuts = tuple(at.indices(size)[:2] for at, size in zip(index, shape, strict=True))
+        if cuts not in parts:
+            pairs = zip(cuts, window, strict=True)
+            parts[cuts] = np.asarray(
+                read(leaf, tuple(slice(a + at.start, b + at.start) for (a, b), at in pairs))
+            )
+        return parts[cuts]
+
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def realize(tree: Any) -> Any:
@@ -208,6 +251,8 @@ def realize(tree: Any) -> Any:
     def whole(leaf: Any) -> Any:
         if not isinstance(leaf, Lazy):
             return leaf
+        if leaf.sharding is not None:
+            return read(leaf)
         kept = jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
         return jnp.asarray(leaf[...]) if kept else leaf[...]
 

@@ -31,7 +31,7 @@ from jquant.grids.base import Grid, GridParams
 from jquant.grids.grouped import Grouped
 from jquant.numerics.distortion import bits_per_weight
 from jquant.numerics.narrow import as_dtype
-from jquant.trees.placement import automatic, entries_of, fitting, put, typed
+from jquant.trees.placement import automatic, entries_of, fitting, typed
 from jquant.weights.inputs import Inputs
 from jquant.weights.parts import Part
 from jquant.weights.refusal import no_array
@@ -232,19 +232,28 @@ def placed(q: QTensor, like: Any) -> QTensor:
     Nothing moves where the array is on no mesh.
     """
     entries = entries_of(like)
-    if entries is None:
-        return q
+    return q if entries is None else jax.tree.map(jax.device_put, q, shardings_of(q, like.sharding))
+
+
+def shardings_of(q: QTensor, sharding: NamedSharding) -> Any:
+    """For every array of a quantized weight, where it lies if the weight is to lie so.
+
+    Axes of codes and group parameters are spread as those of the weight, where the mesh divides
+    them; the rest lies everywhere. Arrays may be lazy, or described only.
+    """
+    mesh, rank = sharding.mesh, len(q.shape)
+    entries = [*sharding.spec, *[None] * (rank - len(sharding.spec))]
     *batch, rows, inner = q.layout.canonical_marks(entries)
     groups = (rows, inner) if q.groups.axis == "in" else (inner, rows)
 
-    def put_as(marks: Sequence[Any]) -> Callable[[Array], Array]:
-        return lambda leaf: put(leaf, like.sharding.mesh, marks)
+    def as_marked(marks: Sequence[Any]) -> Callable[[Any], NamedSharding]:
+        return lambda leaf: NamedSharding(mesh, fitting(mesh, marks, leaf.shape))
 
-    everywhere = jax.tree.map(put_as(()), replace(q, codes=None, params=None))
+    everywhere = jax.tree.map(as_marked(()), replace(q, codes=None, params=None))
     return replace(
         everywhere,
-        codes=put_as((*batch, rows, inner))(q.codes),
-        params=jax.tree.map(put_as((*batch, *groups)), q.params),
+        codes=as_marked((*batch, rows, inner))(q.codes),
+        params=jax.tree.map(as_marked((*batch, *groups)), q.params),
     )
 
 
