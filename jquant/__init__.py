@@ -8,7 +8,22 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from jquant import allocation, deprecated, errors, evaluate, exporters, formats, grids, io, rounding
+from jquant import (
+    adapters,
+    allocation,
+    deprecated,
+    errors,
+    evaluate,
+    exporters,
+    formats,
+    grids,
+    io,
+    rounding,
+)
+from jquant.adapters.adapt import adapt
+from jquant.adapters.fold import fold
+from jquant.adapters.kinds import LoRA
+from jquant.adapters.merge import merge
 from jquant.allocation import plan
 from jquant.arithmetic import distances, emulate
 from jquant.axes import Groups, Layout
@@ -45,6 +60,7 @@ __all__ = [
     "Hadamard",
     "Layout",
     "Lazy",
+    "LoRA",
     "LoRC",
     "LowRank",
     "Percentile",
@@ -55,6 +71,8 @@ __all__ = [
     "Scheme",
     "TokenWeights",
     "Weight",
+    "adapt",
+    "adapters",
     "allocation",
     "apply",
     "capture",
@@ -68,11 +86,13 @@ __all__ = [
     "export",
     "exporters",
     "find_weights",
+    "fold",
     "formats",
     "grids",
     "io",
     "keep",
     "load",
+    "merge",
     "models",
     "objectives",
     "plan",
