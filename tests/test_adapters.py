@@ -124,7 +124,7 @@ def test_training_moves_the_adapters_and_nothing_else() -> None:
     for _ in range(40):
         trainable, state, value = step(trainable, state, frozen)
         seen.append(float(value))
-    assert seen[-1] < 0.5 * seen[0]
+    assert seen[-1] < 0.75 * seen[0]
     merged = jq.merge(frozen, trainable)
     same(dataclasses.replace(merged["w"], compensation=None), q["w"])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -149,7 +150,8 @@ class LoRA:
             left = left * (self.alpha / self.rank)
         if isinstance(leaf, QTensor):
             return replace(leaf, compensation=_together(leaf.compensation, LowRank(left, right)))
-        return automatic(_added, leaf, LowRank(left, right), layout, out=typed(leaf))
+        added = partial(_added, layout=layout)
+        return automatic(added, leaf, LowRank(left, right), out=typed(leaf))
 
 
 def _given(path: str, leaf: QTensor) -> tuple[QTensor, Trained]:
