@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from jquant import (
+    adapters,
     allocation,
     deprecated,
     errors,
@@ -20,6 +21,10 @@ from jquant import (
     io,
     rounding,
 )
+from jquant.adapters.adapt import adapt
+from jquant.adapters.fold import fold
+from jquant.adapters.kinds import LoRA
+from jquant.adapters.merge import merge
 from jquant.allocation import plan
 from jquant.arithmetic import distances, emulate
 from jquant.axes import Groups, Layout
@@ -65,6 +70,7 @@ __all__ = [
     "Hadamard",
     "Layout",
     "Lazy",
+    "LoRA",
     "LoRC",
     "LowRank",
     "Percentile",
@@ -76,6 +82,8 @@ __all__ = [
     "Scheme",
     "TokenWeights",
     "Weight",
+    "adapt",
+    "adapters",
     "allocation",
     "apply",
     "capture",
@@ -92,11 +100,13 @@ __all__ = [
     "export",
     "exporters",
     "find_weights",
+    "fold",
     "formats",
     "grids",
     "io",
     "keep",
     "load",
+    "merge",
     "models",
     "objectives",
     "plan",

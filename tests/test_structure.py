@@ -25,7 +25,7 @@ RANKS = (
     ("rounding", "io", "evaluate"),
     ("schemes", "formats"),
     ("layerwise", "models", "exchange"),
-    ("learning", "exporters"),
+    ("learning", "exporters", "adapters"),
     ("jobs",),
     ("allocation",),
     ("app",),

@@ -354,6 +354,30 @@ def test_meshes_change_no_code(kind: AxisType, layout: str, name: str) -> None:
 
 @slow
 @many
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_adapters_on_a_mesh(kind: AxisType) -> None:
+    """Gradients of what is trained beside codes are those of one device."""
+
+    def gradient(fn: Any, params: Any, x: Any) -> Any:
+        plan = jq.plan(jq.find_weights(fn, params, x), {".*": VALUES["nearest"]})
+        qparams, _ = jq.quantize(fn, params, plan)
+        frozen, trainable = jq.adapt(qparams, rank=2, key=jax.random.key(0))
+        trainable = jax.tree.map(lambda a: a + 0.1, trainable)
+        loss = lambda t, f: jnp.sum(jq.apply(fn)(jq.merge(f, t), x) ** 2)  # noqa: E731
+        return jax.jit(jax.grad(loss))(trainable, frozen)
+
+    wanted = gradient(explicit, PARAMS, BATCHES[0])
+    mesh = mesh_of(kind)
+    params, batches = lain(PARAMS, BATCHES, "both", mesh)
+    with jax.set_mesh(mesh):
+        fn = explicit if kind == AxisType.Explicit else network
+        found = gradient(fn, params, batches[0])
+    for one, two in zip(numbers(found), numbers(wanted), strict=True):
+        np.testing.assert_allclose(one, two, rtol=2e-4, atol=2e-4)
+
+
+@slow
+@many
 @pytest.mark.parametrize("sequential", ["weight", None])
 def test_meshes_and_loops(sequential: Any) -> None:
     """Stacks of layers, walked one by one, and read in a scan that recomputes."""

@@ -1,11 +1,11 @@
 """The same function, on quantized weights: every weight is decoded where it is used.
 
 `apply(fn)(qparams, *inputs)` gives what `fn(dequantize(qparams), *inputs)` gives, but for products
-whose scheme quantizes their inputs (`codes.py`). The walker
-carries each `QTensor` through calls, scans, branches and views, and decodes it at the operation
-that needs its values: at any moment the program holds the codes and the few weights in use. A view
-that cannot be expressed on codes waits beside them until then. Under a scan a quantized stack
-slices itself.
+whose scheme quantizes their inputs (`codes.py`). The walker carries each `QTensor` through calls,
+scans, branches and views, and decodes it at the operation that needs its values, and once more for
+that operation's derivative (`late.py`): at any moment the program holds the codes and the few
+weights in use. A view that cannot be expressed on codes waits beside them until then. Under a scan
+a quantized stack slices itself.
 
 Matrix products go through one table of kernels (`kernels.py`), decoding among them. Parts of a
 weight besides its codes enter one from the side of its input (`products.py`): a low-rank term as
@@ -27,7 +27,7 @@ from jaxtyping import PyTree
 
 from jquant.errors import UnsupportedPrimitiveError
 from jquant.inference.inputs import rounded_inputs
-from jquant.inference.late import decoded
+from jquant.inference.late import anew, decoded
 from jquant.inference.products import dot
 from jquant.inference.views import view
 from jquant.programs.calls import RULED
@@ -45,6 +45,8 @@ _SAME_NUMBERS = frozenset(
     "slice split rev copy copy_p stop_gradient sharding_constraint reduce_precision name".split()
 )
 _HIDING = frozenset({"optimization_barrier", "dynamic_slice", "concatenate"})
+# Their derivatives take the operands once more.
+_PRODUCTS = frozenset("dot_general conv_general_dilated ragged_dot ragged_dot_general".split())
 
 
 @jax.tree_util.register_dataclass
@@ -114,6 +116,13 @@ def _wait(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[_Waiting] | None:
 def _decoded(eqn: core.JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
     """The results on decoded weights, and on rounded inputs where a weight asks for such."""
     operands = rounded_inputs(eqn, values, [_altering(v) for v in values])
+    if eqn.primitive.name in _PRODUCTS:
+        return [anew(lambda *operands: _bound(eqn, operands)[0], *operands)]
+    return _bound(eqn, operands)
+
+
+def _bound(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+    """The results on decoded weights."""
     other = next((v for v in operands if isinstance(v, jax.Array) and v.size), None)
     return bind(eqn, [_decode(v, other) if _special(v) else v for v in operands])
 

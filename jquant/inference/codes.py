@@ -16,13 +16,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from jquant.grids import Grid, GridParams
-from jquant.inference.late import held_codes
+from jquant.inference.late import held_codes, straight
 from jquant.numerics.formats import FORMATS
 from jquant.weights.activations import encode, numbers
 from jquant.weights.qtensor import QTensor, canonical_weight
@@ -49,19 +48,14 @@ def on_codes(
         dtype: what their numbers are multiplied as, int8 or bfloat16.
     """
 
-    @jax.custom_jvp
-    def run(x: Array, q: QTensor) -> Array:
+    def of_numbers(x: Array, q: QTensor) -> Array:
         return _of_numbers(x, q, dtype)
 
-    def straight(x: Array, q: QTensor) -> Array:
+    def of_values(x: Array, q: QTensor) -> Array:
         assert q.activations is not None
         return jnp.matmul(q.activations.rows(x), jnp.swapaxes(canonical_weight(q), -1, -2))
 
-    @run.defjvp
-    def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
-        return run(*primals), jax.jvp(straight, primals, tangents)[1]
-
-    return run(rows, q)
+    return straight(of_numbers, of_values, rows, q)
 
 
 def _of_numbers(x: Array, q: QTensor, dtype: Any) -> Array:

@@ -24,7 +24,7 @@ from jquant.grids import Float as FloatGrid
 from jquant.grids import Uniform
 from jquant.inference.codes import fits, on_codes
 from jquant.inference.inputs import refuse_integers, seen_by
-from jquant.inference.late import decoded
+from jquant.inference.late import anew, decoded
 from jquant.programs.walker import bind
 from jquant.trees.placement import automatic, typed
 from jquant.weights.activations import Way
@@ -106,7 +106,11 @@ def _decoded(eqn: core.JaxprEqn, dimensions: Product, q: QTensor, x: jax.Array) 
             part, q.shape, "it is contracted along its output axis, or over too many inputs"
         )
         x = automatic(partial(seen_by, dimensions.input), part, x, out=typed(x))
-    operands = [x, x]
-    operands[dimensions.at] = decoded(q, x)
-    (y,) = bind(eqn, operands)
-    return y
+
+    def multiplied(q: QTensor, x: jax.Array) -> jax.Array:
+        operands = [x, x]
+        operands[dimensions.at] = decoded(q, x)
+        (y,) = bind(eqn, operands)
+        return y
+
+    return anew(multiplied, q, x)
