@@ -6,6 +6,7 @@ a job takes by then, and begins the job whose stages are kept in FOLDER.
 
 from __future__ import annotations
 
+import functools
 import sys
 import tempfile
 import time
@@ -63,6 +64,7 @@ def fn(params: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(x) @ params["head"]
 
 
+@functools.cache
 def plan(bits: int = 3) -> jq.Plan:
     gptq = jq.Scheme(Uniform(bits), 4, GPTQ())
     dithered = jq.Scheme(Uniform(4), None, Dithered())

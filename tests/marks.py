@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+EVERY_CASE = os.environ.get("EVERY_CASE", "0") != "0"
+
 
 def mostly_slow(
     cases: Iterable[Any], quick: Callable[[Any], bool] | Iterable[Any], ids: Any = None
@@ -42,7 +44,7 @@ def covering(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
     For laws in which the axes have little to do with each other. `EVERY_CASE=1` gives the product.
     """
     lists = [list(axis) for axis in axes]
-    if os.environ.get("EVERY_CASE", "0") != "0":
+    if EVERY_CASE:
         return list(itertools.product(*lists))
     # An axis that is through moves by one more than those before it: else equal lengths would
     # always meet in the same pairs.

@@ -318,11 +318,12 @@ ANY = "linen-scan-remat-tied vmapped-experts ragged-dot conv-grouped-strided"
 def test_any_function(name) -> None:
     case = next(c for c in CASES if c.name == name)
     weights = jq.find_weights(case.fn, case.params, case.batches[0])
-    full = case.fn(case.params, case.batches[0])
+    full = jax.jit(case.fn)(case.params, case.batches[0])
     scheme = jq.Scheme(Uniform(8), activations=Activations(AFFINE, "static"), fallback=True)
     q, _ = jq.quantize(case.fn, case.params, jq.plan(weights, {".*": scheme}), case.batches)
-    found = jq.apply(case.fn)(q, case.batches[0])
-    without = jq.apply(case.fn)(jax.tree.map(lambda x: x, bare(q)), case.batches[0])
+    run = jax.jit(jq.apply(case.fn))
+    found = run(q, case.batches[0])
+    without = run(jax.tree.map(lambda x: x, bare(q)), case.batches[0])
     assert not np.array_equal(jax.tree.leaves(found)[0], jax.tree.leaves(without)[0])
     jax.tree.map(lambda a, b: near(a, b, 0.08), found, full)
 

@@ -68,10 +68,11 @@ FLOATS = ("linen-scan-remat-tied", "vmapped-experts", "views")
 )
 def test_equals_the_function_of_dequantized_parameters(case: Case, grid) -> None:
     q = quantized(case.fn, case.params, case.batches[0], LoRC(2, grid))
-    wanted = case.fn(jq.dequantize(q), case.batches[0])
-    without = case.fn(jq.dequantize(bare(q)), case.batches[0])
+    run = jax.jit(case.fn)
+    wanted = run(jq.dequantize(q), case.batches[0])
+    without = run(jq.dequantize(bare(q)), case.batches[0])
     assert not np.allclose(jax.tree.leaves(wanted)[0], jax.tree.leaves(without)[0], atol=1e-3)
-    close(jq.apply(case.fn)(q, case.batches[0]), wanted)
+    close(jax.jit(jq.apply(case.fn))(q, case.batches[0]), wanted)
 
 
 @pytest.mark.parametrize("name", ["linen-scan-remat-tied", "vmapped-experts", "nnx-general-einsum"])
@@ -79,11 +80,12 @@ def test_under_vmap_and_grad(name) -> None:
     case = next(c for c in CASES if c.name == name)
     q = quantized(case.fn, case.params, case.batches[0])
     stacked = jnp.stack(case.batches)
-    wanted = jnp.stack([case.fn(jq.dequantize(q), batch) for batch in case.batches])
-    close(jax.vmap(jq.apply(case.fn), (None, 0))(q, stacked), wanted)
+    plain, full = jax.jit(case.fn), jq.dequantize(q)
+    wanted = np.stack([plain(full, batch) for batch in case.batches])
+    close(jax.jit(jax.vmap(jq.apply(case.fn), (None, 0)))(q, stacked), wanted)
     if jnp.issubdtype(stacked.dtype, jnp.floating):
         slope = [
-            jax.grad(lambda x, run=run, p=p: jnp.sum(jnp.sin(run(p, x))))(case.batches[0])
+            jax.jit(jax.grad(lambda x, run=run, p=p: jnp.sum(jnp.sin(run(p, x)))))(case.batches[0])
             for run, p in ((jq.apply(case.fn), q), (case.fn, jq.dequantize(q)))
         ]
         close(*slope)

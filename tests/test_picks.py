@@ -98,8 +98,8 @@ def test_codes_and_stages_are_those_of_sorted_rows(fn: Any, preset: Any) -> None
     assert report.stages == other.stages == (("first",), ("up",), ("down",), ("last",))
     for name in report:
         np.testing.assert_array_equal(q[name].codes, expected[name].codes)
-    exact = fn(jq.dequantize(q), X[0])
-    np.testing.assert_allclose(jq.apply(fn)(q, X[0]), exact, atol=1e-5)
+    exact = jax.jit(fn)(jq.dequantize(q), X[0])
+    np.testing.assert_allclose(jax.jit(jq.apply(fn))(q, X[0]), exact, atol=1e-5)
 
 
 def test_codes_are_picked_as_codes() -> None:

@@ -140,7 +140,7 @@ def quantized(made: Made, **others: Any) -> Any:
 
 @pytest.mark.parametrize("make", [as_list, as_stack])
 def test_the_number_of_programs_does_not_depend_on_depth(make: Any, compiles: Any) -> None:
-    shallow, deep = make(3, 7), make(6, 7)
+    shallow, deep = make(3, 7), make(4, 7)
     counts = []
     for fn, params, batches in (deep, shallow):
         plan = plan_of(fn, params, batches[0])
