@@ -12,7 +12,7 @@ import jquant as jq
 from jquant import exchange
 from jquant.axes.groups import to_groups
 from jquant.errors import FormatError, PacketError, TreeError, WeightError
-from jquant.exchange.enclosing import Enclosing
+from jquant.exchange.enclosing import Enclosing, check_encloses
 from jquant.exchange.packet import floating_leaves
 from jquant.grids import MX, NF4, Uniform
 from jquant.rounding import Nearest, Stochastic
@@ -21,6 +21,7 @@ from tests.marks import mostly_slow
 slow = pytest.mark.slow
 KEY = jax.random.key(0)
 S3 = {bits: Uniform(bits, symmetric=True, convention="S3") for bits in (2, 3, 4, 8)}
+TWO = Uniform(2, symmetric=True, convention="S3", scale_dtype="float16")
 HALF = Uniform(4, symmetric=True, convention="S3", scale_dtype="float16")
 
 
@@ -350,7 +351,14 @@ def test_grids_that_clip_are_refused(name):
 
 def test_stretched_scales_are_no_larger_than_they_need_be():
     w = jnp.linspace(-1.0, 1.0, 32)[None]
-    for grid, most in ((S3[4], 1.0), (Uniform(4, True), 15 / 14), (HALF, 1.003), (MX(), 2.0)):
+    for grid, most in (
+        (S3[4], 1.0),
+        (Uniform(4, True), 15 / 14),
+        (HALF, 1.003),
+        (TWO, 1.003),
+        (MX(), 2.0),
+    ):
+        check_encloses(grid)
         plain, stretched = grid.fit(w)["scale"], Enclosing(grid).fit(w)["scale"]
         ratio = float(stretched.astype(jnp.float32)[0] / plain.astype(jnp.float32)[0])
         assert 1.0 <= ratio <= most + 1e-4, grid

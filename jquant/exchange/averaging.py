@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from jquant.errors import PacketError
@@ -95,7 +96,7 @@ def _check_forms(packets: Sequence[Packet]) -> None:
 
 def _check_keys(packets: Sequence[Packet]) -> None:
     marks = [packet.fingerprint for packet in packets]
-    if any(isinstance(mark, jax.core.Tracer) for mark in marks):
+    if any(isinstance(mark, Tracer) for mark in marks):
         return
     numbers: dict[bytes, int] = {}
     for number, mark in enumerate(map(np.asarray, jax.device_get(marks))):
@@ -112,7 +113,7 @@ def _check_others(packets: Sequence[Packet]) -> None:
     first = by_path(packets[0].tree)
     for number, packet in enumerate(packets[1:], 1):
         for path, leaf in by_path(packet.tree).items():
-            if is_qtensor(leaf) or isinstance(leaf, jax.core.Tracer):
+            if is_qtensor(leaf) or isinstance(leaf, Tracer):
                 continue
             if not bool(jnp.array_equal(leaf, first[path])):
                 raise PacketError(

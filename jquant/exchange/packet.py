@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, UInt32
 
 from jquant.axes.groups import Groups
@@ -247,7 +248,7 @@ def packed(
 
 def _check(flags: Mapping[str, Array], what: str, advice: str) -> None:
     """Refuse a tree of which a leaf's flag is not set; those that are being traced pass."""
-    here = {p: flag for p, flag in flags.items() if not isinstance(flag, jax.core.Tracer)}
+    here = {p: flag for p, flag in flags.items() if not isinstance(flag, Tracer)}
     bad = [path for path, flag in jax.device_get(here).items() if not flag]
     if bad:
         raise WeightError(
