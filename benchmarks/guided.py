@@ -39,50 +39,56 @@ SETTINGS: dict[str, tuple[int, int | None, Rounding]] = {
         "QEP, polished": Polish(GPTQ(correction="qep")),
     }.items()
 }
-# Groups of output rows, and whether labels are drawn from the network itself.
-GUIDES: dict[str, tuple[int, bool] | None] = {
+# Groups of output rows, whether labels are drawn from the network itself, and the power that the
+# means of squares are raised to.
+GUIDES: dict[str, tuple[int, bool, float] | None] = {
     "not guided": None,
-    "1 group": (1, False),
-    "4 groups": (4, False),
-    "1 group, labels drawn": (1, True),
-    "4 groups, labels drawn": (4, True),
+    "1 group": (1, False, 1.0),
+    "4 groups": (4, False, 1.0),
+    "1 group, labels drawn": (1, True, 1.0),
+    "4 groups, labels drawn": (4, True, 1.0),
+    "4 groups, labels drawn, roots": (4, True, 0.5),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=SETTINGS, action="append", help="settings to run")
+    parser.add_argument("--guide", choices=GUIDES, action="append", help="and guides")
     options = parser.parse_args()
     fn, params, calibration, evaluation = trained.load()
     batches = list(calibration.reshape(-1, 16, 256))
     weights = jq.find_weights(fn, params, batches[0])
     paths = [path for path in weights if path.startswith("layers/") and path.endswith("/kernel")]
     rows: dict[str, Any] = json.loads(PATH.read_text())["rows"] if PATH.exists() else {}
-    saliency: dict[tuple[int, bool], jq.Saliency] = {}
+    saliency: dict[tuple[int, bool, float], jq.Saliency] = {}
     for setting in options.only or SETTINGS:
         bits, group, rounding = SETTINGS[setting]
-        for name, guide in GUIDES.items():
+        for name in options.guide or GUIDES:
+            guide = GUIDES[name]
             if name in rows.get(setting, {}) and not options.only:
                 continue
             if guide is not None and guide not in saliency:
                 start = time.perf_counter()
-                groups, drawn = guide
-                saliency[guide] = jq.saliency(
+                groups, drawn, power = guide
+                seen = jq.saliency(
                     fn, params, batches, paths=paths, groups=groups,
                     key=jax.random.key(0) if drawn else None,
                 )  # fmt: skip
+                raised = [
+                    {name: tuple(array**power for array in uses) for name, uses in batch.items()}
+                    for batch in seen.batches
+                ]
+                saliency[guide] = jq.Saliency(raised, seen.kinds)
                 print(f"saliency: {time.perf_counter() - start:.1f} s", flush=True)
             grid = Uniform(bits, scale_dtype="float16", range=MSE())
             scheme = jq.Scheme(grid, group, rounding if guide is None else Guided(rounding))
             plan = jq.plan(weights, {trained.LINEARS: scheme, ".*": jq.keep})
             own = None if guide is None else saliency[guide]
-            start = time.perf_counter()
             q, report = jq.quantize(fn, params, plan, batches, saliency=own)
-            seconds = time.perf_counter() - start
             rows.setdefault(setting, {})[name] = measured = {
                 "kl": float(jq.evaluate.kl(fn, params, q, [evaluation])),
                 "kl_calibration": float(jq.evaluate.kl(fn, params, q, [calibration[:32]])),
-                "seconds": round(seconds, 1),
                 "evidence_bytes": report.evidence_bytes,
             }
             print(setting, name, measured, flush=True)
