@@ -49,7 +49,7 @@ def test_each_device_rounds_its_share_of_rows(spec: P) -> None:
     for count in (1, 8):
         mesh = mesh_of(count)
         w = over_rows(jax.device_put(W, NamedSharding(mesh, spec)), scheme, LAYOUT)
-        evidence = jax.device_put(Evidence.of(X), NamedSharding(mesh, P()))
+        evidence = jax.device_put(Evidence.of(jnp.asarray(X)), NamedSharding(mesh, P()))
         run = functools.partial(quantize_weight, scheme=scheme, layout=LAYOUT)
         program = jax.jit(lambda w, e, run=run: run(w, evidence=e)).lower(w, evidence).compile()
         flops[count] = (program.cost_analysis() or {})["flops"]
@@ -65,7 +65,8 @@ def test_rows_are_spread_as_far_as_devices_divide_them() -> None:
 
     def spec(shape: tuple[int, ...], given: P, layout: Layout, scheme: jq.Scheme = scheme) -> P:
         w = jax.device_put(np.zeros(shape, np.float32), NamedSharding(mesh, given))
-        return over_rows(w, scheme, layout).sharding.spec
+        spread: Any = over_rows(w, scheme, layout).sharding
+        return spread.spec
 
     rows, columns = Layout.of((16, 8), in_axes=(1,)), Layout.of((8, 16), in_axes=(0,))
     assert spec((16, 8), P(None, "m"), rows) == P(("d", "m"), None)

@@ -26,6 +26,7 @@ from jquant.app.budgets import share_bits
 from jquant.app.console import Narrator, summary
 from jquant.app.decoding import decoded_once
 from jquant.app.demo import run_demo
+from jquant.app.devices import Devices, need_devices, on_mesh, on_paper, show_costs
 from jquant.app.examples import Examples, calibration, held_out, one_by_one
 from jquant.app.exporting import To, export_model, need_plan, saved
 from jquant.app.listing import listing
@@ -53,7 +54,6 @@ from jquant.calibration import find_weights
 from jquant.calibration.stages import Sequential
 from jquant.exporters.folder import own_version
 from jquant.io import read_header
-from jquant.jobs.estimate import estimate
 from jquant.jobs.quantize import quantize
 from jquant.layerwise.weight import stored_bits
 from jquant.models.quantized import CHECKPOINT
@@ -114,6 +114,7 @@ def quantize_model(
     examples: Examples = Examples(),
     params: Orbax = None,
     reading: Reading = Reading(),
+    devices: Devices = Devices(),
     requantize: Annotated[bool, Parameter(negative="")] = False,
     force: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
@@ -176,12 +177,16 @@ def quantize_model(
     rules = read_rules(rule)
     need_free(output, force)
     need_options(source, params, reading.architecture)
+    need_devices(devices, dry_run)
     need_unquantized(source, requantize)
     narrator.say(f"loading {source}")
-    model = opened(source, params=params, lazy=True, **reading.choices())
+    model = on_paper(source, devices, examples, dry_run)
+    model = model or opened(source, params=params, lazy=True, **reading.choices())
     model = decoded(model, requantize, narrator)
     model = taking(model, examples.batches)
     batches = calibration(model, examples)
+    if not dry_run:
+        model, batches = on_mesh(model, batches, devices)
     fn, leaves, chosen = model.fn, model.params, Chosen()
     plan = plan_of(find_weights(fn, leaves, *inputs_of(batches[0])), default, rules, lorc)
     real = None if objective == "stage" else real_tokens(model, batches)
@@ -198,8 +203,7 @@ def quantize_model(
     how: Any = {"sequential": sequential, "token_weights": real}
     need_foreseeable(objective, dry_run)
     if dry_run:
-        narrator.say("compiling and timing every program of the job")
-        narrator.show(estimate(fn, leaves, plan, used, **how).table())
+        show_costs(model, plan, used, how, devices, narrator)
         return
     with narrator.job("quantizing") as move:
         qparams, outcome = quantize(

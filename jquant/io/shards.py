@@ -174,9 +174,10 @@ class Index:
             _check_names(files, self.user)
             assert isinstance(files, list)
             self.files = [_opened(folder, name, len(files), opener) for name in files]
-            self._boxes = body.get("boxes")
-            if not isinstance(self._boxes, dict):
+            boxes = body.get("boxes")
+            if not isinstance(boxes, dict):
                 raise CheckpointError("the boxes are malformed")
+            self._boxes: dict[str, Any] = boxes
             self.decoder = Decoder(self._boxes, body.get("static"), self._claim, streams=False)
             self.root = body.get("tree")
             self.decoder.check(self.root)

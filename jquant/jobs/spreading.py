@@ -10,6 +10,7 @@ weight was.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 from jaxtyping import Array
 
@@ -33,15 +34,19 @@ def over_rows(w: Array, scheme: Scheme, layout: Layout) -> Array:
     sizes = w.sharding.mesh.shape  # type: ignore[attr-defined]
     *batch, rows, _ = layout.canonical_marks(entries)
     taken = {name for entry in batch for name in names_of(entry)}
-    free = [name for name in names_of(rows) if name not in taken]
-    free += [name for name in sizes if name not in taken and name not in free]
-    length = _first_rows(w, layout)
-    chosen: list[str] = []
-    for name in free:
-        if length % (math.prod(sizes[n] for n in chosen) * sizes[name]) == 0:
-            chosen.append(name)
+    free = [name for name in dict.fromkeys((*names_of(rows), *sizes)) if name not in taken]
+    chosen = _dividing(free, sizes, _first_rows(w, layout))
     marks = layout.original_marks([*batch, tuple(chosen) or None, None])
     return put(w, w.sharding.mesh, marks)  # type: ignore[attr-defined]
+
+
+def _dividing(names: Sequence[str], sizes: Mapping[str, int], length: int) -> list[str]:
+    """The mesh axes, from the first on, whose devices together divide a length."""
+    chosen: list[str] = []
+    for name in names:
+        if length % math.prod(sizes[n] for n in (*chosen, name)) == 0:
+            chosen.append(name)
+    return chosen
 
 
 def names_of(entry: Entry) -> tuple[str, ...]:
