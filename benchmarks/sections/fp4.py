@@ -26,8 +26,8 @@ def fp4(result: dict[str, Any]) -> str:
         '`MSE(norm=2.0)`, of MX from `scale_rule="ceil"`. A million weights, nearest: weights to '
         "error in dB; bits are those stored per weight in the network below.\n\n"
         + table(["grid", "bits", *kinds], first)
-        + "\nKL of the small trained network of the tests on text it has not seen, from evidence of "
-        f"one pass{blocks}. *H*: inputs rotated by `Hadamard()`, *H32*: by `Hadamard(32)`. The "
+        + "\nKL of the small trained network of the tests on text it has not seen, from evidence "
+        f"of one pass{blocks}. *H*: inputs rotated by `Hadamard()`, *H32*: by `Hadamard(32)`. The "
         "lowest of NV and of MX in bold.\n\n"
         + _kl(result["kl"], list(errors))
         + f"\n{ran(result)}.\n"
