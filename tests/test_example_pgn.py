@@ -27,6 +27,7 @@ def test_states_see_what_came_before_and_not_what_comes(example):
     x = jax.random.normal(jax.random.key(0), (1, 9, 4))
     moved = layer(x.at[:, 6].add(1.0)) - layer(x)
     assert (jnp.abs(moved[:, :6]) == 0).all() and (jnp.abs(moved[:, 6:]).max(-1) > 0).all()
+    np.testing.assert_allclose(layer(x, last=2), layer(x)[:, -2:], atol=1e-5)
     # by the words of the paper, for the state at 6
     kernel, bias = layer.gather.kernel[...][:, 0], layer.gather.bias[...]
     h = (x[0, 1:6] * kernel).sum(0) + bias

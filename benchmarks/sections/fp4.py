@@ -11,6 +11,7 @@ from benchmarks.sections.text import ran, table
 def fp4(result: dict[str, Any]) -> str:
     errors, bits = result["errors"], result["bits"]
     kinds = list(next(iter(errors.values())))
+    blocks = "; QEP block by block" if any(key[:3] == "QEP" for key in result["kl"]) else ""
     first = [
         [
             name,
@@ -25,9 +26,9 @@ def fp4(result: dict[str, Any]) -> str:
         '`MSE(norm=2.0)`, of MX from `scale_rule="ceil"`. A million weights, nearest: weights to '
         "error in dB; bits are those stored per weight in the network below.\n\n"
         + table(["grid", "bits", *kinds], first)
-        + "\nKL of the small trained network of the tests on text it has not seen; QEP block by "
-        "block, the others from evidence of one pass. *H*: inputs rotated by `Hadamard()`, *H32*: "
-        "by `Hadamard(32)`. The lowest of NV and of MX in bold.\n\n"
+        + "\nKL of the small trained network of the tests on text it has not seen, from evidence "
+        f"of one pass{blocks}. *H*: inputs rotated by `Hadamard()`, *H32*: by `Hadamard(32)`. The "
+        "lowest of NV and of MX in bold.\n\n"
         + _kl(result["kl"], list(errors))
         + f"\n{ran(result)}.\n"
     )

@@ -34,10 +34,10 @@ class Size:
     """How large an experiment is."""
 
     width: int = 32
-    steps: int = 400
-    batch: int = 16
+    steps: int = 600
+    batch: int = 32
     rate: float = 3e-3
-    networks: tuple[str, ...] = ("PGN", "TPGN", "GRU")
+    networks: tuple[str, ...] = ("TPGN", "PGN", "GRU")
     schemes: tuple[str, ...] = ("W8A8", "W4 nearest", "W4", "W3")
 
 
@@ -54,9 +54,11 @@ class PGN(nnx.Module):
         )
         self.gate = nnx.Linear(2 * width, 2 * width, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[batch, time, width]` to the same."""
+    def __call__(self, x: jax.Array, last: int | None = None) -> jax.Array:
+        """`[batch, time, width]` to the same, or to the last states alone."""
         before = jnp.pad(x, ((0, 0), (self.history, 0), (0, 0)))[:, :-1]
+        if last is not None:
+            before, x = before[:, -(self.history - 1 + last) :], x[:, -last:]
         h = self.gather(before)
         gate, candidate = jnp.split(self.gate(jnp.concatenate([x, h], -1)), 2, -1)
         gate = jax.nn.sigmoid(gate)
@@ -72,7 +74,7 @@ class Plain(nnx.Module):
         self.head = nnx.Linear(size.width, DAY, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.head(self.pgn(self.embed(x[..., None]))[:, -1])
+        return self.head(self.pgn(self.embed(x[..., None]), last=1)[:, -1])
 
 
 class Temporal(nnx.Module):
@@ -91,7 +93,7 @@ class Temporal(nnx.Module):
         batch = len(x)
         days = x.reshape(batch, DAYS, DAY)
         hours = days.swapaxes(1, 2).reshape(batch * DAY, DAYS, 1)
-        long = self.down(self.embed(hours))[:, -1].reshape(batch, DAY, -1)
+        long = self.down(self.embed(hours), last=1)[:, -1].reshape(batch, DAY, -1)
         short = self.join(jnp.tanh(self.patch(days)).reshape(batch, -1))
         short = jnp.broadcast_to(short[:, None], long.shape)
         return self.head(jnp.concatenate([long, short], -1))[..., 0]
