@@ -99,30 +99,43 @@ def adapt(
     leaves = by_path(qparams, "qparams")
     layouts = {path: weight.layout for path, weight in (weights or {}).items()}
     _check_weights(weights or {}, leaves)
-    if rules is None:
-        if not any(isinstance(leaf, QTensor) for leaf in leaves.values()):
-            raise PlanError(
-                "no weight of qparams is quantized; pass what jq.quantize returned, or rules and "
-                "weights=jq.find_weights(fn, params, x)"
-            )
-        taken = {p: (LoRA(rank),) for p, leaf in leaves.items() if isinstance(leaf, QTensor)}
-    else:
-        taken = _decided(leaves, layouts, rules)
+    taken = _every(leaves, rank) if rules is None else _decided(leaves, layouts, rules)
     kept: dict[str, Any] = {}
     trainable: Trainable = {}
     for path, adapters in taken.items():
-        leaf, arrays = leaves[path], {}
-        for adapter in adapters:
-            own = None if key is None else key_of(key, path)
-            leaf, more = adapter.begin(path, leaf, layouts.get(path), own)
-            arrays |= more
-        kept[path], trainable[path] = leaf, arrays
+        own = None if key is None else key_of(key, path)
+        kept[path], trainable[path] = _begun(path, leaves[path], adapters, layouts.get(path), own)
     shapes = tuple((p, n, a.shape) for p, arrays in trainable.items() for n, a in arrays.items())
-    plain = (path for path in taken if not isinstance(leaves[path], QTensor) and path in layouts)
-    frozen = Frozen(
-        replaced(qparams, kept), tuple(taken.items()), shapes, tuple((p, layouts[p]) for p in plain)
+    plain = tuple(
+        (path, layouts[path])
+        for path in taken
+        if path in layouts and not isinstance(leaves[path], QTensor)
     )
-    return frozen, trainable
+    return Frozen(replaced(qparams, kept), tuple(taken.items()), shapes, plain), trainable
+
+
+def _begun(
+    path: str, leaf: Any, adapters: Adapters, layout: Layout | None, key: PRNGKeyArray | None
+) -> tuple[Any, Trained]:
+    """What of a leaf stays, and what all its adapters train."""
+    trained: Trained = {}
+    for adapter in adapters:
+        leaf, more = adapter.begin(path, leaf, layout, key)
+        trained |= more
+    return leaf, trained
+
+
+def _every(leaves: Mapping[str, Any], rank: int | None) -> dict[str, Adapters]:
+    """A low-rank term beside every quantized weight."""
+    taken: dict[str, Adapters] = {
+        path: (LoRA(rank),) for path, leaf in leaves.items() if isinstance(leaf, QTensor)
+    }
+    if not taken:
+        raise PlanError(
+            "no weight of qparams is quantized; pass what jq.quantize returned, or rules and "
+            "weights=jq.find_weights(fn, params, x)"
+        )
+    return taken
 
 
 def _check_weights(weights: Mapping[str, Weight], leaves: Mapping[str, Any]) -> None:

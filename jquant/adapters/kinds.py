@@ -150,6 +150,7 @@ class LoRA:
             left = left * (self.alpha / self.rank)
         if isinstance(leaf, QTensor):
             return replace(leaf, compensation=_together(leaf.compensation, LowRank(left, right)))
+        assert layout is not None
         added = partial(_added, layout=layout)
         return automatic(added, leaf, LowRank(left, right), out=typed(leaf))
 
@@ -170,11 +171,8 @@ def _together(one: LowRank | None, two: LowRank) -> LowRank:
     """The sum of two low-rank terms as one."""
     if one is None:
         return two
-    left, right = one.factors()
-    return LowRank(
-        jnp.concatenate([left, two.left.astype(jnp.float32)], -1),
-        jnp.concatenate([right, two.right.astype(jnp.float32)], -2),
-    )
+    (left, right), (more_left, more_right) = one.factors(), two.factors()
+    return LowRank(jnp.concatenate([left, more_left], -1), jnp.concatenate([right, more_right], -2))
 
 
 def _added(w: Array, low: LowRank, layout: Layout) -> Array:
@@ -186,7 +184,7 @@ def _added(w: Array, low: LowRank, layout: Layout) -> Array:
 
 def _beside(leaf: Any, array: Array) -> Array:
     """An array on all devices that a leaf lies on."""
-    at = leaf.codes if isinstance(leaf, QTensor) else leaf
+    at: Any = leaf.codes if isinstance(leaf, QTensor) else leaf
     return array if entries_of(at) is None else put(array, at.sharding.mesh, ())
 
 

@@ -60,14 +60,7 @@ def check_fit(frozen: Frozen, trainable: Any) -> None:
             f"merge takes what jq.adapt returned, frozen first, got {type(frozen).__name__}"
         )
     shapes = {(path, name): shape for path, name, shape in frozen.shapes}
-    if not isinstance(trainable, Mapping) or not all(
-        isinstance(arrays, Mapping) for arrays in trainable.values()
-    ):
-        raise TreeError(
-            f"trainable must be path → name → array, as jq.adapt returned it, got "
-            f"{type(trainable).__name__}"
-        )
-    given = {(path, name): a for path, arrays in trainable.items() for name, a in arrays.items()}
+    given = _by_name(trainable)
     for here, there, what in (
         (shapes, given, "is missing from trainable"),
         (given, shapes, "is no trainable array of frozen"),
@@ -79,9 +72,28 @@ def check_fit(frozen: Frozen, trainable: Any) -> None:
                     "arrays in the place of those they came from"
                 )
     for (path, name), array in given.items():
-        shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
-        if shape != shapes[path, name] or not jnp.issubdtype(dtype, jnp.floating):
-            raise TreeError(
-                f"trainable at {path!r}, {name!r} must be floats {shapes[path, name]}, got "
-                f"{shape} of {dtype}; pass what was trained beside this frozen tree"
-            )
+        _check_array(path, name, array, shapes[path, name])
+
+
+def _by_name(trainable: Any) -> dict[tuple[str, str], Any]:
+    """The arrays by path and name."""
+    nested = isinstance(trainable, Mapping) and all(
+        isinstance(arrays, Mapping) for arrays in trainable.values()
+    )
+    if not nested:
+        raise TreeError(
+            f"trainable must be path → name → array, as jq.adapt returned it, got "
+            f"{type(trainable).__name__}"
+        )
+    return {(path, name): a for path, arrays in trainable.items() for name, a in arrays.items()}
+
+
+def _check_array(path: str, name: str, array: Any, shape: tuple[int, ...]) -> None:
+    dtype: Any = getattr(array, "dtype", None)
+    fits = getattr(array, "shape", None) == shape
+    if not fits or not jnp.issubdtype(dtype, jnp.floating):
+        raise TreeError(
+            f"trainable at {path!r}, {name!r} must be floats {shape}, got "
+            f"{getattr(array, 'shape', None)} of {dtype}; pass what was trained beside this "
+            "frozen tree"
+        )

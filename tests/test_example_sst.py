@@ -1,0 +1,71 @@
+"""Sparse spectral training: its transformation does what it says, and the example runs."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "sst"
+
+
+def loaded(name):
+    spec = importlib.util.spec_from_file_location(f"example_sst_{name}", EXAMPLE / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def sst():
+    with jax.numpy_dtype_promotion("standard"):
+        yield loaded("sst")
+
+
+def test_gradients_of_vectors_leave_out_the_values(sst):
+    w, dw = (jax.random.normal(jax.random.key(k), (6, 4)) for k in (0, 1))
+    f = sst.factorised(w)
+    np.testing.assert_allclose(sst.matrix(f), w, atol=1e-5)
+    (g,) = jax.vjp(sst.matrix, f)[1](dw)
+    np.testing.assert_allclose(g.u, dw @ f.v, atol=1e-5)
+    np.testing.assert_allclose(g.v, dw.T @ f.u, atol=1e-5)
+    np.testing.assert_allclose(g.s, jnp.diag(f.u.T @ dw @ f.v), atol=1e-5)
+
+
+def test_all_values_move_and_only_the_drawn_vectors(sst):
+    f = sst.factorised(jax.random.normal(jax.random.key(0), (8, 6)))
+    tx = sst.sparse_spectral(1e-2, 2, jax.random.key(1), draw=3, rounds=2)
+    params, state = [f], tx.init([f])
+    grads = [jax.tree.map(jnp.ones_like, f)]
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for count in range(1, 7):
+        columns = set(np.asarray(state.weights[0].columns).tolist())
+        before, (params, state) = params[0], step(params, state)
+        after = params[0]
+        np.testing.assert_allclose(jnp.linalg.norm(after.u, axis=0), 1, atol=1e-5)
+        if count < 6:
+            moved = np.flatnonzero(np.abs(np.asarray(after.u - before.u)).max(0) > 1e-6)
+            assert set(moved.tolist()) == columns and len(columns) == 2
+            assert np.all(np.asarray(after.s != before.s))
+    np.testing.assert_allclose(after.u.T @ after.u, np.eye(6), atol=1e-4)  # decomposed anew
+    assert np.all(np.asarray(after.s) >= 0)
+
+
+@pytest.mark.slow
+def test_the_small_one_runs(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with jax.numpy_dtype_promotion("standard"):
+        result = loaded("main").main(["--small"])
+    assert set(result["runs"]) == {"full", "LoRA", "SST"}
+    moving = {way: run["moving"] for way, run in result["runs"].items()}
+    assert moving["LoRA"] < moving["SST"] < moving["full"]
+    assert result["hyperbolic_difference"] < 1e-5
