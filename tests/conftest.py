@@ -9,6 +9,7 @@ skipped, unless `OPTIMIZED=1` asks for the whole run to be compiled as users com
 import contextlib
 import gc
 import importlib.metadata
+import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -105,7 +106,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-MAPPINGS = 20_000
+MAPPINGS, TESTS = 20_000, itertools.count(1)
 
 
 def mappings() -> int:
@@ -126,6 +127,15 @@ def forgotten_programs() -> Iterator[None]:
     """
     yield
     if mappings() >= MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def forgotten_in_long_files() -> Iterator[None]:
+    """So too within a file, where one process runs many tests and none of the others."""
+    yield
+    if next(TESTS) % 20 == 0 and mappings() >= 2 * MAPPINGS:
         jax.clear_caches()
         gc.collect()
 

@@ -3,6 +3,7 @@ that does not, and a weight that goes through calls and loops unchanged is the s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -74,9 +75,15 @@ def _found(fn: Callable[..., Any], params: Any = PARAMS) -> Any:
     weights = jq.find_weights(fn, params, X)
     qparams, _ = jq.quantize(fn, params, jq.plan(weights, {".*": GPTQ}), [X])
     moments = {path: e.second_moment for path, e in jq.capture(fn, params, [X]).items()}
-    results = jq.apply(fn)(qparams, X), jq.emulate(fn, 7)(params, X)
+    runs = jax.jit(jq.apply(fn)), jax.jit(jq.emulate(fn, 7))
+    results = runs[0](qparams, X), runs[1](params, X)
     axes = {path: (w.in_axes, w.batch_axes) for path, w in weights.items()}
     return axes, moments, jq.dequantize(qparams), results
+
+
+@functools.cache
+def _of_the_body() -> Any:
+    return _found(_network(_plain))
 
 
 def _close(found: Any, wanted: Any) -> None:
@@ -85,7 +92,7 @@ def _close(found: Any, wanted: Any) -> None:
 
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
 def test_a_call_is_what_its_body_is(product: Product) -> None:
-    _close(_found(_network(product)), _found(_network(_plain)))
+    _close(_found(_network(product)), _of_the_body())
 
 
 # A layer that gives its weight back, in a call or a branch of its own.
@@ -97,6 +104,18 @@ RETURNED: dict[str, Callable[[jax.Array, jax.Array], Any]] = {
         h[0, 0] < 99, lambda h, w: (_plain(h, w), w), lambda h, w: (h, w), h, w
     ),
 }
+
+
+@functools.cache
+def _of_layers() -> Any:
+    """Of the same loops around layers that give no weight back."""
+
+    def plain(p: Any, x: jax.Array) -> jax.Array:
+        h = jax.lax.scan(lambda h, w: (_plain(h, w), None), x, p["s"])[0]
+        h = jax.lax.fori_loop(0, 2, lambda _, h: _plain(h, p["a"]), h)
+        return h @ p["s"][0]
+
+    return _found(plain)
 
 
 @pytest.mark.parametrize("layer", RETURNED.values(), ids=RETURNED)
@@ -111,12 +130,7 @@ def test_a_weight_that_comes_back_unchanged_is_the_weight(layer: Any) -> None:
         h, _ = jax.lax.fori_loop(0, 2, again, (h, p["a"]))
         return h @ stack[0]  # what came out is the weight that went in
 
-    def plain(p: Any, x: jax.Array) -> jax.Array:
-        h = jax.lax.scan(lambda h, w: (_plain(h, w), None), x, p["s"])[0]
-        h = jax.lax.fori_loop(0, 2, lambda _, h: _plain(h, p["a"]), h)
-        return h @ p["s"][0]
-
-    _close(_found(returned), _found(plain))
+    _close(_found(returned), _of_layers())
 
 
 def test_what_is_split_over_devices_is_refused_by_name() -> None:

@@ -58,9 +58,9 @@ def test_stages_evidence_and_disk_are_those_of_the_job(sequential, tmp_path) -> 
 
 @pytest.mark.slow
 def test_equal_stages_are_compiled_once(compiles) -> None:
-    """As many programs for six layers as for three."""
+    """As many programs for four layers as for three."""
     counted = []
-    for depth in (3, 6):
+    for depth in (3, 4):
         params = parameters(depth)
         plan = planned(params)
         jax.clear_caches()

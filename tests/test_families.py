@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import torch_logits, torch_model, transformers, write_gguf
-from marks import covering, mostly_slow
+from marks import EVERY_CASE, covering, mostly_slow
 
 import jquant as jq
 from jquant import models
@@ -167,13 +167,13 @@ def test_logits_are_those_of_pytorch(name: str, tmp_path: Path) -> None:
     model = network(name)
     model.save_pretrained(tmp_path / "hf")
     expected = torch_logits(model, TOKENS)
-    for scan in (False, True):
+    for scan in (False, True) if name in UNLIKE or EVERY_CASE else (len(name) % 2 == 0,):
         fn, params, _ = models.load(tmp_path / "hf", scan_layers=scan)
         close(jax.jit(fn)(params, TOKENS), expected)
     if name in NOT_IN_GGUF:
         return
     path = write_gguf(tmp_path / "m.gguf", model, keys=IN_GGUF.get(name))
-    other, values, _ = models.load(path, scan_layers=True)
+    other, values, _ = models.load(path, scan_layers=scan)
     assert single(other) == single(fn)
     jax.tree.map(np.testing.assert_array_equal, values, params)
 

@@ -512,8 +512,8 @@ def test_a_gguf_model_runs_on_its_codes(kind: str, scan: bool, tmp_path: Path) -
     weights = [q for q in jax.tree.leaves(kept, is_leaf=_is_q) if _is_q(q)]
     assert len(weights) == (1 + 7 if scan else 2 + 14)
     assert equal(jq.dequantize(kept), dense)
-    got = np.asarray(jq.apply(fn)(kept, tokens))
-    np.testing.assert_allclose(got, np.asarray(fn(dense, tokens)), atol=1e-5)
+    got = np.asarray(jax.jit(jq.apply(fn))(kept, tokens))
+    np.testing.assert_allclose(got, np.asarray(jax.jit(fn)(dense, tokens)), atol=1e-5)
     _, lazy, _ = models.load(path, scan_layers=scan, quantized="keep", lazy=True)
     leaves = jax.tree.leaves(lazy)
     assert all(isinstance(leaf, jq.Lazy) for leaf in leaves)
@@ -602,10 +602,15 @@ def write_folder(folder: Path, name: str, **more: Any) -> None:
     torch_model().save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     grid = Grouped(codec.grid, codec.groups)
+
+    @jax.jit
+    def rounded(w: jax.Array) -> tuple[jax.Array, Any]:
+        params = grid.fit(w)
+        return grid.nearest(w, params).astype(code_dtype(codec.grid)), params
+
     for weight in [n for n in tensors if "_proj.weight" in n]:
         w = jnp.asarray(tensors.pop(weight))
-        params = grid.fit(w)
-        codes = grid.nearest(w, params).astype(code_dtype(codec.grid))
+        codes, params = rounded(w)
         layout = Layout.of(w.shape, in_axes=(1,))
         q = QTensor(codes, params, codec.grid, codec.groups, layout, w.dtype)
         module = weight.removesuffix("weight")
@@ -635,8 +640,8 @@ def test_a_folder_of_quantized_modules(name: str, tmp_path: Path) -> None:
         np.asarray(jq.dequantize(q)), np.asarray(dense["layers"]["1"]["mlp"]["down"]["kernel"])
     )
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
-    got = np.asarray(jq.apply(fn)(kept, tokens))
-    np.testing.assert_allclose(got, np.asarray(fn(dense, tokens)), atol=1e-5)
+    got = np.asarray(jax.jit(jq.apply(fn))(kept, tokens))
+    np.testing.assert_allclose(got, np.asarray(jax.jit(fn)(dense, tokens)), atol=1e-5)
 
 
 def test_quantized_inputs_of_a_folder(tmp_path: Path) -> None:

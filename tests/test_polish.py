@@ -246,18 +246,17 @@ def test_a_sum_and_a_mean_are_one(factor):
     np.testing.assert_allclose(two.info["error"], factor * one.info["error"], rtol=1e-5)
 
 
-def test_wide_numbers_and_no_compiler_change_nothing():
-    w, moment = layer(5, 12)
-    rounding, groups = Polish(Nearest(), 1), Groups("in", 5)
+@pytest.mark.parametrize("wide", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_wide_numbers_and_no_compiler_change_nothing(wide):
+    w, moment = layer(3, 7)  # without the compiler every operation is a program
+    rounding, groups = Polish(Nearest(), 1), Groups("in", 4)
     plain = rounding(w, A4, groups, evidence=moment)
-    with jax.enable_x64(True):
-        wide = rounding(jnp.asarray(w, jnp.float64), A4, groups, evidence=moment)
-    with jax.disable_jit():
-        slow = rounding(w, A4, groups, evidence=moment)
-    for result in (wide, slow):
-        np.testing.assert_array_equal(np.asarray(result.codes), np.asarray(plain.codes))
-        assert all(leaf.dtype == jnp.float32 for leaf in result.info.values())
-        assert result.params["scale"].dtype == jnp.float32
+    with jax.enable_x64(True) if wide else jax.disable_jit():
+        given = jnp.asarray(w, jnp.float64) if wide else w
+        result = rounding(given, A4, groups, evidence=moment)
+    np.testing.assert_array_equal(np.asarray(result.codes), np.asarray(plain.codes))
+    assert all(leaf.dtype == jnp.float32 for leaf in result.info.values())
+    assert result.params["scale"].dtype == jnp.float32
 
 
 def test_parameters_in_bfloat16_are_judged_as_stored():
@@ -375,9 +374,13 @@ def test_stage_by_stage_with_drift_and_taken_up_again(tmp_path):
 
 def test_files_hold_what_was_polished(tmp_path):
     w, moment = layer(12, 40)
-    weights = jq.find_weights(lambda p, x: x @ p["w"].T, {"w": w}, jnp.ones((1, 40)))
+
+    def fn(p, x):
+        return x @ p["w"].T
+
+    weights = jq.find_weights(fn, {"w": w}, jnp.ones((1, 40)))
     plan = jq.plan(weights, {"w": jq.Scheme(Uniform(3, scale_dtype="bfloat16"), 8, Polish())})
     evidence = {"w": jq.Evidence(moment, jnp.float32(120))}
-    q, _ = jq.quantize(lambda p, x: x @ p["w"].T, {"w": w}, plan, evidence=evidence)
+    q, _ = jq.quantize(fn, {"w": w}, plan, evidence=evidence)
     jq.save(tmp_path / "q.safetensors", q)
     jax.tree.map(np.testing.assert_array_equal, q, jq.load(tmp_path / "q.safetensors"))

@@ -80,10 +80,7 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
-FEW = (
-    "nearest A1-4-mse", "nearest A4-4-hqq", "nearest nf4", "nearest kmeans-4", "gptq-dynamic in-8",
-    "nearest power-3-groups", "discquant in-8", "gptaq", "low rank", "inputs mse",
-)  # fmt: skip
+FEW = ("nearest A4-4-hqq", "nearest kmeans-4", "gptq-dynamic in-8", "gptaq", "low rank")
 
 
 REST = [name for name in SCHEMES if name not in FEW]

@@ -87,13 +87,13 @@ def test_every_weight_is_found_and_quantized(
     layers = 2 if "T5" not in architecture and "Whisper" not in architecture else 4
     assert len(report.stages) >= 2 * layers
     qparams = jq.realize(qparams)
-    result = jq.apply(fn)(qparams, *inputs)
-    exact = fn(jq.dequantize(qparams), *inputs)
+    result = jax.jit(jq.apply(fn))(qparams, *inputs)
+    exact = jax.jit(fn)(jq.dequantize(qparams), *inputs)
     np.testing.assert_allclose(result, exact, atol=1e-5 * float(abs(exact).max()))
     models.save_quantized(tmp_path, fn, qparams)
     again, kept, _ = models.load(tmp_path)
     assert again == fn and hash(again) == hash(fn)
-    np.testing.assert_array_equal(jq.apply(again)(kept, *inputs), result)
+    np.testing.assert_array_equal(jax.jit(jq.apply(again))(kept, *inputs), result)
 
 
 def test_tied_weights_are_one_leaf(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
