@@ -185,8 +185,7 @@ def quantize_model(
     model = decoded(model, requantize, narrator)
     model = taking(model, examples.batches)
     batches = calibration(model, examples)
-    if not dry_run:
-        model, batches = on_mesh(model, batches, devices)
+    model, batches = (model, batches) if dry_run else on_mesh(model, batches, devices)
     fn, leaves, chosen = model.fn, model.params, Chosen()
     plan = plan_of(find_weights(fn, leaves, *inputs_of(batches[0])), default, rules, lorc)
     real = None if objective == "stage" else real_tokens(model, batches)
