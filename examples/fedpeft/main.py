@@ -137,7 +137,7 @@ def private(update: Any, s: Setting, key: jax.Array) -> Any:
     """The update, no longer than the clip, with Gaussian noise; as it is without a clip."""
     if s.clip is None:
         return update
-    factor = jnp.minimum(1.0, s.clip / (optax.global_norm(update) + 1e-12))
+    factor = jnp.minimum(1.0, s.clip / (optax.tree.norm(update) + 1e-12))
     leaves, structure = jax.tree.flatten(update)
     keys = jax.random.split(key, len(leaves))
     return structure.unflatten([
