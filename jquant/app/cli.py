@@ -344,11 +344,10 @@ def generate(
     eos = () if words.eos_token_id is None else words.eos_token_id
     if quantized == "dequantize":
         params = decoded_once(params, Narrator(quiet))
-    key = jax.random.key(seed)
     ids: list[int] = []
     printed = ""
     for token in models.stream(
-        fn, params, start, tokens, temperature=temperature, key=key, eos=eos
+        fn, params, start, tokens, temperature=temperature, key=jax.random.key(seed), eos=eos
     ):
         ids.append(int(token[0]))
         # A character may take several tokens, so the text is decoded anew and its new end printed.
@@ -392,7 +391,8 @@ def _complain(error: Exception, status: int) -> int:
 
 def main() -> None:
     """The command `jquant`."""
-    # Warnings of the libraries below are for their developers; jquant's own are for the user.
+    # Warnings of libraries below are for their developers, advice to install PyTorch too.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", module="jquant")
     warnings.showwarning = _warn
