@@ -13,11 +13,7 @@ added to `results/few_bits.json` one by one.
 
 from __future__ import annotations
 
-import argparse
 import ast
-import json
-import subprocess
-import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -26,7 +22,7 @@ from typing import Any
 import numpy as np
 
 import jquant as jq
-from benchmarks.harness import RESULTS, machine
+from benchmarks import apart
 from benchmarks.quality import LINEARS, SETTINGS, digest
 from jquant.grids import MSE, Joint, Uniform
 from jquant.models import smollm2
@@ -95,30 +91,5 @@ def run(setting: str, method: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=SETTINGS, action="append", help="settings to run")
-    parser.add_argument("--method", choices=METHODS, action="append", help="methods to run")
-    parser.add_argument("--here", action="store_true", help="run in this process and print JSON")
-    options = parser.parse_args()
-    if options.here:
-        print(json.dumps(run(options.only[0], options.method[0])))
-        return
-    path = RESULTS / "few_bits.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else {}
-    asked = options.only or options.method
-    for method in options.method or METHODS:
-        for setting in options.only or SETTINGS:
-            if method in rows.get(setting, {}) and not asked:
-                continue
-            command = [sys.executable, "-m", "benchmarks.few_bits", "--here"]
-            command += ["--only", setting, "--method", method]
-            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            row = json.loads(printed.stdout.splitlines()[-1])
-            rows.setdefault(setting, {})[method] = row
-            print(setting, method, row, flush=True)
-            path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    apart.main("few_bits", __doc__.splitlines()[0], SETTINGS, METHODS, run)

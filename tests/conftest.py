@@ -70,10 +70,7 @@ GONE = pytest.StashKey[list[str]]()
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what `-m` says
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    slow, rare = (
-        set(Path(__file__).with_name(name).read_text("utf-8").splitlines())
-        for name in ("slow.txt", "rare.txt")
-    )
+    slow = set((Path(__file__).with_name("slow.txt")).read_text("utf-8").splitlines())
     for item in items:
         if item.nodeid in slow:  # by their time; others are marked in their files
             item.add_marker(pytest.mark.slow)
@@ -81,12 +78,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     asked = "".join(config.args)  # where one test of a file is named, the others are not there
     files = {item.split("::")[0] for item in collected}
     parts = {file for file in files if f"{file}::" in asked}
-    gone = [node for node in (slow | rare) - collected if node.split("::")[0] in files - parts]
+    gone = [node for node in slow - collected if node.split("::")[0] in files - parts]
     config.stash[GONE] = sorted(gone)
-    if not EVERY_CASE and "::" not in asked:
-        left_out = [item for item in items if item.nodeid in rare]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item.nodeid not in rare]
     if not OPTIMIZED:
         skip = pytest.mark.skip(reason="of what the compiler makes: OPTIMIZED=1 ./run tests")
         for item in items:
@@ -96,7 +89,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def slow_and_gone(request: pytest.FixtureRequest) -> list[str]:
-    """The ids of `slow.txt` and `rare.txt` that their files do not hold."""
+    """The ids of `slow.txt` that their files do not hold."""
     return request.config.stash[GONE]
 
 

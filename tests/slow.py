@@ -4,8 +4,6 @@
 
 A case is slow if it took more than half a second. Of each test the quickest case stays, unless that
 took more than 2.5 s; those of `STAY` do in any case, since no other test would tell what they tell.
-`rare.txt` is written by hand: cases that only `EVERY_CASE=1` runs, or who names one, since other
-cases of the same test, or tests named in `docs/notes/house.md`, would tell what they tell.
 """
 
 from __future__ import annotations

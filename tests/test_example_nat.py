@@ -1,25 +1,18 @@
 """The example of neighbourhood dictionaries runs, on a generated graph."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "nat"
+from tests.examples import EXAMPLES, loaded
 
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLE))
-    spec = importlib.util.spec_from_file_location("example_nat", EXAMPLE / "main.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(str(EXAMPLES / "nat"))
     with jax.numpy_dtype_promotion("standard"):  # as users have it, and optax takes it
-        yield module
+        yield loaded("nat")
 
 
 def test_a_node_remembers_whom_it_met(example):

@@ -1,25 +1,18 @@
 """The example of gated forecasting networks runs, on a generated series."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "pgn" / "main.py"
+from tests.examples import loaded
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("example_pgn", EXAMPLE)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     with jax.numpy_dtype_promotion("standard"):  # as users have it, and optax takes it
-        yield module
+        yield loaded("pgn")
 
 
 def test_states_see_what_came_before_and_not_what_comes(example):

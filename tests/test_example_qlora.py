@@ -1,23 +1,16 @@
 """The example of adapters beside 4-bit codes runs, and what it records adds up."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import pytest
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "qlora"
+from tests.examples import EXAMPLES, loaded
 
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLE.parents[1] / "tests"))
-    spec = importlib.util.spec_from_file_location("example_qlora", EXAMPLE / "main.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent / "tests"))
     with jax.numpy_dtype_promotion("standard"):  # as users have it, and optax takes it
-        yield module
+        yield loaded("qlora")
 
 
 def test_what_runs_say_of_each_other(example):

@@ -1,8 +1,6 @@
 """Sparse spectral training: its transformation does what it says, and the example runs."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "sst"
-
-
-def loaded(name):
-    spec = importlib.util.spec_from_file_location(f"example_sst_{name}", EXAMPLE / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.examples import loaded
 
 
 @pytest.fixture
 def sst():
     with jax.numpy_dtype_promotion("standard"):
-        yield loaded("sst")
+        yield loaded("sst", "sst")
 
 
 def test_gradients_of_vectors_leave_out_the_values(sst):
@@ -64,7 +55,7 @@ def test_all_values_move_and_only_the_drawn_vectors(sst):
 def test_the_small_one_runs(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     with jax.numpy_dtype_promotion("standard"):
-        result = loaded("main").main(["--small"])
+        result = loaded("sst", "main").main(["--small"])
     assert set(result["runs"]) == {"full", "LoRA", "SST"}
     moving = {way: run["moving"] for way, run in result["runs"].items()}
     assert moving["LoRA"] < moving["SST"] < moving["full"]

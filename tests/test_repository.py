@@ -45,4 +45,4 @@ def test_no_path_of_a_machine_is_committed() -> None:
 
 def test_the_slow_tests_of_the_list_exist(slow_and_gone: list[str]) -> None:
     """By their ids, of each file that was collected as a whole."""
-    assert not slow_and_gone, f"of slow.txt or rare.txt, and gone: {slow_and_gone[:9]}"
+    assert not slow_and_gone, f"not in tests any more, but in tests/slow.txt: {slow_and_gone[:9]}"

@@ -319,8 +319,8 @@ ROWS = np.ones((24, 1))
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        (ROWS * np.nan, r"'w' in batch 0 holds nan at \(0, 0\)"),
-        (-ROWS, r"'w' in batch 0 holds -1.0 at \(0, 0\); pass finite numbers from 0 on"),
+        (ROWS * np.nan, r"'w' in batch 0: weights hold nan at \(0, 0\)"),
+        (-ROWS, r"'w' in batch 0: weights hold -1.0 at \(0, 0\); pass finite weights, 0 or more"),
         (ROWS * 0, "'w' is 0 for all tokens of all 1 batches"),
         (ROWS[:, 0], r"'w' in batch 0 must be numbers \[\*batch, tokens, groups\], got float64"),
         (ROWS.astype(complex), "'w' in batch 0 must be numbers"),

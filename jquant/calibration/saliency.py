@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 
+from jquant.calibration.tokens import weights_of
 from jquant.errors import EvidenceError, near
 
 Uses = tuple[np.ndarray, ...]  # for each product of a weight, in the order of the function
@@ -164,12 +165,7 @@ def _checked(name: str, number: int, given: Any) -> Uses:
                 f"{where} must be numbers [*batch, tokens, groups], got "
                 f"{array.dtype}{list(array.shape)}"
             )
-        wide = array.astype(np.float32)
-        bad = ~np.isfinite(wide) | (wide < 0)
-        if bad.any():
-            at = tuple(int(k) for k in np.argwhere(bad)[0])
-            raise EvidenceError(f"{where} holds {array[at]} at {at}; pass finite numbers from 0 on")
-        arrays.append(wide)
+        arrays.append(weights_of(array, f"{where}: weights"))
     if not arrays:
         raise EvidenceError(f"saliency of {name!r} in batch {number} has no arrays")
     return tuple(arrays)

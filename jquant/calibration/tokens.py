@@ -132,11 +132,7 @@ def _checked(given: Any, inputs: tuple[Any, ...], number: int) -> Weights:
             f"{where} must have the leading axes of one of the inputs, [batch, time] beside tokens "
             f"[batch, time]; the inputs are {', '.join(str(list(shape)) for shape in shapes)}"
         )
-    wide = array.astype(np.float32)
-    bad = ~np.isfinite(wide) | (wide < 0)
-    if bad.any():
-        at = tuple(int(k) for k in np.argwhere(bad)[0])
-        raise EvidenceError(f"{where} hold {array[at]} at {at}; pass finite weights, 0 or more")
+    wide = weights_of(array, where)
     return wide.astype(np.bool_) if bool(((wide == 0) | (wide == 1)).all()) else wide
 
 
@@ -235,3 +231,17 @@ def refuse(unmatched: Sequence[tuple[str, str]]) -> None:
         "weighed by token_weights; pass jq.TokenWeights(..., unmatched='count') to count all rows "
         "there, or evidence={path: Evidence(...)} for it"
     )
+
+
+def weights_of(array: np.ndarray, where: str) -> np.ndarray:
+    """The numbers as float32 weights.
+
+    Raises:
+        EvidenceError: one is NaN, infinite or below zero; the message begins with `where`.
+    """
+    wide = array.astype(np.float32)
+    bad = ~np.isfinite(wide) | (wide < 0)
+    if bad.any():
+        at = tuple(int(k) for k in np.argwhere(bad)[0])
+        raise EvidenceError(f"{where} hold {array[at]} at {at}; pass finite weights, 0 or more")
+    return wide
