@@ -178,6 +178,13 @@ def test_one_process_saves_and_loads_a_folder(tmp_path: Path) -> None:
     assert_same_bits(jq.load(tmp_path / "q"), tree)
 
 
+def other_sum(folder: Path) -> None:
+    """An index that is sound, beside a checksum that is not its own."""
+    path = folder / shards.INDEX
+    outer = json.loads(path.read_text())
+    path.write_text(json.dumps(outer | {"crc32": f"{int(outer['crc32'], 16) ^ 1:08x}"}))
+
+
 def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     """The index after a change, with a checksum that fits."""
 
@@ -196,6 +203,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no index": (lambda f: (f / shards.INDEX).unlink(), "without an index"),
     "no shard": (lambda f: (f / shards.name_of("abc", 1)).unlink(), "00001.safetensors is missing"),
     "half an index": (lambda f: (f / shards.INDEX).write_text("{}"), "checksum"),
+    "another checksum": (other_sum, "checksum"),
     "a path": (edited(lambda b: b["files"].__setitem__(0, "../x")), "names of files"),
     "a version": (edited(lambda b: b.update(version=9)), "version"),
     "a box twice": (edited(lambda b: b["boxes"]["c"].append(b["boxes"]["c"][0])), "do not fill"),
