@@ -60,6 +60,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "total_time": of("total_time", speed.total_time),
     "depth": of("depth", speed.depth),
     "flat": of("depth", speed.flat),
+    "compiled": of("compiled", speed.compiled),
     "gptq_solver": of("gptq_solver", speed.solver),
     "capture": of("capture", speed.capture),
     "encode": of("encode", speed.encode),

@@ -4,6 +4,7 @@
 
 A case is slow if it took more than half a second. Of each test the quickest case stays, unless that
 took more than 2.5 s; those of `STAY` do in any case, since no other test would tell what they tell.
+Cases that the run left out stay what they are.
 """
 
 from __future__ import annotations
@@ -25,21 +26,23 @@ STAY = {
 }
 
 
-def slow_cases(report: Path) -> list[str]:
-    """The ids of the slow cases of a run, as pytest has them."""
+def slow_cases(report: Path, before: set[str]) -> list[str]:
+    """The ids of the slow cases, as pytest has them, after a run and what was slow before it."""
     tests = defaultdict(list)
     for case in ElementTree.parse(report).iter("testcase"):
         file, name = case.get("classname", ""), case.get("name", "")
         if file.startswith("tests."):
             node = f"{file.replace('.', '/')}.py::{name}"
             tests[file, name.split("[")[0]].append((float(case.get("time", 0)), node))
-    slow = []
+    slow = before - {node for cases in tests.values() for _, node in cases}
     for (_, test), cases in tests.items():
         (quickest, _), *_ = cases = sorted(cases)
         first = 1 if test in STAY or quickest <= TEST else 0
-        slow += [node for seconds, node in cases[first:] if seconds > CASE]
+        slow |= {node for seconds, node in cases[first:] if seconds > CASE}
     return sorted(slow)
 
 
 if __name__ == "__main__":
-    LIST.write_text("".join(f"{node}\n" for node in slow_cases(Path(sys.argv[1]))), "utf-8")
+    before = set(LIST.read_text("utf-8").splitlines())
+    cases = slow_cases(Path(sys.argv[1]), before)
+    LIST.write_text("".join(f"{node}\n" for node in cases), "utf-8")

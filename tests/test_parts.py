@@ -202,11 +202,11 @@ def test_a_kernel_is_a_row_of_the_table(monkeypatch: Any) -> None:
     q, _ = quantized(transposed, {"w": W["w"]}, X, SMOOTH)
     expected = transposed(jq.dequantize(q), X)
     table = kernels.TABLE
-    for platform, times in ((None, 2.0), ("cpu", 2.0), ("cuda", 1.0)):
-        row = Row(None, (Uniform,), "in", kernel, platform=platform)
+    for platforms, times in (((), 2.0), (("tpu", "cpu"), 2.0), (("cuda",), 1.0)):
+        row = Row(None, (Uniform,), "in", kernel, platforms=platforms)
         monkeypatch.setattr(kernels, "TABLE", (row, *table))
         close(runs(transposed, q), times * expected)
         assert {(shape, parts) for shape, parts in seen} == {((7, 20), ())}
-    row = Row(None, (Uniform,), "in", kernel, fits=lambda q: False)
+    row = Row(None, (Uniform,), "in", kernel, fits=lambda q, operand: False)
     monkeypatch.setattr(kernels, "TABLE", (row,))
     close(runs(transposed, q), expected)

@@ -130,12 +130,6 @@ def test_expected_stages_hold_every_weight_once(network: Network) -> None:
     assert not finer
 
 
-@pytest.mark.parametrize(("network", "sequential"), STAGED, ids=str)
-def test_the_reference_is_not_that_of_one_pass(network: Network, sequential: Sequential) -> None:
-    staged, once = (reference(network, stages_of(network, g)) for g in (sequential, None))
-    assert agreement(network, staged, once) < DIFFERENT
-
-
 @pytest.mark.parametrize(
     "network", [n for n in NETWORKS if n.weight != n.block and n.name in BOTH], ids=str
 )
@@ -173,6 +167,8 @@ def test_stages_are_those_of_the_reference(network: Network, sequential: Sequent
     for batch in network.batches:
         one, two = run(found, *batch), run(tree_of(network, wanted), *batch)
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+    if sequential is not None:  # one pass would have been told from it
+        assert agreement(network, wanted, reference(network, stages_of(network, None))) < DIFFERENT
 
 
 # One network by hand.

@@ -120,3 +120,36 @@ def encode(result: dict[str, Any]) -> str:
         + table(["grid", "jquant", "in bytes", "best other", "other / jquant"], rows)
         + f"\n{ran(result)}.\n"
     )
+
+
+def compiled(result: dict[str, Any]) -> str:
+    """What compilers make of products with quantized weights, of `compiled.json`."""
+    rows = []
+    for device, products in result["rows"].items():
+        full = {p["tokens"]: p for p in products if p["way"] == "full"}
+        ways = {(p["weight"], p["group"], p["tokens"], p["way"]): p for p in products}
+        for (weight, group, tokens, way), kernel in ways.items():
+            if way == "kernel" and group == 128 and tokens in (1, 16, 256):
+                three = full[tokens], ways[weight, group, tokens, "decoded"], kernel
+                rows.append([device, weight, str(tokens), *map(_size, three), *map(_time, three)])
+    heads = ["full", "decoded", "kernel"]
+    return (
+        f"One product of bfloat16 inputs and a weight of {result['width']}², groups of 128, "
+        "compiled for devices that were not there: memory beside operands and result, and of TPUs "
+        "the compiler's own estimate of time, by which it chooses among programs; nothing ran. "
+        "*decoded*: the weight is decoded, then multiplied; *kernel*: as `apply` has it, which "
+        "multiplies codes and scales the results of groups where that takes less.\n\n"
+        + table(
+            ["device", "weight", "tokens", *heads, *(f"{head}, estimate" for head in heads)], rows
+        )
+        + f"\nJAX {result['machine']['versions']['jax']}, {result['machine']['date']}.\n"
+    )
+
+
+def _size(product: dict[str, Any]) -> str:
+    return f"{product['temporary_bytes'] / 1e6:.1f} MB"
+
+
+def _time(product: dict[str, Any]) -> str:
+    seconds = product["estimated_seconds"]
+    return f"{seconds * 1e6:.0f} µs" if seconds else "–"

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from jquant.grids import Grid, GridParams
 from jquant.inference.late import held_codes, straight
+from jquant.inference.operand import Operand
 from jquant.numerics.formats import FORMATS
 from jquant.weights.activations import encode, numbers
 from jquant.weights.qtensor import QTensor, canonical_weight
@@ -32,8 +33,9 @@ FEWEST = 8  # tokens: fewer take longer on XLA's CPU than eight
 _EIGHT: dict[Any, Any] = {FORMATS["E4M3"]: jnp.float8_e4m3fn, FORMATS["E5M2"]: jnp.float8_e5m2}
 
 
-def fits(q: QTensor) -> bool:
+def fits(q: QTensor, operand: Operand) -> bool:
     """Whether the sums of a group's products are below what 32 bits hold."""
+    del operand
     return q.groups.group(q.codes.shape[-1]) <= LONGEST
 
 
@@ -67,11 +69,11 @@ def _of_numbers(x: Array, q: QTensor, dtype: Any) -> Array:
     # Bytes are multiplied as they are stored; what has to be unpacked first waits for its turn.
     stored = q.codes if q.codes.dtype == dtype else held_codes(q.codes, x)
     d, lessened = numbers(q.grid, stored, dtype)
-    c = _filled(c, tokens, axis=-2)
+    c = filled(c, tokens, axis=-2)
     exact = dtype == jnp.int8 and _exact(q.groups.group(width), params, q.params)
     below = _zero_point(params, less, exact)
     if below is not None and below.shape[-1] > 1:
-        below = _filled(below, tokens, axis=-1)
+        below = filled(below, tokens, axis=-1)
     count = q.groups.count(width)
     shape = (*q.codes.shape[:-1], count)
     theirs = {name: jnp.broadcast_to(leaf, shape) for name, leaf in q.params.items()}
@@ -82,7 +84,7 @@ def _of_numbers(x: Array, q: QTensor, dtype: Any) -> Array:
     return y[..., :tokens, :] * unit[..., None]
 
 
-def _filled(a: Array, tokens: int, axis: int) -> Array:
+def filled(a: Array, tokens: int, axis: int) -> Array:
     """An array of few tokens with zeros for more, so that they are at least `FEWEST`."""
     if tokens >= FEWEST:
         return a
