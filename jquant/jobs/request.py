@@ -29,6 +29,7 @@ from jquant.layerwise.checks import (
     check_evidence,
     check_guided,
     check_matched,
+    check_multiplied,
     check_needs,
     check_reached,
     check_salient,
@@ -201,6 +202,7 @@ class Request:
             drift="drift" in needs and self.sequential is not None,
             spread="spread" in needs,
             reconstruct=self.aim.inputs if isinstance(self.aim, Reconstruction) else None,
+            axes={path: self.plan.weights[path].axes for path in self.rounded},
         )
 
     def walk(self, budget: int | None) -> Walk:
@@ -213,6 +215,7 @@ class Request:
             return Walk.without_data(self.fn, self.leaves, self.rounded)
         walk = Walk.start(self.fn, self.leaves, self.data, self.recording, budget)
         check_reached(walk, self.rounded)
+        check_multiplied(walk, self.rounded, self.unknown)
         check_matched(walk, self.data, self.unknown)
         check_salient(walk, self.data.saliency, self.guided)
         return walk
