@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -97,26 +97,23 @@ def _place(evidence: Evidence, window: _Window) -> Evidence:
     def put(axes: int, array: jnp.ndarray) -> jnp.ndarray:
         return window.put(array.transpose([*turn, *range(rank, array.ndim)]), rank, axes)
 
-    whole_one = Evidence(**{
-        name: jax.tree.map(functools.partial(put, axes), getattr(evidence, name))
-        for name, axes in _INPUT_AXES.items()
-    })  # fmt: skip
-    if not evidence.groups:
-        return whole_one
-    groups = [evidence.of_group(g) for g in range(evidence.groups)]
-    return whole_one.guided_by([
-        Evidence(**{
-            name: jax.tree.map(functools.partial(put, axes), getattr(group, name))
-            for name, axes in _INPUT_AXES.items()
-        })
-        for group in groups
-    ])  # fmt: skip
+    groups = [_each(put, evidence.of_group(g)) for g in range(evidence.groups)]
+    whole_one = _each(put, evidence)
+    return whole_one.guided_by(groups) if groups else whole_one
 
 
 # How many of the last axes of each part of evidence are those of the inputs.
 _INPUT_AXES = {
     "second_moment": 2, "count": 0, "total": 1, "abs_max": 1, "drift": 2, "spread": 0,
 }  # fmt: skip
+
+
+def _each(put: Callable[[int, jnp.ndarray], jnp.ndarray], evidence: Evidence) -> Evidence:
+    """Each part of evidence put in its place, but for what is guided."""
+    return Evidence(**{
+        name: jax.tree.map(functools.partial(put, axes), getattr(evidence, name))
+        for name, axes in _INPUT_AXES.items()
+    })  # fmt: skip
 
 
 class _Window(NamedTuple):

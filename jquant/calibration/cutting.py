@@ -14,6 +14,7 @@ from jquant.axes.roles import Axes, Sighting
 from jquant.calibration.comparison import Level
 from jquant.calibration.crosswise import check_astray, used_otherwise
 from jquant.calibration.data import in_words, kind_of, not_taken
+from jquant.calibration.find import Weight
 from jquant.calibration.follow import Follower
 from jquant.calibration.place import Place
 from jquant.calibration.running import Usage, find_uses
@@ -49,6 +50,13 @@ class Recording:
     level: Level | None = None
     reconstruct: Literal["quantized", "full"] | None = None
     axes: Mapping[str, Axes] = field(default_factory=dict)
+
+    @staticmethod
+    def at(weights: Mapping[str, Weight], **choices: Any) -> Recording:
+        """Of these weights, as `find_weights` has them; `choices` are the other fields."""
+        planned = {path: weight.stack_axes for path, weight in weights.items()}
+        axes = {path: weight.axes for path, weight in weights.items()}
+        return Recording(planned, axes=axes, **choices)
 
     @property
     def beside(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -57,11 +57,17 @@ def find_uses(flat: Flat, planned: Callable[[str], bool]) -> Usage:
         if inside
     }
     deferred = frozenset(at for at, *inside in observer.deferred if not inside)
-    seen: dict[Piece, tuple[Sighting, ...]] = {}
-    for sighting in observer.uses.values():
-        piece = flat.pieces[numbers[sighting.path]]
-        seen[piece] = (*seen.get(piece, ()), sighting)
+    seen = _by_piece(watched.values(), observer)
     return Usage({at: tuple(uses[at]) for at in sorted(uses)}, nested, fixed, deferred, seen)
+
+
+def _by_piece(watched: Iterable[Piece], observer: Observer) -> dict[Piece, tuple[Sighting, ...]]:
+    """All uses of each weight."""
+    names = {str(piece): piece for piece in watched}
+    seen: dict[Piece, list[Sighting]] = {}
+    for sighting in observer.uses.values():
+        seen.setdefault(names[sighting.path], []).append(sighting)
+    return {piece: tuple(uses) for piece, uses in seen.items()}
 
 
 def _watch(flat: Flat, watched: Mapping[int, Piece]) -> tuple[Observer, frozenset[int]]:

@@ -195,14 +195,13 @@ class Request:
     def recording(self) -> Recording:
         """Where the function is cut, and what is recorded there."""
         needs = frozenset[str]().union(*(scheme.needs for scheme in self.rounded.values()))
-        return Recording(
-            {path: self.plan.weights[path].stack_axes for path in self.rounded},
-            self.sequential,
+        return Recording.at(
+            {path: self.plan.weights[path] for path in self.rounded},
+            sequential=self.sequential,
             given=self.rounded.keys() - set(self.unknown),
             drift="drift" in needs and self.sequential is not None,
             spread="spread" in needs,
             reconstruct=self.aim.inputs if isinstance(self.aim, Reconstruction) else None,
-            axes={path: self.plan.weights[path].axes for path in self.rounded},
         )
 
     def walk(self, budget: int | None) -> Walk:
