@@ -126,9 +126,9 @@ def adadim(
     check_weights(plan, by_path(params))
     left = {path: why for path in plan if (why := _no_choice(plan.weights[path], plan[path]))}
     _check_any(plan, left)
-    planned = {path: w.stack_axes for path in plan if (w := plan.weights[path]).has_inputs}
+    planned = {path: w for path in plan if (w := plan.weights[path]).has_inputs}
     leaves, data = Leaves.of(params), Data.of(batches, token_weights)
-    walk = Walk.start(fn, leaves, data, Recording(planned, level=level), budget)
+    walk = Walk.start(fn, leaves, data, Recording.at(planned, level=level), budget)
     check_compared(walk, data)
     check_reached(walk, planned)
     if level == "weight":

@@ -145,8 +145,8 @@ def cmpq(
     leaves, data = Leaves.of(params), Data.of(batches, token_weights)
     weights = candidates.weights
     # All weights cut, also those that are kept: the head ends the last block.
-    planned = {path: w.stack_axes for path, w in weights.items() if w.has_inputs}
-    walk = Walk.start(fn, leaves, data, Recording(planned, "block"))
+    planned = {path: weight for path, weight in weights.items() if weight.has_inputs}
+    walk = Walk.start(fn, leaves, data, Recording.at(planned, sequential="block"))
     pool = _Pool([run.cut for run in walk.runs], _lengths(data.batches), data)
     states: dict[int, Array | None] = {}
     for at in _advanced(walk, leaves):

@@ -61,6 +61,25 @@ class Part(NamedTuple):
 Axis = tuple[Part, ...]  # outermost first
 
 
+def apart(one: Iterable[Part], two: Iterable[Part]) -> bool:
+    """Whether two windows of one array have no entry in common, as far as their digits tell.
+
+    Example:
+        >>> layers = Part.of(0, 3)
+        >>> apart([layers._replace(length=1)], [layers._replace(start=1, length=2)])
+        True
+        >>> apart([layers._replace(length=1), Part.of(1, 4)], [Part.of(0, 3), Part.of(1, 4)])
+        False
+    """
+    digits = {(p.axis, p.stride, p.size): p for p in two if p.axis >= 0 and not p.shuffled}
+    return any(
+        part.start + part.length <= other.start or other.start + other.length <= part.start
+        for part in one
+        if not part.shuffled
+        and (other := digits.get((part.axis, part.stride, part.size))) is not None
+    )
+
+
 def regroup(parts: Iterable[Part], sizes: Sequence[int]) -> list[Axis] | None:
     """The parts as axes of these sizes, split at the boundaries; None where they do not lie so.
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from jquant.axes.digits import Axis, Part, regroup, windowed
+from jquant.axes.digits import Axis, Part, apart, regroup, windowed
 
 
 @jax.tree_util.register_static
@@ -37,6 +37,7 @@ class Origin:
             it (a concatenation, padding); None where it does.
         product: the number of a product of parameters, whose axes `axes` speaks of; see
             `products.py`.
+        had: of a broken one, the parts of the parameter that it was of.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Origin:
     through: tuple[str, ...] = ()
     offsets: tuple[int | None, ...] = ()
     product: int | None = None
+    had: tuple[Part, ...] = ()
 
     @staticmethod
     def of(path: str, shape: Sequence[int], product: int | None = None) -> Origin:
@@ -56,7 +58,17 @@ class Origin:
         """No view any more, since this operation."""
         if self.broken:
             return self
-        return replace(self, axes=(), fixed=(), offsets=(), broken=self.broken or operation)
+        had = self.parts
+        return replace(self, axes=(), fixed=(), offsets=(), broken=operation, had=had)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of the parameter that it is of, or was."""
+        return self.had or (*(part for axis in self.axes for part in axis), *self.fixed)
+
+    def overlaps(self, other: Origin) -> bool:
+        """Whether both are of one parameter, and not of different parts of it."""
+        return self.path == other.path and not apart(self.parts, other.parts)
 
     def pass_through(self, operation: str) -> Origin:
         """The same axes, other numbers."""

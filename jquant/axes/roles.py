@@ -17,6 +17,8 @@ from jquant.axes.layout import Role
 from jquant.axes.origin import Origin
 
 Kind = Literal["dot", "conv", "ragged_dot", "lookup"]
+# For each axis its digits, `(size, role)`, outermost first.
+Axes = tuple[tuple[tuple[int, Role], ...], ...]
 
 
 class Reading(NamedTuple):
@@ -63,7 +65,12 @@ class Reading(NamedTuple):
             tuple(windows),
         )
 
-    def axes(self, shape: Sequence[int]) -> tuple[tuple[tuple[int, Role], ...], ...]:
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All parts of the weight that the use is of."""
+        return (*self.batch, *self.fixed, *self.inner, *self.outer)
+
+    def axes(self, shape: Sequence[int]) -> Axes:
         """For each parameter axis, its digits `(size, role)`, outermost first.
 
         Neighbouring digits of one role are joined, so two uses that split a head axis differently

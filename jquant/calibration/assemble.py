@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.axes.digits import Part
-from jquant.axes.roles import Reading, order
+from jquant.axes.agreement import Digit, Spot, digits
+from jquant.axes.roles import Axes, Reading
 from jquant.calibration.evidence import Evidence
 
 
-def assemble(sightings: Sequence[tuple[Reading, Evidence]], shape: Sequence[int]) -> Evidence:
-    """The evidence of a whole weight from uses of it, or of windows of it, with equal axes.
+def assemble(
+    sightings: Sequence[tuple[Reading, Evidence]], shape: Sequence[int], axes: Axes
+) -> Evidence:
+    """The evidence of a whole weight from uses of it, or of windows of it, that agree.
 
     Windows of in axes fill blocks of the second moment, indices of batch axes its slices. Windows
     of out axes share it: those that saw the same input count once, others are added up.
@@ -25,31 +27,31 @@ def assemble(sightings: Sequence[tuple[Reading, Evidence]], shape: Sequence[int]
     Args:
         sightings: each use, and the evidence gathered there.
         shape: of the weight.
+        axes: its digits, as `settled` has them; each use is `counted` of them.
     """
-    places: dict[Reading, Evidence] = {}
+    whole = digits(axes, "batch")
+    places: dict[Any, tuple[_Window, list[Evidence]]] = {}
     for reading, evidence in sightings:
-        key = reading._replace(kind="dot", outer=())
-        old = places.get(key)
-        if old is not evidence:
-            places[key] = evidence if old is None else old.merge(evidence)
-    first = sightings[0][0]
-    batch = {(p.axis, p.stride): p for p in (*first.batch, *first.fixed) if p.axis >= 0}
-    whole = [batch[key] for key in sorted(batch, key=lambda key: (key[0], -key[1]))]
-    total: Evidence | None = None
-    for reading, evidence in places.items():
-        part = _place(_own_share(evidence, reading), reading, whole)
-        total = part if total is None else total.merge(part)
-    assert total is not None
-    # Digits of one axis, as nested loops over a stack have them, are one axis of the whole.
-    sizes = [n for axis in first.axes(shape) for n, role in axis if role == "batch"]
+        window = _Window.of(reading, whole, shape)
+        # What tells two uses apart: not the kind of the operation, nor which outputs they have.
+        key = reading._replace(kind="dot", outer=()), window.spots
+        _, inputs = places.setdefault(key, (window, []))
+        if not any(evidence is other for other in inputs):
+            inputs.append(evidence)
+    parts = [
+        _place(_own_share(functools.reduce(Evidence.merge, inputs), window.reading), window)
+        for window, inputs in places.values()
+    ]
+    total = functools.reduce(Evidence.merge, parts)
+    sizes = [n for axis in axes for n, role in axis if role == "batch"]
     if list(total.count.shape) == sizes:
         return total
-    rank = total.count.ndim
+    rank = total.count.ndim  # digits of one value are there too
     return jax.tree.map(lambda a: a.reshape(*sizes, *a.shape[rank:]), total)
 
 
 def _own_share(evidence: Evidence, reading: Reading) -> Evidence:
-    """Evidence with an axis for every part of `reading.batch` that is a weight's, first to last."""
+    """Evidence with an axis for every part of `reading.batch`, first to last; of copies one."""
     parts, rank = reading.batch, evidence.count.ndim
     index = [slice(None)] * rank
     for axis, start, stop in reading.windows:
@@ -66,33 +68,37 @@ def _own_share(evidence: Evidence, reading: Reading) -> Evidence:
         or any(part.reversed for part in parts)
     ):
         evidence = jax.tree.map(own, evidence)
-    for axis in [k for k, part in enumerate(parts) if part.axis < 0][::-1]:  # copies, all seen
-        rows = [
-            jax.tree.map(lambda a, k=k, axis=axis: jnp.take(a, k, axis), evidence)
-            for k in range(parts[axis].length)
-        ]
-        evidence = functools.reduce(Evidence.merge, rows)
     return evidence
 
 
-def _place(evidence: Evidence, reading: Reading, whole: list[Part]) -> Evidence:
+def _summed(evidence: Evidence, axis: int) -> Evidence:
+    """Evidence of all along one of its leading axes together."""
+    rows = [
+        jax.tree.map(lambda a, k=k: jnp.take(a, k, axis), evidence)
+        for k in range(evidence.count.shape[axis])
+    ]
+    return functools.reduce(Evidence.merge, rows)
+
+
+def _place(evidence: Evidence, window: _Window) -> Evidence:
     """Evidence of one window as evidence of the whole weight, zero elsewhere."""
-    seen = tuple(part for part in reading.batch if part.axis >= 0)
-    turn = order(seen)
-    complete = all(part.whole for part in (*seen, *reading.inner)) and not reading.fixed
-    if complete and turn == list(range(len(turn))):
-        return evidence
-    window = _Window.of(reading, [seen[k] for k in turn], whole)
-    rank = len(seen)
+    held = [place for spot in window.spots for _, place in spot.parts if place is not None]
+    for axis in range(evidence.count.ndim)[::-1]:
+        if axis not in held:  # copies, all seen, or outputs that meet an input each
+            evidence = _summed(evidence, axis)
+    left = sorted(held)
+    turn = [left.index(place) for place in held]
+    if window.complete and turn == list(range(len(turn))):
+        sizes = tuple(digit.size for digit in window.whole)
+        if evidence.count.shape == sizes:
+            return evidence
+    rank = len(turn)
 
     def put(axes: int, array: jnp.ndarray) -> jnp.ndarray:
-        return window.put(array.transpose([*turn, *range(rank, array.ndim)]), axes)
+        return window.put(array.transpose([*turn, *range(rank, array.ndim)]), rank, axes)
 
-    whole_one = Evidence(**{
-        name: jax.tree.map(functools.partial(put, axes), getattr(evidence, name))
-        for name, axes in _INPUT_AXES.items()
-    })  # fmt: skip
-    groups = [_place(evidence.of_group(g), reading, whole) for g in range(evidence.groups)]
+    groups = [_each(put, evidence.of_group(g)) for g in range(evidence.groups)]
+    whole_one = _each(put, evidence)
     return whole_one.guided_by(groups) if groups else whole_one
 
 
@@ -102,42 +108,72 @@ _INPUT_AXES = {
 }  # fmt: skip
 
 
+def _each(put: Callable[[int, jnp.ndarray], jnp.ndarray], evidence: Evidence) -> Evidence:
+    """Each part of evidence put in its place, but for what is guided."""
+    return Evidence(**{
+        name: jax.tree.map(functools.partial(put, axes), getattr(evidence, name))
+        for name, axes in _INPUT_AXES.items()
+    })  # fmt: skip
+
+
 class _Window(NamedTuple):
-    """Where evidence of a window lies in the evidence of the whole weight.
+    """Where evidence of a use lies in the evidence of the whole weight.
 
     Attributes:
-        sizes: the batch axes of the whole.
-        index: what of them the window has.
-        rank: how many batch axes it has itself.
+        reading: the use.
+        whole: the batch digits of the weight.
+        spots: what of each of them the use has.
         columns: its inputs among the `width` of the whole.
     """
 
-    sizes: tuple[int, ...]
-    index: tuple[slice | int, ...]
-    rank: int
+    reading: Reading
+    whole: tuple[Digit, ...]
+    spots: tuple[Spot, ...]
     columns: np.ndarray
     width: int
 
     @staticmethod
-    def of(reading: Reading, batch: Sequence[Part], whole: Sequence[Part]) -> _Window:
-        """Of evidence with batch axes for the parts `batch`, in a weight that has `whole`."""
-        own = {(p.axis, p.stride): slice(p.start, p.start + p.length) for p in batch}
-        pinned: dict[tuple[int, int], slice | int]
-        pinned = {(p.axis, p.stride): p.start for p in reading.fixed}
-        index = tuple({**pinned, **own}.get((p.axis, p.stride), slice(0, p.size)) for p in whole)
+    def of(reading: Reading, whole: tuple[Digit, ...], shape: Sequence[int]) -> _Window:
+        spots = tuple(Spot.of(reading, digit, shape) for digit in whole)
         inputs = np.arange(math.prod(p.size for p in reading.inner))
         columns = inputs.reshape([p.size for p in reading.inner])[
             tuple(slice(p.start, p.start + p.length) for p in reading.inner)
         ]
-        sizes = tuple(p.size for p in whole)
-        return _Window(sizes, index, len(batch), columns.reshape(-1), inputs.size)
+        return _Window(reading, whole, spots, columns.reshape(-1), inputs.size)
 
-    def put(self, array: jnp.ndarray, axes: int) -> jnp.ndarray:
-        """An array of the window, `[*batch, *inputs]` with so many axes of inputs, in the whole."""
-        # A window of the batch axes first, then of the in axes: two plain indexings.
-        window = array
-        if axes:
-            window = jnp.zeros((*array.shape[: self.rank], *[self.width] * axes), array.dtype)
-            window = window.at[(..., *np.ix_(*[self.columns] * axes))].set(array)
-        whole = jnp.zeros((*self.sizes, *window.shape[self.rank :]), array.dtype)
-        return whole.at[self.index].set(window)
+    @property
+    def complete(self) -> bool:
+        """Whether it is all of the weight."""
+        pairs = zip(self.spots, self.whole, strict=True)
+        return len(self.columns) == self.width and all(
+            spot.index == tuple(range(digit.size)) for spot, digit in pairs
+        )
+
+    def put(self, array: jnp.ndarray, rank: int, axes: int) -> jnp.ndarray:
+        """An array of the window, with `rank` leading axes, in the whole.
+
+        `axes`: how many of the last axes are those of the inputs.
+        """
+        lengths = [n for spot in self.spots for n, _ in spot.parts]
+        held = [n if place is not None else 1 for spot in self.spots for n, place in spot.parts]
+        rest = array.shape[rank:]
+        array = jnp.broadcast_to(array.reshape(*held, *rest), (*lengths, *rest))
+        array = array.reshape(*[len(spot.index) for spot in self.spots], *rest)
+        if self.complete:
+            return array
+        batch = len(self.spots)
+        if axes and len(self.columns) < self.width:
+            wide = jnp.zeros((*array.shape[: array.ndim - axes], *[self.width] * axes), array.dtype)
+            array = wide.at[(..., *np.ix_(*[self.columns] * axes))].set(array)
+        if not batch:
+            return array
+        whole = jnp.zeros((*[d.size for d in self.whole], *array.shape[batch:]), array.dtype)
+        return whole.at[self._index()].set(array)
+
+    def _index(self) -> tuple[Any, ...]:
+        """What to index the batch axes of the whole with; slices where they do."""
+        ends = [(spot.index[0], spot.index[-1] + 1) for spot in self.spots]
+        pairs = zip(self.spots, ends, strict=True)
+        if all(spot.index == tuple(range(*end)) for spot, end in pairs):
+            return tuple(slice(*end) for end in ends)
+        return np.ix_(*[np.array(spot.index) for spot in self.spots])

@@ -9,15 +9,19 @@ from typing import Any, Literal
 
 import jax
 
+from jquant.axes.agreement import settled
+from jquant.axes.roles import Axes, Sighting
 from jquant.calibration.comparison import Level
+from jquant.calibration.crosswise import check_astray, used_otherwise
 from jquant.calibration.data import in_words, kind_of, not_taken
+from jquant.calibration.find import Weight
 from jquant.calibration.follow import Follower
 from jquant.calibration.place import Place
 from jquant.calibration.running import Usage, find_uses
 from jquant.calibration.segments import segment_key
 from jquant.calibration.stages import Cut, Segment, Sequential, Stage, cut_at_weights
 from jquant.calibration.tokens import Weights, follow_steps, input_places
-from jquant.errors import EvidenceError
+from jquant.errors import EvidenceError, PlanError
 from jquant.programs.straight import Flat, Piece, flatten
 from jquant.weights.arguments import Inputs, shape_of
 from jquant.weights.leaves import Leaves
@@ -35,6 +39,7 @@ class Recording:
         spread: whether evidence says how inputs are spread.
         level: what `Walk.compare` compares weights on; None: they are not to be compared.
         reconstruct: whose values reconstructions of stages start from; None: there are none.
+        axes: of weights that a plan has; those of others are what the first batch makes of them.
     """
 
     planned: Mapping[str, Collection[int]]
@@ -44,6 +49,14 @@ class Recording:
     spread: bool = False
     level: Level | None = None
     reconstruct: Literal["quantized", "full"] | None = None
+    axes: Mapping[str, Axes] = field(default_factory=dict)
+
+    @staticmethod
+    def at(weights: Mapping[str, Weight], **choices: Any) -> Recording:
+        """Of these weights, as `find_weights` has them; `choices` are the other fields."""
+        planned = {path: weight.stack_axes for path, weight in weights.items()}
+        axes = {path: weight.axes for path, weight in weights.items()}
+        return Recording(planned, axes=axes, **choices)
 
     @property
     def beside(self) -> bool:
@@ -53,13 +66,17 @@ class Recording:
 
 @dataclass
 class Cuts:
-    """The cuts of a function, one for every kind of batch, made when the first of it comes."""
+    """The cuts of a function, one for every kind of batch, made when the first of it comes.
+
+    `axes` are those of the weights, and of layers that are stages of their own.
+    """
 
     fn: Callable[..., Any]
     leaves: Leaves
     recording: Recording
     kinds: dict[Any, Cut] = field(default_factory=dict)
     first: Inputs | None = None
+    axes: dict[Piece, Axes] = field(default_factory=dict)
     _keys: dict[int, Hashable] = field(default_factory=dict)
 
     def of(self, number: int, inputs: Inputs, weights: Weights | None) -> Cut:
@@ -67,6 +84,8 @@ class Cuts:
 
         Raises:
             EvidenceError: the batch differs from batch 0 in more than its length.
+            WeightError, PlanError: a weight has parts that are used along axes of their own, or
+                others than the plan was made for.
         """
         tokens = None if weights is None else weights.shape
         kind = kind_of(inputs), tokens
@@ -77,6 +96,7 @@ class Cuts:
                 if self.first is None or isinstance(error, EvidenceError):
                     raise
                 raise not_taken(number, inputs, self.first, error) from error
+            self._agree(cut, number, inputs)
             if self.first is None:
                 self.first = inputs
             elif cut.stages != next(iter(self.kinds.values())).stages:
@@ -87,6 +107,33 @@ class Cuts:
                 )
             self.kinds[kind] = cut
         return self.kinds[kind]
+
+    def _agree(self, cut: Cut, number: int, inputs: Inputs) -> None:
+        """Settle the axes of the weights of a first batch, and check the uses of those known."""
+        for piece, seen in cut.sightings.items():
+            shape = piece.shape(self.leaves.shapes[piece.path].shape)
+            planned = self.recording.axes.get(piece.path)
+            if planned is not None:
+                layers = dict(piece.where)
+                self.axes[piece] = tuple(
+                    ((1, "out"),) if axis in layers else own for axis, own in enumerate(planned)
+                )
+            elif piece not in self.axes:
+                self.axes[piece] = settled(seen, shape)
+                check_astray(str(piece), seen, shape, self.axes[piece])
+            otherwise = used_otherwise(str(piece), seen, shape, self.axes[piece])
+            if otherwise and self.first is not None:
+                raise EvidenceError(
+                    f"batch {number} ({in_words(inputs)}) takes another path through the function "
+                    f"than batch 0 ({in_words(self.first)}): {otherwise}; pass batches that differ "
+                    "in their length only"
+                )
+            if otherwise:
+                raise PlanError(
+                    f"the plan was made for weight {piece.path!r} used along other axes: on these "
+                    f"batches {otherwise}; make the plan from find_weights with this function and "
+                    "inputs like these"
+                )
 
     def key(self, cut: Cut, segment: Segment) -> Hashable:
         """What the segment of a cut has in common with equal ones: see `segment_key`."""
@@ -111,11 +158,16 @@ def cut_for(
     while True:
         flat = flatten(fn, list(shapes.items()), leaves.structure, abstract, stacks)
         cut = _cut(flat, recording)
-        layers: dict[str, list[tuple[tuple[int, int], ...]]] = {}
+        layers: dict[str, list[Piece]] = {}
         for stage in cut.stages:
             for piece in stage.pieces:
-                layers.setdefault(piece.path, []).append(piece.where)
-        whole = {path for path, where in layers.items() if not _covers(shapes[path].shape, where)}
+                layers.setdefault(piece.path, []).append(piece)
+        whole = {
+            path
+            for path, pieces in layers.items()
+            if not _covers(shapes[path].shape, [piece.where for piece in pieces])
+            or not _alike([cut.sightings.get(piece, ()) for piece in pieces])
+        }
         if not whole:
             return cut if tokens is None else replace(cut, places=_places(flat, tokens))
         stacks = {path: () if path in whole else axes for path, axes in stacks.items()}
@@ -136,7 +188,10 @@ def _one_stage(flat: Flat, recording: Recording) -> Cut:
     usage = find_uses(flat, unknown.__contains__)
     stage = Stage(tuple(map(Piece, recording.planned)), 1, 1)
     empty, nothing = Segment((), (), ()), frozenset[int]()
-    return Cut(flat, (stage,), empty, (_gather(flat, usage),), (empty,), (nothing, nothing))
+    return Cut(
+        flat, (stage,), empty, (_gather(flat, usage),), (empty,), (nothing, nothing),
+        usage.sightings,
+    )  # fmt: skip
 
 
 def _gather(flat: Flat, usage: Usage) -> Segment:
@@ -173,3 +228,8 @@ def _covers(shape: Sequence[int], layers: Sequence[tuple[tuple[int, int], ...]])
     axes = tuple(axis for axis, _ in layers[0])
     same = all(tuple(axis for axis, _ in where) == axes for where in layers)
     return same and len(layers) == math.prod(shape[axis] for axis in axes)
+
+
+def _alike(layers: Sequence[Sequence[Sighting]]) -> bool:
+    """Whether all of these layers meet inputs, or none does."""
+    return len({any(s.reading.kind != "lookup" for s in seen) for seen in layers}) == 1

@@ -120,8 +120,7 @@ def _views(operands: Sequence[Tagged]) -> list[Origin]:
 
 def _remains(operands: Sequence[Tagged], views: Sequence[Origin]) -> list[Origin]:
     """What is left of weights that are no views any more: summands or factors like others."""
-    paths = {origin.path for origin in views}
-    lost = [origin for value in operands for origin in value.lost if origin.path not in paths]
+    lost = [o for value in operands for o in value.lost if not any(map(o.overlaps, views))]
     return [origin for origin in lost if not origin.stretched or not views]
 
 

@@ -7,6 +7,7 @@ operation's dimension numbers, never from its rank or name.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,10 @@ from typing import Any
 import jax
 from jaxtyping import Array, PyTree
 
-from jquant.axes.digits import Part
+from jquant.axes.agreement import Spot, counted, digits, is_together, outputs, settled
 from jquant.axes.layout import Layout
-from jquant.axes.roles import Kind, Reading, Sighting, decisive
+from jquant.axes.roles import Axes, Kind, Reading, Sighting
+from jquant.calibration.crosswise import check_astray
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.observe import Observer
 from jquant.calibration.place import Place
@@ -34,13 +36,15 @@ class Use:
     `counted` is False for a use whose axes differ from those chosen for the weight: its inputs are
     not in the weight's evidence. `through` are the elementwise operations between the weight and
     this use (masks, noise, other summands), but for multiplication by one number: codes are of the
-    weight before them.
+    weight before them. `together` says that one input meets several of the weight's matrices there
+    (layers of a stack as one wide kernel).
     """
 
     kind: Kind
     in_axes: tuple[int, ...]
     counted: bool = True
     through: tuple[str, ...] = ()
+    together: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class Weight:
         """What is to be known when its evidence is read, or nothing."""
         through = dict.fromkeys(name for use in self.uses for name in use.through)
         notes = [f"codes are of the weight before {', '.join(through)}"] if through else []
+        others = [use for use in self.uses if use.kind != "lookup" and not use.counted]
+        if others:
+            notes.append(f"its inputs over {_axes_in_words(others)} are not counted")
         if self.slices > 1:
             notes.append(f"slices of its outputs meet {self.slices} inputs: one moment of all")
         return "; ".join(notes)
@@ -87,6 +94,12 @@ class Weight:
             batch_axes=self.batch_axes,
             split_shape=self.split_shape,
         )
+
+    @property
+    def axes(self) -> Axes:
+        """For each axis of the leaf its digits `(size, role)`, outermost first."""
+        sizes, roles = iter(self.split_shape), self.layout.axes
+        return tuple(tuple((next(sizes), f.role) for f in axis) for axis in roles)
 
     @property
     def stack_axes(self) -> tuple[int, ...]:
@@ -199,6 +212,8 @@ def find_weights(
         TreeError: params or inputs hold what is no array or number, or two leaves have one path.
         UnsupportedPrimitiveError: a weight enters an operation that its inputs cannot be read from;
             the message names path and primitive.
+        WeightError: parts of a leaf (layers of a stack, slices of a fused kernel) are contracted
+            along different axes; the message names path, parts and axes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -246,7 +261,8 @@ def _weight(
     keys: Sequence[tuple[Reading, int]],
 ) -> Weight:
     """The weight that these uses, and the evidence gathered there, make of a leaf."""
-    axes = decisive(sightings).axes(leaf.shape)
+    axes = settled(sightings, leaf.shape)
+    check_astray(path, sightings, leaf.shape, axes)
     flat = [digit for axis in axes for digit in axis]
 
     def numbers(flat: Sequence[tuple[int, str]], role: str) -> tuple[int, ...]:
@@ -254,10 +270,10 @@ def _weight(
 
     uses = []
     for _, reading, _, through in sightings:
-        own = reading.axes(leaf.shape)
-        inner = numbers([digit for axis in own for digit in axis], "in")
-        counted = reading.kind != "lookup" and own == axes
-        uses.append(Use(reading.kind, inner, counted, through))
+        inner = numbers([digit for axis in reading.axes(leaf.shape) for digit in axis], "in")
+        agrees = reading.kind != "lookup" and counted(reading, axes, leaf.shape)
+        together = agrees and is_together(reading, axes, leaf.shape)
+        uses.append(Use(reading.kind, inner, agrees, through, together))
     return Weight(
         path, leaf.shape, leaf.dtype,
         numbers(flat, "in"), numbers(flat, "out"), numbers(flat, "batch"),
@@ -265,23 +281,36 @@ def _weight(
     )  # fmt: skip
 
 
-def _slices(shape: Sequence[int], axes: Any, keys: Sequence[tuple[Reading, int]]) -> int:
+def _axes_in_words(uses: Sequence[Use]) -> str:
+    """The axes that these uses contract, each once."""
+    return " and ".join(dict.fromkeys(f"axes {use.in_axes}" for use in uses))
+
+
+def _slices(shape: Sequence[int], axes: Axes, keys: Sequence[tuple[Reading, int]]) -> int:
     """How many inputs are met by parts of the outputs; 1 where every input meets all outputs.
 
     Of several matrices (layers, experts), that of those which meet most.
     """
-    readings = [(reading, at) for reading, at in keys if reading.axes(shape) == axes]
-    alike = len({reading.batch for reading, _ in readings}) == 1
-    matrices: dict[Any, list[tuple[tuple[Part, ...], int]]] = {}
-    for reading, at in readings:
-        matrices.setdefault(alike and reading.fixed, []).append((reading.outer, at))
-    return max(map(_inputs, matrices.values()), default=1)
+    batch = digits(axes, "batch")
+    met: dict[Any, list[tuple[Any, Any]]] = {}
+    for reading, at in keys:
+        if counted(reading, axes, shape):
+            layers = tuple(Spot.of(reading, digit, shape).index for digit in batch)
+            shown = ((out, (at, which)) for out, which in outputs(reading, axes, shape))
+            met.setdefault(layers, []).extend(shown)
+    if len(met) == 1:
+        return max(map(_inputs, met.values()))
+    each: dict[Any, list[tuple[Any, Any]]] = {}
+    for layers, seen in met.items():
+        for matrix in itertools.product(*layers):
+            each.setdefault(matrix, []).extend(seen)
+    return max(map(_inputs, each.values()), default=1)
 
 
-def _inputs(met: Sequence[tuple[tuple[Part, ...], int]]) -> int:
+def _inputs(met: Sequence[tuple[Any, Any]]) -> int:
     """How many inputs parts of the outputs meet, where not all of these meet all of those."""
-    inputs: dict[tuple[Part, ...], set[int]] = {}
-    for outer, at in met:
-        inputs.setdefault(outer, set()).add(at)
-    together = set().union(*inputs.values())
+    inputs: dict[Any, set[Any]] = {}
+    for shown, at in met:
+        inputs.setdefault(shown, set()).add(at)
+    together = set[Any]().union(*inputs.values())
     return len(together) if any(met != together for met in inputs.values()) else 1

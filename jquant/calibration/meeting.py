@@ -7,7 +7,8 @@ one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jquant.axes.contraction import Contraction, UnreadableError
+from jquant.axes.digits import Axis
 from jquant.axes.origin import Origin
 from jquant.axes.rows import Arrangement
 from jquant.calibration.evidence import Evidence
@@ -80,7 +82,8 @@ def meet(
             split = contraction.split(origin, weight.array.shape)
             reading = contraction.reading(split)
         way = contraction.arrangement(split)
-        observer.see(walker, (where, k), origin, reading, way.tokens)
+        layers = split.scanned(len(contraction.shape))
+        observer.see(walker, (where, k), origin, reading, _rows(walker, way.tokens, layers))
         weights = _token_weights(observer, walker, origin.path, rows, contraction, way)
         meeting = Meeting(split, contraction, way)
         guide = observer.guide(walker, where, meeting)
@@ -91,6 +94,17 @@ def meet(
             what = *what, origin.path, where, k
         evidence = walker.share(what, operands, partial(automatic, compute, *operands))
         walker.emit((origin.path, reading), evidence)
+
+
+def _rows(walker: Walker, tokens: int, layers: Sequence[Axis]) -> int:
+    """How many rows each matrix of a weight meets, of so many in one turn of every loop.
+
+    `layers`: the axes that loops have sliced off the weight, a matrix each turn.
+    """
+    turns = math.prod(
+        eqn.params.get("length", 1) for eqn in walker.within[:-1] if eqn.primitive.name == "scan"
+    )
+    return tokens * turns // math.prod(part.length for axis in layers for part in axis)
 
 
 def _follow(

@@ -211,9 +211,7 @@ class Observer:
         return [_broken(eqn, values, result) for result in results]
 
     def see(self, walker: Walker, where: Any, origin: Origin, reading: Reading, rows: int) -> None:
-        """Record a use of a weight."""
-        for eqn in walker.within[:-1]:
-            rows *= eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        """Record a use of a weight, each matrix of which meets so many rows."""
         self.uses[walker.site, where] = Sighting(origin.path, reading, rows, origin.through)
 
     def guide(self, walker: Walker, where: Any, meeting: Meeting) -> jax.Array | None:
@@ -300,4 +298,4 @@ def _broken(eqn: core.JaxprEqn, values: Sequence[Any], result: jax.Array) -> Tag
     reach = tuple(sorted({number for value in tagged for number in value.reach}))
     value = Tagged(jnp.zeros((), jnp.float32), origins, reach)
     value = changed(value, result, [None] * len(origins), eqn.primitive.name)
-    return replace(value, origins=value.origins[:1])
+    return replace(value, origins=tuple(dict.fromkeys(value.origins)))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jquant.axes.contraction import Contraction, Pairs
-from jquant.axes.digits import Axis, Part
+from jquant.axes.digits import Axis, Part, apart
 from jquant.axes.origin import Origin
 from jquant.axes.roles import Sighting
 from jquant.calibration.pending import Product
@@ -137,14 +137,18 @@ def is_read_so(side: Tagged, contract: Sequence[int], sightings: Iterable[Sighti
     axis: it sees the rows of both.
     """
     rank = side.array.ndim
-    inner = {
-        o.path: {p.axis for dim in contract for p in o.own(rank)[dim]}
+    own = [
+        (o, {p.axis for dim in contract for p in o.own(rank)[dim]})
         for o in side.good
         if o.product is None
-    }
+    ]
     return any(
-        s.reading.kind != "lookup" and {p.axis for p in s.reading.inner} == inner.get(s.path)
+        s.reading.kind != "lookup"
+        and s.path == origin.path
+        and {p.axis for p in s.reading.inner} == inner
+        and not apart(s.reading.parts, origin.parts)
         for s in sightings
+        for origin, inner in own
     )
 
 

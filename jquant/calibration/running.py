@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 
+from jquant.axes.roles import Sighting
 from jquant.calibration.observe import Observer
 from jquant.calibration.routing import alike
 from jquant.calibration.tagged import Tagged, array_of, constant, is_key
@@ -25,12 +27,14 @@ class Usage(NamedTuple):
         nested: weights that are used inside a step's own loop or branch, and its name.
         fixed: values that depend on no input.
         deferred: steps that pick matrices of a weight for a later use, see `picks.py`.
+        sightings: all uses of each weight, as it is read there.
     """
 
     uses: Uses
     nested: dict[Piece, str]
     fixed: frozenset[int]
     deferred: frozenset[int] = frozenset()
+    sightings: Mapping[Piece, tuple[Sighting, ...]] = MappingProxyType({})
 
 
 def find_uses(flat: Flat, planned: Callable[[str], bool]) -> Usage:
@@ -53,7 +57,17 @@ def find_uses(flat: Flat, planned: Callable[[str], bool]) -> Usage:
         if inside
     }
     deferred = frozenset(at for at, *inside in observer.deferred if not inside)
-    return Usage({at: tuple(uses[at]) for at in sorted(uses)}, nested, fixed, deferred)
+    seen = _by_piece(watched.values(), observer)
+    return Usage({at: tuple(uses[at]) for at in sorted(uses)}, nested, fixed, deferred, seen)
+
+
+def _by_piece(watched: Iterable[Piece], observer: Observer) -> dict[Piece, tuple[Sighting, ...]]:
+    """All uses of each weight."""
+    names = {str(piece): piece for piece in watched}
+    seen: dict[Piece, list[Sighting]] = {}
+    for sighting in observer.uses.values():
+        seen.setdefault(names[sighting.path], []).append(sighting)
+    return {piece: tuple(uses) for piece, uses in seen.items()}
 
 
 def _watch(flat: Flat, watched: Mapping[int, Piece]) -> tuple[Observer, frozenset[int]]:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jquant.axes.roles import Sighting
 from jquant.calibration.comparison import Compared, Level, compared
 from jquant.calibration.place import Place
 from jquant.calibration.routing import Routing, routing
@@ -88,6 +89,7 @@ class Cut:
     gathers: tuple[Segment, ...]
     advances: tuple[Segment, ...]
     alive: tuple[frozenset[int], ...]
+    sightings: Mapping[Piece, Sequence[Sighting]] = field(default_factory=dict)  # piece → its uses
     nested: Mapping[Piece, str] = field(default_factory=dict)  # piece → the loop its use is in
     unpaired: Mapping[Piece, str] = field(default_factory=dict)  # piece → where its rows are chosen
     comparisons: Mapping[Piece, Comparison] = field(default_factory=dict)
@@ -135,6 +137,7 @@ def cut_at_weights(
         tuple(cutter.gather(k) for k in range(1, schedule.count + 1)),
         tuple(advances),
         alive,
+        usage.sightings,
         usage.nested,
         _unpaired(flat, usage, choices.unpaired),
         {flat.pieces[n]: _split(run, n, compare[n].words) for n, run in runs.items()},

@@ -62,8 +62,9 @@ class Tagged:
     @property
     def lost(self) -> tuple[Origin, ...]:
         """Those of weights that it has no view of any more."""
-        seen = {origin.path for origin in self.good if origin.product is None}
-        return tuple(o for o in self.origins if o.broken is not None and o.path not in seen)
+        seen = [origin for origin in self.good if origin.product is None]
+        broken = (origin for origin in self.origins if origin.broken is not None)
+        return tuple(o for o in broken if not any(map(o.overlaps, seen)))
 
     @property
     def paths(self) -> tuple[str, ...]:

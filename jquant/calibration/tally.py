@@ -6,7 +6,7 @@ batches are added, so nothing returns to the host in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
-from jquant.axes.roles import Reading, decisive
+from jquant.axes.agreement import counted
+from jquant.axes.roles import Axes, Reading
 from jquant.calibration.assemble import assemble
 from jquant.calibration.evidence import Evidence
 from jquant.calibration.find import Sightings
@@ -64,8 +65,10 @@ class Tally:
         """Until the last batch is done, where it would otherwise be queued only."""
         jax.block_until_ready(self.flaws[-1])
 
-    def evidence(self, where: str = "") -> dict[Any, Evidence]:
+    def evidence(self, axes: Mapping[Any, Axes], where: str = "") -> dict[Any, Evidence]:
         """The evidence of whole weights by name; `where` serves the error's message.
+
+        `axes`: of each of them, as `settled` has them.
 
         Raises:
             EvidenceError: an input was not finite, or too large for its moment; names weight, batch
@@ -83,7 +86,8 @@ class Tally:
                     f"the input of weight {str(self.names[int(place)])!r} is {flaw}, first in "
                     f"batch {batch}{where}; {remedy}"
                 )
-        return {self.names[int(place)]: one for place, one in _file(self.total).items()}
+        own = {str(k): axes[name] for k, name in enumerate(self.names)}
+        return {self.names[int(place)]: one for place, one in _file(self.total, own).items()}
 
 
 # What may be wrong with an input, and what to do about it.
@@ -134,15 +138,11 @@ def _flaw(batch: Evidence, total: Evidence) -> UInt8[Array, ""]:
     return jnp.where(jnp.all(jnp.isfinite(batch.abs_max)), flaw, 2).astype(jnp.uint8)
 
 
-def _file(total: Sightings) -> dict[str, Evidence]:
+def _file(total: Sightings, axes: Mapping[str, Axes]) -> dict[str, Evidence]:
     """The evidence of whole weights, by path; weights with a common input keep sharing arrays."""
+    shapes = dict(total.shapes)
     uses: dict[str, list[tuple[Reading, Evidence]]] = {}
     for path, reading, position in total.keys:
-        uses.setdefault(path, []).append((reading, total.values[position]))
-    shapes = dict(total.shapes)
-    evidence: dict[str, Evidence] = {}
-    for path, sightings in uses.items():
-        axes = decisive([use for use in total.uses if use.path == path]).axes(shapes[path])
-        same = [s for s in sightings if s[0].axes(shapes[path]) == axes]
-        evidence[path] = assemble(same, shapes[path])
-    return evidence
+        if counted(reading, axes[path], shapes[path]):
+            uses.setdefault(path, []).append((reading, total.values[position]))
+    return {path: assemble(seen, shapes[path], axes[path]) for path, seen in uses.items()}

@@ -267,7 +267,7 @@ class Walk:
                 told(number + 1)
         staged = self.recording.sequential is not None
         where = f", at stage {stage + 1} of {len(self.stages)}, the first that saw it"
-        evidence = tally.evidence(where if staged else "")
+        evidence = tally.evidence(self.cuts.axes, where if staged else "")
         lost = self.unpaired.keys() & evidence
         return evidence | {piece: evidence[piece].with_drift(lambda _: None) for piece in lost}
 

@@ -29,6 +29,7 @@ from jquant.layerwise.checks import (
     check_evidence,
     check_guided,
     check_matched,
+    check_multiplied,
     check_needs,
     check_reached,
     check_salient,
@@ -194,9 +195,9 @@ class Request:
     def recording(self) -> Recording:
         """Where the function is cut, and what is recorded there."""
         needs = frozenset[str]().union(*(scheme.needs for scheme in self.rounded.values()))
-        return Recording(
-            {path: self.plan.weights[path].stack_axes for path in self.rounded},
-            self.sequential,
+        return Recording.at(
+            {path: self.plan.weights[path] for path in self.rounded},
+            sequential=self.sequential,
             given=self.rounded.keys() - set(self.unknown),
             drift="drift" in needs and self.sequential is not None,
             spread="spread" in needs,
@@ -213,6 +214,7 @@ class Request:
             return Walk.without_data(self.fn, self.leaves, self.rounded)
         walk = Walk.start(self.fn, self.leaves, self.data, self.recording, budget)
         check_reached(walk, self.rounded)
+        check_multiplied(walk, self.rounded, self.unknown)
         check_matched(walk, self.data, self.unknown)
         check_salient(walk, self.data.saliency, self.guided)
         return walk

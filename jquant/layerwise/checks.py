@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from jquant.calibration.crosswise import check_multiplied as check_parts
 from jquant.calibration.data import Data
 from jquant.calibration.difference import uncompared
 from jquant.calibration.evidence import Evidence
-from jquant.calibration.find import Weight
+from jquant.calibration.find import Use, Weight
 from jquant.calibration.saliency import Saliency
 from jquant.calibration.tokens import refuse
 from jquant.calibration.walk import Walk
@@ -24,6 +25,7 @@ from jquant.errors import EvidenceError, PlanError, WeightError, near
 from jquant.layerwise.standin import check_tokens
 from jquant.rounding.base import label_of
 from jquant.schemes.scheme import Plan, Scheme, check_inputs
+from jquant.weights.activations import Activations
 from jquant.weights.leaves import is_finite, refuse_unless
 from jquant.weights.qtensor import QTensor
 
@@ -105,12 +107,23 @@ def _check_uses(path: str, scheme: Scheme, weight: Weight) -> None:
                 f"weight {path!r} enters a {product}, which has no product of integers; pass "
                 "Activations(compute='auto')"
             )
+        _check_together(path, choice, use)
         if choice.granularity == "static" and not use.counted:
             raise PlanError(
                 f"weight {path!r} is contracted over its axes {weight.in_axes} and elsewhere over "
                 f"{use.in_axes}, and has one static range of inputs; pass "
                 "Activations(granularity='token')"
             )
+
+
+def _check_together(path: str, choice: Activations, use: Use) -> None:
+    """Refuse what inputs cannot have that meet several matrices of a weight at once."""
+    if use.together and (choice.granularity == "static" or choice.compute == "integer"):
+        raise PlanError(
+            f"weight {path!r}: one input meets several of its matrices at once, which have a range "
+            "of inputs each and no common product of integers; pass "
+            "Activations(granularity='token', compute='auto')"
+        )
 
 
 def check_needs(
@@ -197,6 +210,20 @@ def check_reached(walk: Walk, paths: Iterable[str]) -> None:
     for path in paths:
         if path not in reached:
             raise EvidenceError(not_used(path))
+
+
+def check_multiplied(walk: Walk, plan: Plan, paths: Collection[str]) -> None:
+    """Refuse weights of which parts are only looked up where evidence of all is needed.
+
+    `paths`: those whose evidence is to be read.
+    """
+    for run in {id(run.cut): run for run in walk.runs}.values():
+        for piece, seen in run.cut.sightings.items():
+            scheme = plan.get(piece.path)
+            if scheme is None or piece.path not in paths or scheme.fallback:
+                continue
+            if scheme.needs & {"moment", "inputs"}:
+                check_parts(str(piece), seen, piece.shape(plan.weights[piece.path].shape))
 
 
 def check_matched(walk: Walk, data: Data, paths: Collection[str]) -> None:

@@ -55,6 +55,11 @@ class Piece(NamedTuple):
             for axis in range(rank)
         )
 
+    def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
+        """The shape of a piece of a leaf of shape `whole`."""
+        window = dict(self.where)
+        return tuple(1 if axis in window else size for axis, size in enumerate(whole))
+
 
 class Step(NamedTuple):
     """One equation: it reads `ins` and makes `outs`."""
