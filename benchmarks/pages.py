@@ -66,6 +66,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "encode": of("encode", speed.encode),
     "arithmetic": of("arithmetic", arithmetic.arithmetic),
     "architectures": of("architectures", architectures.architectures),
+    "backends": of("backends", backends.backends),
     "gptq_order": of("gptq_order", backends.gptq_order),
     "clients": of("clients", clients.clients),
     "tpu_inference": of("tpu_inference", clients.tpu_inference),

@@ -38,13 +38,19 @@ def backends(result: dict[str, Any]) -> str:
         if others > 0.2
         else ""
     )
+    rounds = len(result["rounds"])
+    runs = (
+        f"Medians of {rounds} alternating rounds, each run in a process of its own."
+        if rounds > 1
+        else "One run of each, in a process of its own."
+    )
     packages = ("torchax", "torch", "transformers")
     versions = ", ".join(f"{name} {result['machine']['versions'][name]}" for name in packages)
     return (
         f"SmolLM2-135M, all {settings['layers']} layers, from a Hugging Face folder: "
         f"W{settings['bits']} g{settings['group']} by GPTQ on {settings['windows']} windows of "
-        f"{settings['length']} tokens, float32; loading, tracing and compiling included. Medians "
-        f"of {len(result['rounds'])} alternating rounds, each run in a process of its own. "
+        f"{settings['length']} tokens, float32; loading, tracing and compiling included. "
+        f"{runs} "
         "*tracing* is `find_weights`; *error*: of the outputs of its products, relative to nearest "
         f"rounding.{busy}\n\n"
         + table(

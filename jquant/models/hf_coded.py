@@ -47,8 +47,8 @@ def _tensors(folder: HFFolder, quantization: Any, keep: bool) -> dict[str, Leaf]
             q = module.codec.lazy({own: stored.pop(full) for own, full in module.tensors.items()})
             if module.inputs is not None:
                 q = replace(q, activations=Inputs(module.inputs))
-        named = f"{folder.name}: module {name!r}"
-        leaves[f"{name}.weight"] = q if keep else dequantized(checked(q, named))
+        told: Any = checked(q, f"{folder.name}: module {name!r}")
+        leaves[f"{name}.weight"] = q if keep else dequantized(told)
         for unused in module.unused:
             stored.pop(unused)
     for name, leaf in stored.items():
