@@ -15,11 +15,12 @@ from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
 import jquant as jq
-from jquant import io
+from jquant import io, models
 from jquant.app import cli
 from jquant.app.documents import tokens_of
 from jquant.app.examples import count_examples, count_tokens, one_by_one, read_batches
-from jquant.app.sources import names_maker, opened
+from jquant.app.named_inputs import need_fitting
+from jquant.app.sources import Model, names_maker, opened
 from jquant.errors import TreeError
 from jquant.trees.lazy import Lazy, realize
 
@@ -194,6 +195,27 @@ def test_a_package_that_is_missing_is_told(
     error = capsys.readouterr().err
     assert "pip install 'jquant-jax[torch]'" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_tokens_that_a_decoder_lacks_are_told() -> None:
+    fn = models.Decoder(
+        models.DecoderConfig(vocab=9, width=8, hidden=8, layers=1, heads=2, kv_heads=2)
+    )
+    model = Model("it", fn, jax.eval_shape(fn.init, jax.random.key(0)))
+    need_fitting(model, [np.array([[0, 8]])], "x.npz")
+    for tokens, message in [
+        ([[0, 9]], "token 9; it has"),
+        ([[-1, 0]], "token -1; it has tokens 0 to 8"),
+    ]:
+        with pytest.raises(ValueError, match=f"x.npz: input_ids holds {message}"):
+            need_fitting(model, [np.array([[1, 2]]), np.array(tokens)], "x.npz")
+    with pytest.raises(ValueError, match=r"x.npz: it cannot be run on float64 \(1, 2\): "):
+        need_fitting(model, [np.zeros((1, 2))], "x.npz")
+
+
+def test_code_is_not_measured_against_a_file(folder: Path, capsys) -> None:
+    assert run("evaluate", "made:complete", "--against", "x.gguf", "-q") == 1
+    assert "--against made:complete" in capsys.readouterr().err
 
 
 # Checkpoints in the places of a tree

@@ -20,7 +20,7 @@ import numpy as np
 from jquant.app.sources import Model, names_maker
 from jquant.calibration.tokens import TokenWeights
 from jquant.errors import UnsupportedPrimitiveError
-from jquant.models import TorchFunction
+from jquant.models import Decoder, TorchFunction
 from jquant.models.torch_module import torch_module
 from jquant.weights.arguments import inputs_of, shapes_of
 
@@ -116,7 +116,7 @@ def need_fitting(model: Model, batches: Sequence[Any], source: str) -> None:
             raise ValueError(
                 f"{source}: {problem}; {model.source} takes {taken(fn)}, and gets {shapes}"
             )
-    if isinstance(fn, TorchFunction):
+    if isinstance(fn, TorchFunction | Decoder):
         for batch in batches:
             _need_tokens(model, inputs_of(batch), source)
 
@@ -154,7 +154,8 @@ def _refusal(fn: Any, params: Any, inputs: Sequence[Any]) -> str | None:
 
 
 def _need_tokens(model: Model, inputs: Sequence[Any], source: str) -> None:
-    for name, value in zip(model.fn.inputs, inputs, strict=True):
+    names = model.fn.inputs if isinstance(model.fn, TorchFunction) else ("input_ids",)
+    for name, value in zip(names, inputs, strict=True):
         vocab = model.fn.config.vocab
         if name.endswith("input_ids") and vocab and np.size(value):
             least, most = int(np.min(value)), int(np.max(value))
