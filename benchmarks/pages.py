@@ -19,6 +19,7 @@ from benchmarks.harness import RESULTS
 from benchmarks.sections import (
     architectures,
     arithmetic,
+    backends,
     choices,
     clients,
     few_bits,
@@ -66,6 +67,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "encode": of("encode", speed.encode),
     "arithmetic": of("arithmetic", arithmetic.arithmetic),
     "architectures": of("architectures", architectures.architectures),
+    "backends": of("backends", backends.backends),
+    "gptq_order": of("gptq_order", backends.gptq_order),
     "clients": of("clients", clients.clients),
     "tpu_inference": of("tpu_inference", clients.tpu_inference),
     "w4a16": of("w4a16", clients.w4a16),

@@ -124,6 +124,17 @@ def prepare(work: Path, windows: int, layers: int | None) -> None:
     )
 
 
+def prepare_apart(work: Path, windows: int, layers: int | None) -> None:
+    """`prepare` in a process of its own: JAX stays out of this one."""
+    command = [
+        sys.executable, "-c",
+        "import sys; from pathlib import Path; from benchmarks.total_time import prepare; "
+        "prepare(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) or None)",
+        str(work), str(windows), str(layers or 0),
+    ]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
 def run_part(name: str, number: int, work: Path, options: argparse.Namespace) -> dict[str, Any]:
     folder = work / f"round-{number}"
     folder.mkdir(exist_ok=True)
@@ -224,13 +235,7 @@ def main() -> None:
         for name in parts:
             for file in work.glob(f"round-*/{name.replace(' ', '-')}.json"):
                 file.unlink()
-    prepared = [
-        sys.executable, "-c",
-        "import sys; from pathlib import Path; from benchmarks.total_time import prepare; "
-        "prepare(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) or None)",
-        str(work), str(options.windows), str(options.layers or 0),
-    ]  # fmt: skip
-    subprocess.run(prepared, cwd=ROOT, check=True)  # apart: JAX stays out of this process
+    prepare_apart(work, options.windows, options.layers)
     exported = json.loads((work / "export.json").read_text())
     print("exported:", exported, flush=True)
 

@@ -73,6 +73,10 @@ class ProcessError(ValueError):
     """The processes of a job do not ask for the same, or one of them could not go on."""
 
 
+class MissingPackageError(ValueError, ImportError):
+    """A package that an optional part of jquant needs is not installed."""
+
+
 @contextlib.contextmanager
 def extra(name: str, otherwise: str = "") -> Iterator[None]:
     """A `with` block of imports from packages that `pip install 'jquant-jax[name]'` installs.
@@ -82,20 +86,22 @@ def extra(name: str, otherwise: str = "") -> Iterator[None]:
         otherwise: what can be done without the packages, for the message.
 
     Raises:
-        ImportError: an import of the block fails; the message names the extra.
+        MissingPackageError: an import of the block fails; the message names the extra.
 
     Example:
         >>> with extra("distances"):
         ...     import no_such_package
         Traceback (most recent call last):
         ...
-        ImportError: No module named 'no_such_package': pip install 'jquant-jax[distances]'
+        jquant.errors.MissingPackageError: No module named 'no_such_package': pip install ...
     """
     try:
         yield
     except ImportError as error:
         advice = f"pip install 'jquant-jax[{name}]'{otherwise and ', ' + otherwise}"
-        raise ImportError(f"{error}: {advice}", name=error.name) from error
+        missing = MissingPackageError(f"{error}: {advice}")
+        missing.name = error.name
+        raise missing from error
 
 
 def near(name: str, names: Iterable[str], count: int = 3) -> str:

@@ -644,6 +644,16 @@ def test_a_folder_of_quantized_modules(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(got, np.asarray(jax.jit(fn)(dense, tokens)), atol=1e-5)
 
 
+@pytest.mark.parametrize("quantized", ["keep", "dequantize"])
+def test_what_is_no_number_is_told_with_its_module(quantized: Any, tmp_path: Path) -> None:
+    write_folder(tmp_path, "gptq")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.scales"][0, 5] = np.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj.*'scale' holds NaN"):
+        models.load(tmp_path, quantized=quantized)
+
+
 def test_quantized_inputs_of_a_folder(tmp_path: Path) -> None:
     inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     write_folder(tmp_path, "int-quantized", input_activations=inputs)

@@ -338,6 +338,8 @@ def test_damaged_hf_directories_are_refused(tmp_path: Path) -> None:
     refused("expected an object, got list")
     index.unlink()
     refused("neither model.safetensors nor")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "rms_norm_eps": NaN}')
+    refused("config.json is not JSON: NaN is no number")
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{")
     refused("config.json is not JSON")
     (tmp_path / "config.json").unlink()

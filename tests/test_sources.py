@@ -15,11 +15,12 @@ from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
 import jquant as jq
-from jquant import io
+from jquant import io, models
 from jquant.app import cli
 from jquant.app.documents import tokens_of
 from jquant.app.examples import count_examples, count_tokens, one_by_one, read_batches
-from jquant.app.sources import names_maker, opened
+from jquant.app.named_inputs import need_fitting
+from jquant.app.sources import Model, names_maker, opened
 from jquant.errors import TreeError
 from jquant.trees.lazy import Lazy, realize
 
@@ -55,6 +56,12 @@ def four():
 
 def no_batches():
     return (*make(), [])
+
+def fails():
+    return {}["theirs"]
+
+def narrow():
+    return (*make(), [jax.numpy.ones((2, 31))])
 """
 
 
@@ -144,14 +151,23 @@ WRONG = {
     "a number": ("made:three", "returned int; it must return"),
     "four things": ("made:four", "returned a tuple of 4"),
     "shapes": ("made:shapes", "pass --params FOLDER"),
+    "an error": ("made:fails", "made:fails raised KeyError: 'theirs' ("),
+    "a module that fails": ("broken:make", "broken.py, line 2; JQUANT_DEBUG=1"),
+    "a package that is missing": ("lacking:make", "ModuleNotFoundError: No module named 'nowhere'"),
+    "no Python": ("wrong:make", "raised SyntaxError: "),
+    "other batches": ("made:narrow", "made:narrow cannot be run on float32 (2, 31): TypeError: "),
 }
+BROKEN = {"broken": "x = 1\nx.y", "lacking": "import nowhere.at_all", "wrong": "def make(:"}
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_names_are_told(case: str, folder: Path, capsys) -> None:
     source, message = WRONG[case]
+    for name, text in BROKEN.items():
+        (folder / f"{name}.py").write_text(text)
     assert run("quantize", source, "-o", "out", "-q") == 1
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
     assert not (folder / "out").exists()
 
 
@@ -168,6 +184,38 @@ def test_what_is_missing_is_told(folder: Path, capsys) -> None:
     ]:
         assert run("quantize", *options, "-o", "out", "-q") == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setitem(sys.modules, "torchax", None)  # as if not installed
+    assert run("quantize", tmp_path, "--backend", "torch", "-o", tmp_path / "out", "-q") == 1
+    error = capsys.readouterr().err
+    assert "pip install 'jquant-jax[torch]'" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_that_a_decoder_lacks_are_told() -> None:
+    fn = models.Decoder(
+        models.DecoderConfig(vocab=9, width=8, hidden=8, layers=1, heads=2, kv_heads=2)
+    )
+    model = Model("it", fn, jax.eval_shape(fn.init, jax.random.key(0)))
+    need_fitting(model, [np.array([[0, 8]])], "x.npz")
+    for tokens, message in [
+        ([[0, 9]], "token 9; it has"),
+        ([[-1, 0]], "token -1; it has tokens 0 to 8"),
+    ]:
+        with pytest.raises(ValueError, match=f"x.npz: input_ids holds {message}"):
+            need_fitting(model, [np.array([[1, 2]]), np.array(tokens)], "x.npz")
+    with pytest.raises(ValueError, match=r"x.npz: it cannot be run on float64 \(1, 2\): "):
+        need_fitting(model, [np.zeros((1, 2))], "x.npz")
+
+
+def test_code_is_not_measured_against_a_file(folder: Path, capsys) -> None:
+    assert run("evaluate", "made:complete", "--against", "x.gguf", "-q") == 1
+    assert "--against made:complete" in capsys.readouterr().err
 
 
 # Checkpoints in the places of a tree
@@ -230,7 +278,10 @@ def test_files_of_arrays_are_cut_into_equal_batches(tmp_path: Path) -> None:
     assert len(one_by_one(both)) == 48
 
 
-@pytest.mark.parametrize("case", ["lengths", "empty", "scalar", "bytes", "objects", "other"])
+@pytest.mark.parametrize(
+    "case",
+    ["lengths", "empty", "scalar", "bytes", "objects", "other", "nothing", "no zip", "damaged"],
+)
 def test_files_that_hold_no_examples_are_told(case: str, tmp_path: Path) -> None:
     path = tmp_path / ("x.bin" if case == "other" else "x.npz")
     arrays = {
@@ -239,10 +290,16 @@ def test_files_that_hold_no_examples_are_told(case: str, tmp_path: Path) -> None
         "scalar": {"a": np.zeros(())},
         "objects": {"a": np.array([None, 1], object)},
     }
+    np.savez_compressed(tmp_path / "whole.npz", a=np.arange(300.0))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    written = {
+        "nothing": b"", "no zip": b"PK\x03\x04" + bytes(99),
+        "damaged": whole[:60] + bytes(60) + whole[120:],
+    }  # fmt: skip
     if case in arrays:
         np.savez(path, allow_pickle=True, **arrays[case])
     else:
-        path.write_bytes(b"nothing of the kind")
+        path.write_bytes(written.get(case, b"nothing of the kind"))
     with pytest.raises(ValueError, match="x\\.(npz|bin)"):
         read_batches(str(path))
 

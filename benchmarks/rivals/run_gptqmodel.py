@@ -7,6 +7,7 @@ saved. Weights stay in memory (`offload_to_disk=False`), float32; it packs scale
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
 from typing import Any
@@ -14,21 +15,33 @@ from typing import Any
 from benchmarks.rivals import child
 
 
-def run(job: child.Job) -> dict[str, Any]:
+def engine() -> Any:
+    """The package, imported beside PyTorch for CPUs."""
     import torch
 
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    with contextlib.suppress(RuntimeError):  # a torchvision for CUDA describes these, and lacks
+        for name in ("nms", "qnms"):  # them beside a torch for CPUs; it is imported in vain
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     # One of its model definitions, not ours, imports torchvision, which PyPI has for CUDA only.
     absent = types.ModuleType("gptqmodel.models.definitions.internvl_chat")
     absent.__dict__["InternVLChatQModel"] = type("InternVLChatQModel", (), {})
     sys.modules.setdefault(absent.__name__, absent)
-    from gptqmodel import GPTQModel, QuantizeConfig  # pyright: ignore[reportMissingImports]
+    import gptqmodel  # pyright: ignore[reportMissingImports]
 
+    return gptqmodel
+
+
+def run(job: child.Job) -> dict[str, Any]:
+    import torch
+
+    library = engine()
     torch.set_num_threads(2)
-    settings = QuantizeConfig(
+    settings = library.QuantizeConfig(
         bits=child.BITS, group_size=child.GROUP, sym=False, desc_act=True, static_groups=True,
         act_group_aware=False, damp_percent=child.DAMPING, offload_to_disk=False, device="cpu",
     )  # fmt: skip
-    model = GPTQModel.load(str(job.folder), settings, dtype=torch.float32)
+    model = library.GPTQModel.load(str(job.folder), settings, dtype=torch.float32)
     rows = [
         {"input_ids": torch.from_numpy(row[None]), "attention_mask": torch.ones(1, len(row)).long()}
         for row in job.tokens.astype("int64")

@@ -95,5 +95,5 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                 for offset, record in enumerate(batch.to_pylist()):
                     yield f"row {first + offset}", record
                 first += batch.num_rows
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:  # also of types and codecs that it has not
         raise ValueError(f"{path} is not readable Parquet: {error!s:.200}") from error

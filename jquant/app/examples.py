@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from cyclopts import Parameter
 
-from jquant.app.named_inputs import need_fitting
+from jquant.app.named_inputs import NO_ARRAYS, need_fitting
 from jquant.app.recipes import in_batches
 from jquant.app.sources import Model, called, names_maker
 from jquant.app.texts import need_text, some, windows_of
@@ -124,6 +124,7 @@ def _given(model: Model, asked: Examples) -> list[Any] | None:
         need_fitting(model, batches, asked.batches)
     elif model.batches is not None and asked.text is None:
         batches = batch_list(model.batches, model.source)
+        need_fitting(model, batches, f"batches of {model.source}")
     elif model.is_made and model.tokenizer is None:
         raise ValueError(
             f"nothing to run {model.source} on: pass --batches FILE.npz or module:function, let "
@@ -165,7 +166,7 @@ def read_batches(source: str, inputs: Sequence[str] = ()) -> list[Any]:
             arrays = [value[name] for name in names] if path.suffix == ".npz" else [value]
     except FileNotFoundError:
         raise
-    except (ValueError, OSError, KeyError, AttributeError) as error:
+    except NO_ARRAYS as error:
         raise ValueError(f"{source} is no file of NumPy arrays: {error!s:.200}") from error
     counts = {array.shape[:1] for array in arrays}
     if len(counts) != 1 or counts <= {(), (0,)}:

@@ -71,6 +71,11 @@ def full_and_quantized(
     if names_maker(against):
         full = opened(against, **options)
         return full, full.parameters(source)
+    if names_maker(source):
+        raise ValueError(
+            f"{source} is code and {against} is not; name the folder of its quantized weights, and "
+            f"--against {source}"
+        )
     model = opened(source, **options)
     full = opened(against, **as_loaded(model.fn))
     if full.fn.config != model.fn.config:

@@ -7,6 +7,8 @@ Arrays of a file count by their names where these are arguments of the model's `
 from __future__ import annotations
 
 import inspect
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +20,18 @@ import numpy as np
 from jquant.app.sources import Model, names_maker
 from jquant.calibration.tokens import TokenWeights
 from jquant.errors import UnsupportedPrimitiveError
-from jquant.models import TorchFunction
+from jquant.models import Decoder, TorchFunction
 from jquant.models.torch_module import torch_module
 from jquant.weights.arguments import inputs_of, shapes_of
 
 # What arrays of these names hold. Of others nothing is told, nor asked.
 TOKENS, MASK = "whole numbers [examples, tokens]", "0 or 1 [examples, tokens]"
 NAME = "attention_mask"
+# What NumPy, zipfile and zlib raise of files that are damaged, or something else.
+NO_ARRAYS = (
+    ValueError, OSError, KeyError, AttributeError, EOFError, MemoryError, NotImplementedError,
+    RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 MEANINGS = {
     "input_ids": TOKENS,
     "decoder_input_ids": TOKENS,
@@ -74,7 +81,7 @@ def names_in(batches: str | None) -> tuple[str, ...]:
     try:
         with np.load(batches, allow_pickle=False) as file:
             return tuple(file.files)
-    except (ValueError, OSError, KeyError, AttributeError):
+    except NO_ARRAYS:
         return ()  # reading the arrays will tell
 
 
@@ -95,24 +102,28 @@ def real_tokens(model: Model, batches: Sequence[Any]) -> TokenWeights | None:
 
 
 def need_fitting(model: Model, batches: Sequence[Any], source: str) -> None:
-    """ValueError: a model of `transformers` cannot be run on batches; says what it takes."""
-    fn = model.fn
-    if not isinstance(fn, TorchFunction):
-        return
-    for batch in {_types(batch): batch for batch in batches}.values():
-        inputs = inputs_of(batch)
+    """ValueError: a model cannot be run on batches; says why, or what it takes."""
+    fn, each = model.fn, {_types(batch): inputs_of(batch) for batch in batches}
+    for types, inputs in each.items():
+        shapes = ", ".join(f"{dtype} {shape}" for shape, dtype in types)
+        if not isinstance(fn, TorchFunction):
+            problem = _refusal(fn, model.params, inputs)
+            if problem is not None:
+                raise ValueError(f"{source}: {model.source} cannot be run on {shapes}: {problem}")
+            continue
         problem = _problem(fn, model.params, inputs)
         if problem is not None:
-            shapes = ", ".join(f"{x.dtype.name} {x.shape}" for x in map(np.asarray, inputs))
             raise ValueError(
                 f"{source}: {problem}; {model.source} takes {taken(fn)}, and gets {shapes}"
             )
-    for batch in batches:
-        _need_tokens(model, inputs_of(batch), source)
+    if isinstance(fn, TorchFunction | Decoder):
+        for batch in batches:
+            _need_tokens(model, inputs_of(batch), source)
 
 
 def _types(batch: Any) -> tuple[Any, ...]:
-    return tuple((np.shape(x), str(np.asarray(x).dtype)) for x in inputs_of(batch))
+    leaves = jax.tree.leaves(inputs_of(batch))
+    return tuple((np.shape(x), str(getattr(x, "dtype", type(x).__name__))) for x in leaves)
 
 
 def _problem(fn: TorchFunction, params: Any, inputs: Sequence[Any]) -> str | None:
@@ -125,18 +136,26 @@ def _problem(fn: TorchFunction, params: Any, inputs: Sequence[Any]) -> str | Non
             return f"{name} are no whole numbers"
         if meaning.startswith("floats") and kind != "f":
             return f"{name} are no floats"
+    refusal = _refusal(fn, params, inputs)
+    return None if refusal is None else f"{fn.config.architecture} refuses them: {refusal}"
+
+
+def _refusal(fn: Any, params: Any, inputs: Sequence[Any]) -> str | None:
+    """What a function raises of inputs like these, in a line; None: nothing."""
+    shapes, given = shapes_of(params, tuple(inputs))
     try:
-        shapes, given = shapes_of(params, tuple(inputs))
         jax.eval_shape(fn, shapes, *given)
     except UnsupportedPrimitiveError:
         raise
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # of PyTorch's own checks
-        return f"{fn.config.architecture} refuses them: {str(error).splitlines()[0]:.200}"
+    except Exception as error:  # of PyTorch's own checks, of JAX's, of the user's code
+        line = next(iter(str(error).splitlines()), "")
+        return f"{type(error).__name__}: {line:.200}"
     return None
 
 
 def _need_tokens(model: Model, inputs: Sequence[Any], source: str) -> None:
-    for name, value in zip(model.fn.inputs, inputs, strict=True):
+    names = model.fn.inputs if isinstance(model.fn, TorchFunction) else ("input_ids",)
+    for name, value in zip(names, inputs, strict=True):
         vocab = model.fn.config.vocab
         if name.endswith("input_ids") and vocab and np.size(value):
             least, most = int(np.min(value)), int(np.max(value))

@@ -7,12 +7,14 @@ is a folder with its weights; the function stays where it is, and a file never n
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,19 +121,23 @@ def called(name: str) -> Any:
 
     Raises:
         ValueError: there is no such module, it has no such callable, or the callable needs
-            arguments. Whatever the user's code raises goes through.
+            arguments; or the user's code raises something, with the line of it that does.
     """
     module, _, attribute = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
-    try:
-        there = importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a package above it
-        there = False
+    with _telling(f"{name}: importing {module!r}"):
+        try:
+            there = importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError as error:  # a package above it, or what that one imports
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise
+            there = False
     if not there:
         raise ValueError(f"{name}: no module {module!r} on Python's path or in {here}")
-    value: Any = importlib.import_module(module)
+    with _telling(f"{name}: importing {module!r}"):
+        value: Any = importlib.import_module(module)
     for part in attribute.split("."):
         value = getattr(value, part, None)
     if not callable(value):
@@ -142,7 +148,29 @@ def called(name: str) -> Any:
         inspect.signature(value).bind()
     except TypeError as error:
         raise ValueError(f"{name} is called without arguments: {error}") from error
-    return value()
+    with _telling(name):
+        return value()
+
+
+@contextlib.contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """ValueError: the user's code raises something; says what, and where."""
+    try:
+        yield
+    except Exception as error:  # of whatever kind: it is not our code
+        raise ValueError(
+            f"{what} raised {type(error).__name__}: {error} ({_place(error)}JQUANT_DEBUG=1 shows "
+            "all of it)"
+        ) from error
+
+
+def _place(error: Exception) -> str:
+    """The last line of the user's code that an error went through; "" if there is none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = (__file__, importlib.__file__)
+    theirs = [f for f in frames if f.filename not in ours and not f.filename.startswith("<frozen")]
+    outside = [frame for frame in theirs if "site-packages" not in frame.filename] or theirs
+    return f"{outside[-1].filename}, line {outside[-1].lineno}; " if outside else ""
 
 
 def _made(maker: str) -> tuple[Callable[..., Any], Any, Iterable[Any] | None]:

@@ -116,7 +116,7 @@ def transport(x: Any, y: Any, *, solver: Solver = "scipy") -> float:
 
     Raises:
         ValueError: dimensions differ, points are not finite, or there is no such solver.
-        ImportError: SciPy or POT is asked for and not installed: SciPy comes with
+        MissingPackageError: SciPy or POT is asked for and not installed: SciPy comes with
             `pip install 'jquant-jax[distances]'`.
 
     Example:
@@ -214,7 +214,7 @@ def sinkhorn(
         steps: after which it is given up.
 
     Raises:
-        ImportError: ott-jax is not installed: `pip install 'jquant-jax[sinkhorn]'`.
+        MissingPackageError: ott-jax is not installed: `pip install 'jquant-jax[sinkhorn]'`.
         ValueError: as for `transport`, or `epsilon` is not above zero.
         RuntimeError: no convergence in as many steps.
     """

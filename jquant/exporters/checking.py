@@ -83,7 +83,7 @@ def check(
     Raises:
         CheckpointError: a file is missing or damaged, a tensor is not what the configuration says,
             or holds codes outside their grid, NaN or infinity; names it, and the edited files.
-        ImportError: the extra `models` is not installed.
+        MissingPackageError: the extra `models` is not installed.
 
     Example: `check("model-ct").edited` is `()` after `jquant.export(fn, qparams, "model-ct")`.
     """

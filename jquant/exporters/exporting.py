@@ -102,7 +102,7 @@ def export(
             to be written.
         CheckpointError: `like` is no folder of this network.
         TreeError: the parameters are not those of `fn`.
-        ImportError: the extra `models` is not installed.
+        MissingPackageError: the extra `models` is not installed.
 
     Example:
         >>> import jax, tempfile

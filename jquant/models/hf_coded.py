@@ -11,7 +11,7 @@ from jquant.errors import CheckpointError
 from jquant.formats.base import Spec
 from jquant.formats.config import quantized_modules
 from jquant.io.files import naming
-from jquant.models.coded import Leaf, dequantized, tensors_of
+from jquant.models.coded import Leaf, checked, dequantized, tensors_of
 from jquant.models.hf_folder import HFFolder
 from jquant.trees.lazy import Lazy
 from jquant.weights.inputs import Inputs
@@ -47,7 +47,8 @@ def _tensors(folder: HFFolder, quantization: Any, keep: bool) -> dict[str, Leaf]
             q = module.codec.lazy({own: stored.pop(full) for own, full in module.tensors.items()})
             if module.inputs is not None:
                 q = replace(q, activations=Inputs(module.inputs))
-        leaves[f"{name}.weight"] = q if keep else dequantized(q)
+        told: Any = checked(q, f"{folder.name}: module {name!r}")
+        leaves[f"{name}.weight"] = q if keep else dequantized(told)
         for unused in module.unused:
             stored.pop(unused)
     for name, leaf in stored.items():

@@ -101,14 +101,21 @@ def read_json(path: Path) -> Mapping[str, Any]:
         CheckpointError: it is not there, or no object.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path.name} is missing; expected a Hugging Face model directory")
+        raise CheckpointError(f"{path} is missing; expected a Hugging Face model directory")
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"), parse_constant=_constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name}: expected an object, got {type(value).__name__}")
     return value
+
+
+def _constant(name: str) -> float:
+    """Infinity, which some configurations have; NaN, which JSON has no more, is no setting."""
+    if name == "NaN":
+        raise ValueError("NaN is no number")
+    return float(name)
 
 
 def _tensor_files(path: Path) -> dict[str, str]:

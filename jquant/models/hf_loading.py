@@ -45,7 +45,7 @@ def load_folder(path: Path, choices: Choices) -> tuple[Any, dict[str, Any], Any]
 
     Raises:
         CheckpointError: see `jquant.models.load`.
-        ImportError: `backend="torch"` without the extra `torch`.
+        MissingPackageError: `backend="torch"` without the extra `torch`.
     """
     try:
         claims = dict(read_json(path / "config.json"))

@@ -85,7 +85,7 @@ def load(
             or no tokenizer is where `tokenizer` says; or weights are to be kept whose format has no
             codec, or whose layers are to be stacked and differ.
             Reading a lazy leaf raises it if the values are damaged, or the file has changed.
-        ImportError: `backend="torch"` without the extra `torch`.
+        MissingPackageError: `backend="torch"` without the extra `torch`.
 
     Example: `fn, params, tokenizer = load("model.gguf", dtype="bfloat16")`
     """

@@ -78,7 +78,7 @@ def load_quantized(
     Raises:
         CheckpointError: the checkpoint is damaged, its parameters are not those of its decoder, or
             no tokenizer is where `tokenizer` says.
-        ImportError: it is a model's own PyTorch code, and the extra `torch` is not there.
+        MissingPackageError: it is a model's own PyTorch code, and the extra `torch` is not there.
     """
     path = Path(folder) / CHECKPOINT
     fn, expected = _function(path)

@@ -60,7 +60,7 @@ class TorchFunction:
         """The function with the inputs and the output that its architecture usually has.
 
         Raises:
-            CheckpointError, ImportError: see `torch_module`.
+            CheckpointError, MissingPackageError: see `torch_module`.
         """
         module = torch_module(config)
         inputs = [module.main_input_name]

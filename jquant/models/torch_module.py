@@ -90,7 +90,7 @@ class TorchConfig:
 
 
 def need_torch() -> None:
-    """ImportError: PyTorch, torchax or `transformers` is not there; names the extra."""
+    """MissingPackageError: PyTorch, torchax or `transformers` is not there; names the extra."""
     with extra("torch"):
         import torch
         import transformers  # noqa: F401
@@ -105,7 +105,7 @@ def torch_module(config: TorchConfig) -> Any:
     """The module in evaluation mode, its parameters on the meta device; built once per config.
 
     Raises:
-        ImportError: see `need_torch`.
+        MissingPackageError: see `need_torch`.
         CheckpointError: `transformers` has no such architecture, or refuses its configuration.
     """
     need_torch()

@@ -70,7 +70,7 @@ def from_torch(module: Any) -> tuple[ModuleFunction, dict[str, Any]]:
             leaf. Of a module on the meta device the leaves are `jax.ShapeDtypeStruct`.
 
     Raises:
-        ImportError: the extra `torch` is not there.
+        MissingPackageError: the extra `torch` is not there.
         TypeError: it is no module.
         TreeError: the module cannot be copied, or has on the meta device what is no parameter.
 
