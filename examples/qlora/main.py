@@ -39,12 +39,12 @@ class Size:
     """How large the experiment is."""
 
     length: int = 128  # tokens of a window
-    calibrate: int = 16  # windows that calibrate
-    train: int = 128  # windows that train, of text that calibration does not see
+    calibrate: int = 32  # windows that calibrate
+    train: int = 160  # windows that train, of text that calibration does not see
     measure: int = 8  # windows that measure, of text that neither sees
     batch: int = 2
-    steps: int = 24
-    every: int = 4  # steps between two measurements
+    steps: int = 48
+    every: int = 8  # steps between two measurements
     rank: int = 8
     rate: float = 1e-3
 
