@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,9 +25,7 @@ from benchmarks.harness import RESULTS, machine
 from jquant.grids import MSE, MX, NV, Float
 from jquant.grids.grouped import Grouped
 from jquant.rounding import GPTQ, Nearest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the network lies with the tests
-from tests import trained  # noqa: E402
+from tests import trained
 
 PATH = RESULTS / "fp4.json"
 ONE = MSE(1, norm=2.0)  # no other range than the rule's, so that the mantissa alone is searched

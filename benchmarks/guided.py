@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,9 +22,7 @@ import jquant as jq
 from benchmarks.harness import RESULTS, machine
 from jquant.grids import MSE, Uniform
 from jquant.rounding import GPTQ, Guided, Polish, Rounding
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the network lies with the tests
-from tests import trained  # noqa: E402
+from tests import trained
 
 PATH = RESULTS / "guided.json"
 # Bits, group, and the rounding.

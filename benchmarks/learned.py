@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,9 +29,7 @@ from jquant.grids import Power, Uniform
 from jquant.learning.objectives import KL, Reconstruction
 from jquant.models import smollm2
 from jquant.rounding import GPTQ, NUPES, AdaRound, Descent, DiscQuant, Nearest, SignRound
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the network lies with the tests
-from tests import trained  # noqa: E402
+from tests import trained
 
 PATH = RESULTS / "learned.json"
 WINDOWS, ROWS, STEPS, SCALE_STEPS = 512, 8, 160, 60

@@ -12,17 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import jquant as jq
 from benchmarks.harness import RESULTS, machine
 from jquant.grids import MSE, Joint, MinMax, Uniform
 from jquant.rounding import GPTQ
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the network lies with the tests
-from tests import trained  # noqa: E402
+from tests import trained
 
 PATH = RESULTS / "ranges.json"
 ODD: dict[str, Any] = {"symmetric": True, "convention": "S5"}

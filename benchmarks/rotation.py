@@ -9,17 +9,13 @@ its 32 held-out windows. Writes `results/rotation.json`.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import jquant as jq
 from benchmarks.harness import write
 from jquant.grids import MSE, MX, Uniform
 from jquant.rounding import GPTQ
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests import trained  # noqa: E402
+from tests import trained
 
 QEP = GPTQ(correction="qep")
 TRANSFORMS: dict[str, tuple[Any, ...]] = {"as it is": (), "Hadamard": (jq.Hadamard(),)}

