@@ -35,7 +35,6 @@ def bytes_of(loss: Callable[..., Any], program: Any, arguments: Any) -> dict[str
     }
     measured = stats.argument_size_in_bytes + stats.temp_size_in_bytes
     parts |= {"gradients": parts["adapters"], "program": measured}
-    parts["living at the peak"] = stats.peak_memory_in_bytes
     parts["program, arguments"] = stats.argument_size_in_bytes
     parts["by arithmetic"] = sum(
         parts[name] for name in ("frozen", "adapters", "optimizer", "activations", "gradients")
