@@ -18,7 +18,7 @@ from marks import mostly_slow
 
 import jquant as jq
 from jquant.adapters import LoRA, Scales, Whole
-from jquant.errors import EvidenceError, PlanError, TreeError
+from jquant.errors import EvidenceError, ObjectiveError, PlanError, TreeError, WeightError
 from jquant.grids import Uniform
 from jquant.rounding import GPTQ
 from jquant.weights.qtensor import QTensor, is_qtensor
@@ -371,6 +371,18 @@ REFUSED = {
         "decides nothing: earlier rules already match",
     ),
     "no term": (lambda q, p: jq.adapt(q, rank=None), r"'w' has no low-rank term that LoRA\(None\)"),
+    "nothing": (lambda q, p: jq.adapt(q, {}, key=KEY), "train nothing; give some leaves"),
+    "all kept": (lambda q, p: jq.adapt(q, {".*": jq.keep}), "train nothing; give some leaves"),
+    "no rules": (lambda q, p: jq.adapt(q, LoRA(1), key=KEY), "rules must be path expression"),
+    "no path": (lambda q, p: jq.adapt(q, {0: LoRA(1)}, key=KEY), "0 is not a regular expression"),
+    "no weights": (
+        lambda q, p: jq.adapt(q, {"w": LoRA(1)}, key=KEY, weights=["w"]),
+        "weights must be what jq.find_weights",
+    ),
+    "a plan for weights": (
+        lambda q, p: jq.adapt(q, {"w": LoRA(1)}, key=KEY, weights={"w": jq.Scheme(Uniform(4))}),
+        "weights must be what jq.find_weights.*got Scheme.*for 'w'",
+    ),
     "other weights": (
         lambda q, p: jq.adapt(
             {"w": p["w"].T},
@@ -430,9 +442,41 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         jq.merge(t, frozen)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("key", [0, jnp.ones(3), jax.random.split(KEY)])
+def test_what_is_no_key_is_refused(key: Any) -> None:
+    _, _, q, _ = matrix()
+    frozen, trainable = jq.adapt(q, rank=2, key=KEY)
+    for call in (
+        lambda: jq.adapt(q, rank=2, key=key),
+        lambda: jq.fold(frozen, trainable, key=key),
+        lambda: jq.compress(trainable, Uniform(4, True, "S3"), key),
+    ):
+        with pytest.raises(ValueError, match="key must be one random key, such as"):
+            call()
+    jq.adapt(q, rank=2, key=jax.random.PRNGKey(0))  # keys of the old kind are keys
+
+
 def test_folding_what_is_no_adapted_weight_is_refused() -> None:
     _, _, q, _ = matrix()
     frozen, trainable = jq.adapt(q, rank=2, key=KEY)
+    with pytest.raises(TreeError, match=r"adapted already; pass jq\.merge"):
+        jq.adapt(frozen, rank=1, key=KEY)
+    with pytest.raises(PlanError, match=r"fold: plan must be a jq\.Scheme.*got 'int4'"):
+        jq.fold(frozen, trainable, "int4")  # type: ignore[arg-type]
+    for wrong in ([1], {"w": jnp.ones((16, 16))}):
+        with pytest.raises(EvidenceError, match=r"evidence must be path → jq\.Evidence"):
+            jq.fold(frozen, trainable, jq.Scheme(Uniform(4)), evidence=wrong)  # type: ignore[arg-type]
+    diverged = jax.tree.map(lambda a: a * jnp.nan, trainable)
+    for plan in (None, jq.Scheme(Uniform(4))):
+        with pytest.raises(WeightError, match="'w': with what was trained it is NaN"):
+            jq.fold(frozen, diverged, plan)
+    with pytest.raises(ObjectiveError, match=r"one number, got shape \(8,\)"):
+        jq.fold(frozen, trainable, loss=lambda p: p["b"])
+    qep, evidence = jq.Scheme(Uniform(3), 8, GPTQ(correction="qep")), jq.Evidence.of(jnp.eye(16))
+    with pytest.raises(EvidenceError, match="'w': .*corrects for inputs that have drifted"):
+        jq.fold(frozen, trainable, qep, evidence={"w": evidence})
+    with pytest.raises(ValueError, match="loss must be a function of the tree, got 3"):
+        jq.fold(frozen, trainable, loss=3)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="plan names 'b', which has no trained low-rank term"):
         jq.fold(frozen, trainable, {"b": jq.Scheme(Uniform(4))})
     with pytest.raises(PlanError, match=r"expected a jq\.Scheme, got 4"):

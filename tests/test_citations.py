@@ -22,7 +22,7 @@ CHOICES += [  # what a score cites is data of its own, see test_sensitivity
 ]
 CHOICES += [jq.emulate(jnp.sin, 8, "stochastic"), jq.distances]
 CHOICES += [jq.Scheme(jq.grids.Uniform(4), transforms=(jq.Hadamard(),))]
-CHOICES += [jq.LoRA(8), jq.LoRA(None)]
+CHOICES += [jq.LoRA(8), jq.LoRA(None), jq.LoRA(8, magnitude=True)]
 CHOICES += [preset() for preset in jq.presets.presets().values()]
 
 

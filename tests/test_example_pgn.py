@@ -1,5 +1,8 @@
 """The example of gated forecasting networks runs, on a generated series."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,3 +47,19 @@ def test_it_runs(example):
     rows = result["TPGN"]["bits"]
     assert rows["float32"]["bits"] == 32 > rows["W8A8"]["bits"] > rows["W4 nearest"]["bits"]
     assert rows["W8A8"]["mse"] == pytest.approx(rows["float32"]["mse"], rel=0.05)
+
+
+def test_what_is_recorded_is_what_the_page_says():
+    folder = Path(main.__file__).parent
+    recorded = json.loads((folder / "results.json").read_text("utf-8"))
+    page = (folder / "README.md").read_text("utf-8")
+    for name in ("TPGN", "PGN", "GRU"):
+        for row in recorded[name]["bits"].values():
+            assert f"{row['mse']:.4f} ({row['bits']:.1f})" in page
+        assert f"{name}, {recorded[name]['parameters']:,}" in page
+    full = {name: recorded[name]["bits"]["float32"]["mse"] for name in ("TPGN", "PGN", "GRU")}
+    assert full["TPGN"] < full["PGN"] < full["GRU"] / 6
+    week = recorded["naive"]["the same hour a week ago"]
+    assert full["TPGN"] < 0.88 * week < week < full["PGN"] and f"{week:.4f}" in page
+    part = {n: recorded[n]["bits"]["W4"]["mse"] / full[n] for n in ("TPGN", "PGN")}
+    assert part["TPGN"] < 1.006 and part["PGN"] < 1.041

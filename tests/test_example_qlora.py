@@ -1,9 +1,12 @@
 """The example of adapters beside 4-bit codes runs, and what it records adds up."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from examples.qlora import main
+import jquant as jq
+from examples.qlora import main, timing
 
 
 @pytest.fixture
@@ -32,3 +35,23 @@ def test_the_small_one_runs_and_goes_on(example, tmp_path):
         assert losses[-1] < losses[0]
     assert result["compared"]["steps"] == 3
     assert example.main(arguments)["runs"] == result["runs"]  # from what is kept
+    (tmp_path / "nearest.json").unlink()  # as if it had been stopped after its last measurement
+    again = example.main(arguments)["runs"]["nearest"]
+    assert again["curve"] == result["runs"]["nearest"]["curve"]
+    assert again["training"] == result["runs"]["nearest"]["training"]
+
+
+def test_float32_numbers_that_are_their_own_codes_are_the_function(example):
+    params = {"w": jax.random.normal(jax.random.key(0), (6, 4)).at[0, 0].set(-0.0)}
+    fn, x = lambda p, x: jnp.tanh(x @ p["w"]), jnp.ones((3, 6))
+    task = example.Subject("", fn, params, "w", x, x, x)
+    weights = jq.find_weights(fn, params, x)
+    tree = timing.tree_of("float32, thin products", task, weights, {"w": None})
+    np.testing.assert_array_equal(jq.dequantize(tree)["w"], params["w"])
+    np.testing.assert_allclose(jq.apply(fn)(tree, x), fn(params, x), atol=1e-6)
+    frozen, trainable = jq.adapt(tree, rank=2, key=jax.random.key(1))
+    trainable["w"]["left"] += 1.0
+    plain = jq.adapt(params, {"w": jq.LoRA(2)}, key=jax.random.key(1), weights=weights)[0]
+    loss = lambda t, f: jnp.sum(jq.apply(fn)(jq.merge(f, t), x))  # noqa: E731
+    one, two = (jax.grad(loss)(trainable, f) for f in (frozen, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, two)

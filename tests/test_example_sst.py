@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import examples.sst.sst as transformation
-from examples.sst import main
+from examples.sst import hyperbolic, main
 
 
 @pytest.fixture
@@ -57,4 +57,21 @@ def test_the_small_one_runs():
     assert set(result["runs"]) == {"full", "LoRA", "SST"}
     moving = {way: run["moving"] for way, run in result["runs"].items()}
     assert moving["LoRA"] < moving["SST"] < moving["full"]
-    assert result["hyperbolic_difference"] < 1e-5
+
+
+def test_layers_of_the_poincare_ball_are_functions_like_any():
+    with jax.numpy_dtype_promotion("standard"):
+        told = hyperbolic.compared()
+    assert told["weights"] == ["first", "second"]  # the bias is added by the ball's own addition
+    assert all(told[bits]["difference"] < 1e-5 for bits in ("8 bits", "4 bits"))
+    assert 0 < told["8 bits"]["error"] < told["4 bits"]["error"] < 0.2
+
+
+def test_the_ball_adds_as_it_should():
+    x, y = (0.5 * jax.random.normal(jax.random.key(k), (5, 3)) / 3 for k in (0, 1))
+    np.testing.assert_allclose(hyperbolic.added(-x, hyperbolic.added(x, y)), y, atol=1e-5)
+    np.testing.assert_allclose(hyperbolic.logarithm(hyperbolic.exponential(x)), x, atol=1e-5)
+    away = jnp.linalg.norm(hyperbolic.added(-x, y), axis=-1)  # distances, by their other formula
+    squares = [jnp.sum(a * a, -1) for a in (x - y, x, y)]
+    cosh = 1 + 2 * squares[0] / ((1 - squares[1]) * (1 - squares[2]))
+    np.testing.assert_allclose(2 * jnp.arctanh(away), jnp.arccosh(cosh), atol=1e-4)

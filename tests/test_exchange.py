@@ -311,13 +311,24 @@ def test_integers_that_disagree_have_no_mean():
         exchange.average(packets)
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0], [1.0, float("nan")]])
+@pytest.mark.parametrize(
+    "weights", [[1.0], [1.0, -1.0], [0.0, 0.0], [1.0, float("nan")], 5, ["a", "b"]]
+)
 def test_weights_of_a_mean_that_do_not_fit(weights):
     packets = [jq.compress({"w": jnp.ones(4)}, S3[4], jax.random.key(n)) for n in (0, 1)]
     with pytest.raises(ValueError, match="weights must be 2"):
         exchange.average(packets, weights)
     with pytest.raises(ValueError, match="one packet or more"):
         exchange.average([])
+    for wrong, says in (
+        (packets[0], "a list of packets, got one"),
+        ([packets[0], {"w": jnp.ones(4)}], r"packet 1 must be Packet\(\), got {'w'"),
+        ([exchange.to_bytes(packets[0])], r"packet 0 must be Packet\(\), got b'jqx1"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            exchange.average(wrong)
+    with pytest.raises(ValueError, match="wire_bytes: packet must be Packet"):
+        exchange.wire_bytes(packets[0].tree)
 
 
 # What is refused

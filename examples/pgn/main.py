@@ -1,7 +1,7 @@
 """PGN and TPGN, two gated forecasting networks, trained in float32 and quantized to few bits.
 
 pip install pmdarima                  # for the series that it ships
-python -m examples.pgn.main           # minutes; writes results.json
+python -m examples.pgn.main           # minutes; goes on from results.json
 python -m examples.pgn.main --small   # seconds, on a generated series, nothing written
 """
 
@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +103,14 @@ class Recurrent(nnx.Module):
     """What PGN is to replace: a GRU, step by step."""
 
     def __init__(self, size: Size, rngs: nnx.Rngs):
+        self.width = size.width
         self.embed = nnx.Linear(1, size.width, rngs=rngs)
         self.gru = nnx.RNN(nnx.GRUCell(size.width, size.width, rngs=rngs))
         self.head = nnx.Linear(size.width, DAY, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.head(self.gru(self.embed(x[..., None]))[:, -1])
+        start = jnp.zeros((len(x), self.width))
+        return self.head(self.gru(self.embed(x[..., None]), initial_carry=start)[:, -1])
 
 
 NETWORKS: dict[str, Callable[[Size, nnx.Rngs], Any]] = {
@@ -220,11 +222,16 @@ def quantized(fn: Any, params: Any, parts: Any, scheme: jq.Scheme) -> tuple[Any,
     return qparams, (report.bits_per_weight * inside + 32 * (whole - inside)) / whole
 
 
-def run(series: np.ndarray, size: Size) -> dict[str, Any]:
-    """Errors of all networks at all bits, and of forecasts that need no network."""
+def run(series: np.ndarray, size: Size, file: Path | None = None) -> dict[str, Any]:
+    """Errors of all networks at all bits, and of forecasts that need no network.
+
+    Networks that are in the file already are not run again; each is written when it is done.
+    """
     parts = windows(series)
     x, y = parts["test"]
-    result: dict[str, Any] = {
+    result: dict[str, Any] = json.loads(file.read_text()) if file and file.exists() else {}
+    result |= {
+        "size": asdict(size),
         "windows": {name: len(part[0]) for name, part in parts.items()},
         "naive": {
             "the same hour yesterday": float(np.mean((x[:, -DAY:] - y) ** 2)),
@@ -232,6 +239,8 @@ def run(series: np.ndarray, size: Size) -> dict[str, Any]:
         },
     }
     for name in size.networks:
+        if name in result:
+            continue
         fn, params, seconds = train(NETWORKS[name], parts, size)
         numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
         rows = {"float32": {"mse": error(fn, params, parts["test"]), "bits": 32.0}}
@@ -241,6 +250,10 @@ def run(series: np.ndarray, size: Size) -> dict[str, Any]:
             rows[scheme] = {"mse": mse, "bits": bits}
         result[name] = {"parameters": numbers, "step_seconds": seconds, "bits": rows}
         print(name, json.dumps(result[name], indent=1), flush=True)
+        if file is not None:
+            packages = ("jax", "flax", "optax", "numpy", "pmdarima")
+            result["versions"] = {name: importlib.metadata.version(name) for name in packages}
+            file.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -250,11 +263,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if parser.parse_args(arguments).small:
         short = Size(8, 10, 8, networks=("TPGN",), schemes=("W8A8", "W4 nearest"))
         return run(generated(), short)
-    result = run(demand(), Size())
-    packages = ("jax", "flax", "optax", "numpy", "pmdarima")
-    result["versions"] = {name: importlib.metadata.version(name) for name in packages}
-    (HERE / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    return run(demand(), Size(), HERE / "results.json")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ python -m examples.qlora.main           # SmolLM2-135M: minutes; writes results.
 python -m examples.qlora.main --small   # a network of 1 M weights: seconds, nothing written
 
 The starts: float32 weights, codes of nearest rounding, and codes of GPTQ with QEP's correction. A
-run that was stopped goes on with the starts that are left: `--work` keeps what is done.
+run that was stopped goes on from its last measurement: `--work` keeps what is done.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 import optax
 
 import jquant as jq
+from examples.qlora.memory import bytes_of
 from jquant.weights.qtensor import is_qtensor
 
 HERE = Path(__file__).parent
@@ -37,13 +38,13 @@ Tree = Any
 class Size:
     """How large the experiment is."""
 
-    length: int = 128  # tokens of a window
-    calibrate: int = 16  # windows that calibrate
-    train: int = 128  # windows that train, of text that calibration does not see
+    length: int = 64  # tokens of a window
+    calibrate: int = 64  # windows that calibrate
+    train: int = 160  # windows that train, of text that calibration does not see
     measure: int = 8  # windows that measure, of text that neither sees
     batch: int = 2
-    steps: int = 24
-    every: int = 4  # steps between two measurements
+    steps: int = 32
+    every: int = 8  # steps between two measurements
     rank: int = 8
     rate: float = 1e-3
 
@@ -74,7 +75,7 @@ def subject(small: bool, size: Size) -> Subject:
     else:
         from jquant.models import load, smollm2
 
-        fn, params, tokenizer = load(smollm2.fetch(progress=print))
+        fn, params, tokenizer = load(smollm2.fetch(progress=print), scan_layers=True)
         windows = list(smollm2.text_windows(tokenizer, size.length))
         name, linears = "SmolLM2-135M-Instruct", "layers/.*"
     calibration, rest = windows
@@ -132,48 +133,40 @@ def compiled(
     return Program(program, jax.jit(loss), memory)
 
 
-def bytes_of(loss: Callable[..., Any], program: Any, arguments: Any) -> dict[str, float]:
-    """Bytes that the compiled step holds, and their sum by arithmetic.
-
-    Activations are what the backward pass is given by the forward pass: its residuals that are no
-    arguments. Beside them the step holds a gradient of each adapter, and one pair of logits and
-    their gradient, which no residual is at the time.
-    """
-    trainable, state, frozen, tokens = arguments
-
-    def residuals(trainable: Tree, frozen: Any, tokens: Any) -> Any:
-        return jax.vjp(lambda t: loss(t, frozen, tokens), trainable)[1]
-
-    kept = jax.tree.leaves(jax.eval_shape(residuals, trainable, frozen, tokens))
-    given = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((trainable, frozen))}
-    activations = sum(r.size * r.dtype.itemsize for r in kept if (r.shape, r.dtype) not in given)
-    stats = program.memory_analysis()
-    parts = {
-        "frozen": sum(map(_stored, jax.tree.leaves(frozen))),
-        "adapters": sum(map(_stored, jax.tree.leaves(trainable))),
-        "optimizer": sum(map(_stored, jax.tree.leaves(state))),
-        "activations": activations,
-    }
-    measured = stats.argument_size_in_bytes + stats.temp_size_in_bytes
-    parts |= {"gradients": parts["adapters"], "program": measured}
-    parts["program, arguments"] = stats.argument_size_in_bytes
-    parts["by arithmetic"] = sum(
-        parts[name] for name in ("frozen", "adapters", "optimizer", "activations", "gradients")
-    )
-    return {name: float(value) for name, value in parts.items()}
-
-
-def _stored(leaf: Any) -> float:
-    """Bytes of an array as a program takes it; two codes of four bits share one."""
-    bits = jnp.iinfo(leaf.dtype).bits if jnp.issubdtype(leaf.dtype, jnp.integer) else None
-    return leaf.size * (bits / 8 if bits else leaf.dtype.itemsize)
-
-
 def batches(task: Subject, size: Size) -> Iterator[np.ndarray]:
     """The same batches for every start."""
     rng = np.random.default_rng(0)
     for _ in range(size.steps):
         yield task.training[rng.choice(len(task.training), size.batch, replace=False)]
+
+
+@dataclass
+class Progress:
+    """How far a start has come; kept in a folder at every measurement."""
+
+    trainable: Tree
+    state: Any
+    curve: dict[str, float]
+    losses: list[float]
+    seconds: list[float]
+
+    @staticmethod
+    def read(folder: Path, trainable: Tree, state: Any) -> Progress:
+        """What is kept, or the beginning: a copy, as steps give away what they are given."""
+        if not (folder / "told.json").exists():
+            return Progress(*jax.tree.map(jnp.copy, (trainable, state)), {}, [], [])
+        told = json.loads((folder / "told.json").read_text("utf-8"))
+        here = jq.load(folder / told["arrays"], like=(trainable, state))
+        return Progress(*here, told["curve"], told["losses"], told["seconds"])
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        arrays = f"{len(self.losses)}.safetensors"
+        jq.save(folder / arrays, (self.trainable, self.state))
+        told = {"arrays": arrays, "curve": self.curve, "losses": self.losses}
+        text = json.dumps(told | {"seconds": self.seconds})
+        (folder / "told.new").write_text(text, "utf-8")
+        (folder / "told.new").replace(folder / "told.json")
 
 
 def train(which: str, task: Subject, size: Size, work: Path) -> dict[str, Any]:
@@ -188,27 +181,34 @@ def train(which: str, task: Subject, size: Size, work: Path) -> dict[str, Any]:
     optimizer = optax.adam(size.rate)
     program = compiled(task, frozen, trainable, optimizer, task.training[: size.batch])
 
-    def measured() -> float:
+    def measured(trainable: Tree) -> float:
         parts = np.split(task.held_out, range(size.batch, len(task.held_out), size.batch))
         each = [float(program.loss(trainable, frozen, part)) for part in parts]
         return float(np.average(each, weights=[len(part) for part in parts]))
 
-    # What is given away in the first step is a copy.
-    trainable = jax.tree.map(jnp.copy, trainable)
-    state, seconds, curve, losses = optimizer.init(trainable), [], {0: measured()}, []
+    state = optimizer.init(trainable)
+    here = Progress.read(work / f"{which}.part", trainable, state)
+    if not here.curve:
+        here.curve["0"] = measured(here.trainable)
     for number, tokens in enumerate(batches(task, size), 1):
+        if number <= len(here.losses):
+            continue
         began = time.perf_counter()
-        trainable, state, value = program.step(trainable, state, frozen, tokens)
-        losses.append(float(value))
-        seconds.append(time.perf_counter() - began)
+        here.trainable, here.state, value = program.step(here.trainable, here.state, frozen, tokens)
+        here.losses.append(float(value))
+        here.seconds.append(time.perf_counter() - began)
         if number % size.every == 0 or number == size.steps:
-            curve[number] = measured()
-            print(f"{which:8s} step {number:4d}: {curve[number]:.4f} nats held out", flush=True)
+            here.curve[str(number)] = measured(here.trainable)
+            here.write(work / f"{which}.part")
+            print(
+                f"{which:8s} step {number:4d}: {here.curve[str(number)]:.4f} nats held out",
+                flush=True,
+            )
     bits = sum(is_qtensor(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_qtensor))
     return {
-        "curve": {str(number): value for number, value in curve.items()},
-        "training": losses,
-        "step_seconds": statistics.median(seconds[1:]),
+        "curve": here.curve,
+        "training": here.losses,
+        "step_seconds": statistics.median(here.seconds[1:]),
         "quantize_seconds": quantized,
         "bytes": program.memory,
         "quantized_weights": bits,

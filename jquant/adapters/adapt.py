@@ -18,7 +18,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jquant.adapters.kinds import Adapter, LoRA, Trained
 from jquant.axes.layout import Layout
 from jquant.calibration.find import Weight
-from jquant.errors import PlanError, near
+from jquant.errors import PlanError, TreeError, near
+from jquant.numerics import require
 from jquant.schemes.scheme import Keep
 from jquant.trees.paths import key_of
 from jquant.weights.arguments import by_path, replaced
@@ -80,7 +81,9 @@ def adapt(
     Raises:
         TreeError: `qparams` holds what is no array or number, or two leaves have one path.
         PlanError: a rule decides nothing, is no valid expression, or its value is no adapter; a
-            rank is above a side of a weight; a key is missing; nothing is quantized.
+            rank is above a side of a weight; a key is missing; nothing is quantized, or nothing
+            would be trained.
+        ValueError: an argument is of another kind.
 
     Example:
         >>> import jax.numpy as jnp, jquant as jq
@@ -96,6 +99,7 @@ def adapt(
         >>> jax.grad(loss)(trainable)["w"]["left"].shape
         (4, 2)
     """
+    _check_arguments(qparams, rules, key, weights)
     leaves = by_path(qparams, "qparams")
     layouts = {path: weight.layout for path, weight in (weights or {}).items()}
     _check_weights(weights or {}, leaves)
@@ -112,6 +116,29 @@ def adapt(
         if path in layouts and not isinstance(leaves[path], QTensor)
     )
     return Frozen(replaced(qparams, kept), tuple(taken.items()), shapes, plain), trainable
+
+
+def _check_arguments(qparams: Any, rules: Any, key: Any, weights: Any) -> None:
+    """Refuse arguments of another kind."""
+    if isinstance(qparams, Frozen):
+        raise TreeError(
+            "qparams is adapted already; pass jq.merge(frozen, trainable), whose terms then stay "
+            "as they are beside new ones"
+        )
+    for name, value, kind in (
+        ("rules", rules, "path expression → adapter, such as {'layers/.*': jq.LoRA(8)}"),
+        ("weights", weights, "what jq.find_weights(fn, params, x) returned"),
+    ):
+        if value is not None and not isinstance(value, Mapping):
+            raise PlanError(f"adapt: {name} must be {kind}, got {value!r:.100}")
+    for path, weight in (weights or {}).items():
+        if not isinstance(weight, Weight):
+            raise PlanError(
+                f"adapt: weights must be what jq.find_weights(fn, params, x) returned, got "
+                f"{weight!r:.100} for {path!r}"
+            )
+    if key is not None:
+        require.key("adapt: key", key)
 
 
 def _begun(
@@ -168,13 +195,18 @@ def _decided(
     for pattern, expression, adapters in read:
         if pattern in idle:
             raise PlanError(_idle(expression, adapters, leaves, layouts))
+    if not taken:
+        raise PlanError(
+            f"rules {dict(rules)!r:.100} train nothing; give some leaves an adapter, such as "
+            "{'.*': jq.LoRA(8)}"
+        )
     return taken
 
 
 def _expression(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise PlanError(f"rule {pattern!r} is not a regular expression: {error}") from error
 
 

@@ -18,11 +18,13 @@ from jquant.adapters.adapt import Frozen
 from jquant.adapters.kinds import LoRA
 from jquant.adapters.merge import merge
 from jquant.calibration.evidence import Evidence
-from jquant.errors import EvidenceError, PlanError, near
+from jquant.errors import EvidenceError, ObjectiveError, PlanError, WeightError, near
 from jquant.layerwise.weight import quantize_weight
+from jquant.numerics import require
 from jquant.schemes.scheme import Scheme
 from jquant.trees.paths import key_of
 from jquant.weights.arguments import by_path, replaced
+from jquant.weights.leaves import is_finite
 from jquant.weights.qtensor import QTensor, dequantize_weight, weight_bits
 
 
@@ -95,6 +97,9 @@ def fold(
         TreeError: `trainable` does not fit `frozen`.
         PlanError: a scheme for what is no such weight, or a key is missing.
         EvidenceError: a scheme needs evidence that is not given.
+        WeightError: a merged weight is NaN or infinite.
+        ObjectiveError: the loss gives more than one number.
+        ValueError: another argument is of another kind.
 
     Example:
         >>> import jax, jquant as jq
@@ -108,6 +113,7 @@ def fold(
         >>> tree["w"].compensation is None, report["w"].error < 1e-4
         (True, True)
     """
+    _check_arguments(plan, evidence, key, loss)
     merged = merge(frozen, trainable)
     leaves = by_path(merged, "merged")
     terms = [
@@ -122,6 +128,11 @@ def fold(
     for path in terms:
         q, scheme = leaves[path], schemes.get(path)
         array = dequantize_weight(q)
+        if not is_finite(array):
+            raise WeightError(
+                f"weight {path!r}: with what was trained it is NaN or infinite; take arrays of an "
+                "earlier step, and a lower learning rate"
+            )
         if scheme is None:
             folded[path], error, bits = array, 0.0, 8.0 * array.dtype.itemsize
         else:
@@ -136,7 +147,35 @@ def fold(
     tree = replaced(merged, folded)
     if loss is None:
         return tree, Folded(rows)
-    return tree, Folded(rows, float(loss(merged)), float(loss(tree)))
+    return tree, Folded(rows, _number(loss(merged)), _number(loss(tree)))
+
+
+def _number(value: Any) -> float:
+    if jnp.shape(value) != ():
+        raise ObjectiveError(
+            f"fold: loss must give one number, got shape {jnp.shape(value)}; take its mean"
+        )
+    return float(value)
+
+
+def _check_arguments(plan: Any, evidence: Any, key: Any, loss: Any) -> None:
+    """Refuse arguments of another kind."""
+    if plan is not None and not isinstance(plan, (Scheme, Mapping)):
+        raise PlanError(
+            "fold: plan must be a jq.Scheme, such as jq.presets.int4_nearest(), or path → jq.Scheme"
+            f", got {plan!r:.100}"
+        )
+    rows = evidence.values() if isinstance(evidence, Mapping) else () if evidence is None else (0,)
+    if not all(isinstance(row, Evidence) for row in rows):
+        raise EvidenceError(
+            "fold: evidence must be path → jq.Evidence, as from jq.capture(fn, "
+            "jq.dequantize(jq.merge(frozen, trainable)), batches), got "
+            f"{evidence!r:.100}"
+        )
+    if key is not None:
+        require.key("fold: key", key)
+    if loss is not None and not callable(loss):
+        raise ValueError(f"fold: loss must be a function of the tree, got {loss!r:.100}")
 
 
 def _schemes(plan: Mapping[str, Scheme] | Scheme | None, terms: list[str]) -> dict[str, Scheme]:
@@ -167,6 +206,12 @@ def _check(
                 f"weight {path!r}: {scheme.rounding} and the rest of its scheme need evidence of "
                 "its inputs; pass evidence=jq.capture(fn, jq.dequantize(jq.merge(frozen, "
                 "trainable)), batches), or a scheme with rounding.Nearest()"
+            )
+        if "drift" in scheme.needs and getattr(evidence.get(path), "drift", None) is None:
+            raise EvidenceError(
+                f"weight {path!r}: {scheme.rounding} corrects for inputs that have drifted, which "
+                "what jq.capture returns says nothing of; pass a scheme without correction, or "
+                "evidence with drift"
             )
         if "key" in scheme.needs and key is None:
             raise PlanError(

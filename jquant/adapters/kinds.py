@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
+from jquant.adapters import magnitude as rows
 from jquant.axes.layout import Layout
 from jquant.errors import PlanError
 from jquant.numerics.narrow import as_dtype
@@ -25,6 +26,7 @@ from jquant.trees.placement import automatic, entries_of, put, typed
 from jquant.weights.qtensor import LowRank, QTensor
 
 Trained = dict[str, Array]
+_OF_LORA = ("left", "right", "magnitude")
 
 
 @runtime_checkable
@@ -69,6 +71,11 @@ class LoRA:
             beside the new one.
         alpha: the term counts `alpha / rank`. None: it counts 1. With Adam a larger one is a larger
             learning rate of `left`.
+        magnitude: whether the length of each row of the weight, all that goes to one output, is
+            trained apart from its direction (DoRA): `magnitude`, `[*batch, out]`, float32, begins
+            at the lengths that rows have. Gradients take the length of the sum as a constant, as
+            the paper does. A quantized weight is scaled by its group parameters, in their dtype;
+            those must be floats of 16 bits or more, of one output each.
 
     Raises:
         ValueError: an argument is out of its set.
@@ -84,10 +91,13 @@ class LoRA:
         https://arxiv.org/abs/2305.14314
         Li et al., LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models, 2023,
         https://arxiv.org/abs/2310.08659
+        Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024,
+        https://arxiv.org/abs/2402.09353
     """
 
     rank: int | None = 8
     alpha: float | None = None
+    magnitude: bool = False
 
     def __post_init__(self) -> None:
         rank, alpha = self.rank, self.alpha
@@ -97,14 +107,16 @@ class LoRA:
             raise ValueError(f"LoRA.alpha must be a positive number or None, got {alpha!r}")
         if rank is None and alpha is not None:
             raise ValueError("LoRA(None) trains factors that count 1 already; leave alpha out")
+        if type(self.magnitude) is not bool:
+            raise ValueError(f"LoRA.magnitude must be True or False, got {self.magnitude!r}")
 
     @property
     def papers(self) -> tuple[str, ...]:
         own = "li2023loftq" if self.rank is None else "dettmers2023qlora"
-        return ("hu2021lora", own)
+        return ("hu2021lora", own, *(("liu2024dora",) if self.magnitude else ()))
 
     def trains(self, name: str) -> bool:
-        return name in ("left", "right")
+        return name in _OF_LORA
 
     def refusal(self, leaf: Any, layout: Layout | None) -> str | None:
         if isinstance(leaf, QTensor):
@@ -119,8 +131,25 @@ class LoRA:
     def begin(
         self, path: str, leaf: Any, layout: Layout | None, key: PRNGKeyArray | None
     ) -> tuple[Any, Trained]:
-        if self.rank is None:
-            return _given(path, leaf)
+        stays, trained = (
+            _given(path, leaf) if self.rank is None else self._new(path, leaf, layout, key)
+        )
+        if not self.magnitude:
+            return stays, trained
+        refusal = rows.refusal(leaf) if isinstance(leaf, QTensor) else None
+        if refusal is not None:
+            raise PlanError(
+                f"weight {path!r}: rows have no magnitude of their own, as {refusal}; pass "
+                "LoRA without magnitude for it, or quantize it in groups along its inputs with "
+                "scales in 16 or 32 bits"
+            )
+        return stays, trained | {"magnitude": _beside(leaf, rows.lengths(leaf, layout))}
+
+    def _new(
+        self, path: str, leaf: Any, layout: Layout | None, key: PRNGKeyArray | None
+    ) -> tuple[Any, Trained]:
+        """A weight, and a term that is zero."""
+        assert self.rank is not None
         if isinstance(leaf, QTensor):
             shape = leaf.codes.shape
         else:
@@ -148,11 +177,13 @@ class LoRA:
         if self.alpha is not None:
             assert self.rank is not None
             left = left * (self.alpha / self.rank)
+        magnitude = trained.get("magnitude")
         if isinstance(leaf, QTensor):
-            return replace(leaf, compensation=_together(leaf.compensation, LowRank(left, right)))
+            both = replace(leaf, compensation=_together(leaf.compensation, LowRank(left, right)))
+            return both if magnitude is None else rows.turned(both, magnitude)
         assert layout is not None
         added = partial(_added, layout=layout)
-        return automatic(added, leaf, LowRank(left, right), out=typed(leaf))
+        return automatic(added, leaf, LowRank(left, right), magnitude, out=typed(leaf))
 
 
 def _given(path: str, leaf: QTensor) -> tuple[QTensor, Trained]:
@@ -175,11 +206,13 @@ def _together(one: LowRank | None, two: LowRank) -> LowRank:
     return LowRank(jnp.concatenate([left, more_left], -1), jnp.concatenate([right, more_right], -2))
 
 
-def _added(w: Array, low: LowRank, layout: Layout) -> Array:
+def _added(w: Array, low: LowRank, magnitude: Array | None, layout: Layout) -> Array:
     """An array with a low-rank term, in its own shape and dtype."""
-    values = layout.canonical(w).astype(jnp.float32)
-    term = jnp.matmul(*low.factors(), precision=lax.Precision.HIGHEST)
-    return as_dtype(layout.original(values + term), w.dtype)
+    values = layout.canonical(w).astype(jnp.float32) + low.product()
+    if magnitude is not None:
+        length = rows.lengths_of(lax.stop_gradient(values))
+        values = values * rows.factors(length, magnitude)[..., None]
+    return as_dtype(layout.original(values), w.dtype)
 
 
 def _beside(leaf: Any, array: Array) -> Array:
@@ -204,7 +237,7 @@ class Scales:
     """
 
     def trains(self, name: str) -> bool:
-        return name not in ("left", "right", "value")
+        return name not in (*_OF_LORA, "value")
 
     def refusal(self, leaf: Any, layout: Layout | None) -> str | None:
         del layout

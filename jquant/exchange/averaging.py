@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 from jquant.errors import PacketError
 from jquant.exchange.packet import Packet, values_of
 from jquant.exchange.wire import described
+from jquant.numerics import require
 from jquant.numerics.narrow import as_dtype
 from jquant.weights.arguments import by_path, replaced
 from jquant.weights.qtensor import is_qtensor
@@ -38,7 +39,7 @@ def average(packets: Sequence[Packet], weights: Sequence[float] | None = None) -
     Raises:
         PacketError: packets are of different forms, were rounded with one key (not told under
             `jit`), or disagree where they are not floating.
-        ValueError: there are no packets, or weights that do not fit.
+        ValueError: there are no packets, what is no packet, or weights that do not fit.
 
     Example:
         >>> import jquant as jq
@@ -51,7 +52,13 @@ def average(packets: Sequence[Packet], weights: Sequence[float] | None = None) -
         Traceback (most recent call last):
         jquant.errors.PacketError: packets 0 and 1 were rounded with one key...
     """
+    if isinstance(packets, Packet):
+        raise ValueError(
+            "average takes a list of packets, got one; its tree is jq.decompress(packet)"
+        )
     packets = list(packets)
+    for number, packet in enumerate(packets):
+        require.made_by(f"average: packet {number}", packet, Packet)
     shares = _shares(len(packets), weights)
     first = packets[0]
     _check_forms(packets)
@@ -71,12 +78,15 @@ def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
         raise ValueError("average takes one packet or more, got none")
     if weights is None:
         return [1.0 / count] * count
-    numbers = [float(weight) for weight in weights]
+    try:
+        numbers = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        numbers = []
     usable = all(math.isfinite(n) and n >= 0 for n in numbers) and sum(numbers) > 0
     if len(numbers) != count or not usable:
         raise ValueError(
             f"average: weights must be {count} finite numbers from 0 on, one for each packet, and "
-            f"not all 0; got {numbers!r:.200}"
+            f"not all 0; got {weights!r:.200}"
         )
     return [n / sum(numbers) for n in numbers]
 

@@ -87,6 +87,7 @@ class Choice:
         if rounding.needs:
             if key is None:
                 raise ValueError("compress rounds at random: pass key=jax.random.key(seed)")
+            require.key("compress: key", key)
             check_encloses(grid)
         return Choice(grid, Groups("in", group), rounding, rotation)
 

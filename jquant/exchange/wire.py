@@ -53,6 +53,7 @@ def wire_bytes(packet: Packet) -> int:
         >>> wire_bytes(packet) == OVERHEAD + 300 // 2 + 3 * 2
         True
     """
+    require.made_by("wire_bytes: packet", packet, Packet)
     return OVERHEAD + sum(
         _size(*array) for leaf in by_path(packet.tree).values() for array in _arrays(leaf)
     )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
+
+import jax
 
 
 def integer(name: str, value: object, least: int, most: int | None = None) -> None:
@@ -52,6 +55,22 @@ def made_by(name: str, value: object, *types: type) -> None:
         *first, last = (f"{kind.__name__}()" for kind in types)
         kinds = f"{', '.join(first)} or {last}" if first else last
         raise ValueError(f"{name} must be {kinds}, got {value!r:.200}")
+
+
+def key(name: str, value: Any) -> None:
+    """Refuse what is not one random key, new (`jax.random.key`) or old. ValueError: it is not.
+
+    Example:
+        >>> key("fit: key", jax.random.key(0))
+        >>> key("fit: key", 0)
+        Traceback (most recent call last):
+        ValueError: fit: key must be one random key, such as jax.random.key(0), got int 0
+    """
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    new = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+    if not new and not (dtype == "uint32" and shape in ((2,), (4,))):
+        got = f"{type(value).__name__} {value!r:.60}" if dtype is None else f"{dtype} {shape}"
+        raise ValueError(f"{name} must be one random key, such as jax.random.key(0), got {got}")
 
 
 def _is_integer(value: object) -> bool:
