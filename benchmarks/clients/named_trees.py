@@ -15,6 +15,7 @@ import numpy as np
 
 import jquant as jq
 from benchmarks.environments import Failed, reason
+from benchmarks.zoo.__main__ import SETTINGS
 from jquant.grids import Float, Uniform
 from jquant.models import Decoder, DecoderConfig
 
@@ -85,9 +86,7 @@ def rows_of_trees(
         done = jq.export(fn, qparams, folder / str(k), format=case.format)
         command = [str(python), str(child), str(folder / str(k)), case.way, str(folder)]
         environment = {key: v for key, v in os.environ.items() if key != "PYTHONPATH"}
-        ran = subprocess.run(
-            command, capture_output=True, text=True, env=environment | {"JAX_PLATFORMS": "cpu"}
-        )
+        ran = subprocess.run(command, capture_output=True, text=True, env=environment | SETTINGS)
         kinds = list(done.weights.values())
         row: dict[str, Any] = {
             "format": case.format,

@@ -79,8 +79,10 @@ def main(place: Path, way: str, folder: Path) -> None:
         model = qwix.quantize_model(model, qwix.PtqProvider([rule]), *inputs)
     with ocp.StandardCheckpointer() as checkpointer:
         params = with_numbers(checkpointer.restore((place / "default").absolute()))
-    model = filled(model, dequantized(params) if way == "dequantize" else params)
-    np.save(folder / "out.npy", np.asarray(model(*inputs)[0]))
+    params = dequantized(params) if way == "dequantize" else params
+    graph, state = nnx.split(filled(model, params))
+    run = jax.jit(lambda state: nnx.merge(graph, state)(*inputs)[0])
+    np.save(folder / "out.npy", np.asarray(run(state)))
 
 
 if __name__ == "__main__":
