@@ -79,6 +79,7 @@ FLOATING: dict[str, Float] = {
     "mx-E2M1-macro-mse": MX(scale_rule="oas", macro=2, range=MSE(norm=2.0)),
     "nv": NV(),
     "nv-four-six": NV(four_six=True),
+    "nv-alone": NV(tensor_scale=False),
 }
 POWER: dict[str, Power] = {
     "power-4": Power(4),

@@ -98,6 +98,7 @@ HELD: dict[str, tuple[jq.Scheme, str]] = {
     "Q5_0": (jq.Scheme(GGUF("Q5_0")), "MLX affine"),
     "mxfp4": (jq.presets.mxfp4(), "MLX mxfp4"),
     "mxfp8": (jq.Scheme(MX("E4M3")), "MLX mxfp8"),
+    "nvfp4": (jq.Scheme(NV(tensor_scale=False)), "MLX nvfp4"),
 }  # fmt: skip
 NOT_EXACT = ("zero points", "zeros between codes")  # but for a rounding of float32
 ALL = r"layers/.*kernel|embed.*"
@@ -238,7 +239,7 @@ def described(grid: Any, groups: Any = None, width: int = 96, **more: Any) -> De
         (described(NF4, 64), "the grid", "Affine"),
         (described(Float(4, 3, scale="float32")), "the grid", "Affine"),
         (described(GGUF("Q6_K")), "groups of 16", "Affine"),
-        (described(NV(), of_tensor=True), "scale of the whole tensor", "'e8m0'"),
+        (described(NV(), of_tensor=True), "scale of the whole tensor", "tensor_scale=False"),
         (described(MX(), 96), "in place of groups of 32", "32"),
         (described(Uniform(4), 32, parts=("LoRC",)), "parts besides the codes", "Uniform"),
         (
@@ -260,19 +261,59 @@ def test_plans_are_refused_by_path(tmp_path: Path) -> None:
     fn = Decoder(EXPERTS)
     params = fn.init(jax.random.key(0))
     weights = jq.find_weights(fn, params, jnp.zeros((1, 4), jnp.int32))
-    scheme = jq.Scheme(Uniform(4), 32)
+    scheme = jq.Scheme(Uniform(7), 32)
     plan = jq.plan(weights, {"layers/.*mlp/down.*": scheme, ".*": jq.keep})
-    message = "'layers/0/mlp/(gate|down)/.*: mlx quantizes linear layers and tables of tokens alone"
+    message = "'layers/0/mlp/down/kernel.*: mlx cannot hold .*bits=7.*bits=8"
     with pytest.raises(FormatError, match=message):
         exporters.need_held(fn, plan, "mlx")
     with pytest.raises(FormatError, match=message):
-        jq.export(fn, quantized(params, scheme), tmp_path / "out", format="mlx")
-    fine = jq.plan(weights, {"embed.*|layers/.*attention.*": scheme, ".*": jq.keep})
+        jq.export(fn, quantized(params, scheme, ".*mlp/down.*"), tmp_path / "out", format="mlx")
+    fine = jq.plan(weights, {".*": jq.Scheme(NV(tensor_scale=False))})
     exporters.need_held(fn, fine, "mlx")
     nv = jq.plan(weights, {"layers/.*attention.*": jq.presets.nvfp4(), ".*": jq.keep})
     with pytest.raises(FormatError, match="'layers/0/attention/.*scale of the whole tensor"):
         exporters.need_held(fn, nv, "mlx")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pattern", ["layers/.*kernel", "layers/1/mlp/up/kernel"])
+def test_experts_of_a_layer_are_one_tensor(pattern: str, tmp_path: Path) -> None:
+    """Where one of their weights is quantized, the others are stacked too."""
+    fn = Decoder(EXPERTS)
+    qparams = quantized(
+        fn.init(jax.random.key(0)), jq.Scheme(Uniform(4, True, **HALF), 32), pattern
+    )
+    done = jq.export(fn, qparams, tmp_path / "out", format="mlx")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    up, block = tensors["model.layers.1.mlp.switch_mlp.up_proj.weight"], "model.layers.{}.mlp."
+    assert up.shape == (3, 32, 8) and up.dtype == np.uint32
+    assert tensors["model.layers.1.mlp.switch_mlp.up_proj.scales"].shape == (3, 32, 2)
+    whole = len(done.weights) > 3
+    down = tensors["model.layers.1.mlp.switch_mlp.down_proj.weight"]
+    assert down.shape == ((3, 64, 4) if whole else (3, 64, 32))
+    assert (block.format(0) + "experts.2.up_proj.weight" in tensors) != whole
+    assert ".experts." not in json.dumps(list(tensors)) or not whole
+    _, back, _ = models.load(tmp_path / "out", quantized="keep", scan_layers=whole)
+    before = jax.tree.map(np.asarray, jq.dequantize(qparams))["layers"]["1"]["mlp"]
+    after = jax.tree.map(np.asarray, jq.dequantize(back))["layers"]
+    after = jax.tree.map(lambda a: a[1], after) if whole else after["1"]
+    jax.tree.map(np.testing.assert_array_equal, before, after["mlp"])
+    assert exporters.check(tmp_path / "out").edited == ()
+
+
+def test_settings_of_stacks_are_those_of_their_experts(tmp_path: Path) -> None:
+    fn = Decoder(EXPERTS)
+    all_but_one = r"layers/(?!1/mlp/down).*kernel"
+    qparams = quantized(fn.init(jax.random.key(0)), jq.Scheme(Uniform(4), 32), all_but_one)
+    qparams = quantized(qparams, jq.Scheme(NV(tensor_scale=False)), "layers/1/mlp/down/kernel")
+    jq.export(fn, qparams, tmp_path / "out", format="mlx")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    own = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
+    assert config == {
+        "group_size": 32, "bits": 4, "model.layers.1.mlp.switch_mlp.down_proj": own,
+    }  # fmt: skip
+    _, back, _ = models.load(tmp_path / "out", quantized="keep")
+    assert isinstance(back["layers"]["1"]["mlp"]["down"]["kernel"].grid, Float)
 
 
 def test_a_table_whose_rows_are_its_inputs_is_refused(decoder: Any, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from jquant.axes.layout import Layout
 from jquant.errors import ExportError, FormatError
 from jquant.exporters import trees
 from jquant.exporters.described import Described
-from jquant.exporters.qwix import hold, nearest, qarray_of, values_of
+from jquant.exporters.qwix import hold, nearest, qarray_of
 from jquant.exporters.targets import TARGETS, held
+from jquant.formats.qarrays import values_of
 from jquant.grids import GGUF, HQQ, MX, NF4, NV, Affine, Float, Uniform, code_dtype
 from jquant.grids.grouped import Grouped
 from jquant.trees.lazy import Lazy

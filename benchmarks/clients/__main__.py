@@ -11,6 +11,7 @@ installation, a flavour) is a row of the results too, with the reason.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import tempfile
@@ -22,7 +23,7 @@ import jax
 import numpy as np
 
 import jquant as jq
-from benchmarks.clients import matmul_nbits, qwix
+from benchmarks.clients import matmul_nbits, maxtext_rows, qwix_rows, tunix_rows
 from benchmarks.clients.flavours import BARE, FLAVOURS, Flavour
 from benchmarks.environments import ROOT, Failed, made
 from benchmarks.harness import RESULTS, machine
@@ -34,7 +35,7 @@ from jquant.models import Decoder, DecoderConfig
 FOLDER = ROOT / "build" / "clients"
 PYTHON = "3.11"  # what the versions of the table were tried on
 # Engines that take no model with a `config.json`.
-APART = {module.NAME: module for module in (matmul_nbits, qwix)}
+APART = {module.NAME: module for module in (matmul_nbits, qwix_rows, tunix_rows, maxtext_rows)}
 NETWORK = DecoderConfig(vocab=96, width=64, hidden=128, layers=2, heads=4, kv_heads=2)
 
 
@@ -44,15 +45,17 @@ def environment(client: str) -> Path:
     Raises:
         Failed: it cannot be made.
     """
-    bare = BARE.get(client, ())
+    module = APART.get(client)
+    bare = getattr(module, "BARE", BARE.get(client, ()))
+    version = getattr(module, "PYTHON", PYTHON)
     own = {name.split("==")[0].lower() for name in bare}
-    if client in APART:
-        requirements = list(APART[client].PACKAGES)
+    if module is not None:
+        requirements = list(module.PACKAGES)
     else:
         every = {k: v for row in CLIENTS[client].formats.values() for k, v in row.items()}
         requirements = [f"{k}=={v}" for k, v in every.items() if k.lower() not in own]
         requirements += ["accelerate"] * ("transformers" in every)
-    return made(FOLDER / client, PYTHON, [*requirements, *bare], requirements, bare)
+    return made(FOLDER / client, version, [*requirements, *bare], requirements, bare)
 
 
 def tokenizer() -> Any:
@@ -66,7 +69,7 @@ def tokenizer() -> Any:
 
 def measured(client: str, flavour: Flavour, python: Path, folder: Path) -> dict[str, Any]:
     """The row of a flavour: how far the client's logits are from `apply`'s, or why it has none."""
-    fn = Decoder(NETWORK)
+    fn = Decoder(dataclasses.replace(NETWORK, **flavour.network))
     params = jax.tree.map(lambda x: x * 1.5 if x.ndim > 1 else x, fn.init(jax.random.key(7)))
     tokens = np.random.default_rng(0).integers(0, NETWORK.vocab, (2, 24)).astype(np.int32)
     plan = jq.plan(jq.find_weights(fn, params, tokens), {**flavour.rules, ".*": jq.keep})

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jquant as jq
-from jquant.grids import GGUF, MX, Affine, Float, Uniform
+from jquant.grids import GGUF, MX, NV, Affine, Float, Uniform
 
 _BF16, _F16 = {"scale_dtype": "bfloat16"}, {"scale_dtype": "float16"}
 _INT8, _FP8 = Uniform(8, symmetric=True), Float(4, 3, scale="float32")
 _LAYERS = "layers/.*"
+_EXPERTS = {"experts": 4, "experts_used": 2, "qk_norm": "head"}  # as Qwen3's
 
 
 class Flavour(NamedTuple):
@@ -20,11 +21,13 @@ class Flavour(NamedTuple):
         format: of the export.
         rules: of the plan; all other weights are kept.
         note: what is to be known of the result.
+        network: what it has that the usual one has not.
     """
 
     format: str
     rules: Mapping[str, Any]
     note: str = ""
+    network: Mapping[str, Any] = {}
 
 
 def _all(format: str, scheme: jq.Scheme, note: str = "") -> Flavour:
@@ -97,6 +100,18 @@ MLX: Mapping[str, Flavour] = {
     "GGUF's Q4_1": _all("mlx", jq.Scheme(GGUF("Q4_1"))),
     "MXFP4": _all("mlx", jq.presets.mxfp4()),
     "MXFP8": _all("mlx", jq.Scheme(MX("E4M3"))),
+    "NVFP4 without a scale of the tensor": _all("mlx", jq.Scheme(NV(tensor_scale=False))),
+    "experts, 4 bits, groups of 32": Flavour(
+        "mlx", {_LAYERS: jq.Scheme(Uniform(4), 32)}, network=_EXPERTS
+    ),
+    "experts, NVFP4 and 8 bits, others kept": Flavour(
+        "mlx",
+        {
+            "layers/0/mlp/up.*": jq.Scheme(NV(tensor_scale=False)),
+            "layers/1/mlp/down.*": jq.Scheme(Uniform(8, True, **_F16), 64),
+        },
+        network=_EXPERTS,
+    ),
     "4 and 8 bits, table and head too": Flavour(
         "mlx",
         {

@@ -27,8 +27,9 @@ def clients(result: dict[str, Any]) -> str:
         parts.append(table(head, lines) + f"\n{versions}.")
     return (
         "A random Llama of two layers, exported in each flavour, loaded by the engine on a CPU and "
-        "run in float32, by GPTQModel in float16; of qwix a small Flax network. *off*: the largest "
-        "difference between its logits and those of `jq.apply`, relative to the largest logit; "
+        "run in float32, by GPTQModel in float16; of qwix a small Flax network, of tunix and "
+        "MaxText such networks of the families named. *off*: the largest difference between its "
+        "logits and those of `jq.apply`, relative to the largest logit; "
         "*KL*: nats per token between the two; –: it refuses. Of onnxruntime it is one "
         "weight as the operator `MatMulNBits`, and its products "
         "(`benchmarks/clients/matmul_nbits.py` packs it).\n\n"

@@ -197,7 +197,7 @@ def quantize_model(
         plan, shares = share_bits(model, plan, rules, one_by_one(batches), bits, narrator)
         chosen = chosen._replace(shares=shares)
         narrator.show(f"bits: {shares}")
-    need_plan(to, model, plan)
+    need_plan(to, model, plan, narrator)
     used = batches if needs_text(plan, objective) else None
     how: Any = {"sequential": sequential, "token_weights": real}
     need_foreseeable(objective, dry_run)

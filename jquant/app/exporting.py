@@ -16,7 +16,19 @@ from jquant.exporters import Exported, export, need_held
 from jquant.schemes.scheme import Plan
 
 Format = Literal[
-    "compressed-tensors", "mlx", "gptq", "gptq_v2", "awq", "gguf", "orbax", "qwix", "safetensors"
+    "compressed-tensors",
+    "mlx",
+    "gptq",
+    "gptq_v2",
+    "awq",
+    "gguf",
+    "orbax",
+    "qwix",
+    "tunix",
+    "tunix-arrays",
+    "maxtext",
+    "maxtext-unscanned",
+    "safetensors",
 ]
 _TREES = ("orbax", "qwix")  # whose names are those of the parameters
 To = Annotated[
@@ -73,14 +85,18 @@ def export_model(
     )  # fmt: skip
     narrator.show(f"{source} → {output}")
     narrator.show(_summary(done))
+    for note in done.notes:
+        narrator.show(f"note: {note}")
 
 
-def need_plan(to: To, model: Model, plan: Plan) -> None:
-    """ValueError: the model, or its plan, is not for the format that is asked for, if one is."""
+def need_plan(to: To, model: Model, plan: Plan, narrator: Narrator) -> None:
+    """ValueError: the model, or its plan, is not for the format that is asked for, if one is.
+    What else is to be known of it is said."""
     if to is not None:
         if to not in _TREES:
             _need_names(model.source)
-        need_held(model.fn, plan, to)
+        for note in need_held(model.fn, plan, to):
+            narrator.show(f"note: {note}")
 
 
 def saved(model: Model, output: Path, qparams: Any, to: To, force: bool) -> int:

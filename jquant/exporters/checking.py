@@ -18,9 +18,9 @@ import numpy as np
 
 from jquant.errors import CheckpointError
 from jquant.exporters.folder import SIDECAR, edited
-from jquant.exporters.trees import ITEM
+from jquant.exporters.trees import ITEMS
 from jquant.formats.base import Spec
-from jquant.formats.config import claimed, quantized_modules
+from jquant.formats.config import claimed, is_mlx, quantized_modules
 from jquant.io.orbax import lazy_orbax
 from jquant.trees.lazy import Lazy, read
 from jquant.trees.paths import path_of
@@ -131,9 +131,9 @@ def _need_numbers(name: str, leaf: Lazy | QTensor) -> None:
 
 
 def _of_folder(folder: Path) -> Tensors:
-    if (folder / ITEM).is_dir():
+    if any((folder / item / "_METADATA").is_file() for item in ITEMS):
         return _of_tree(folder)
-    from jquant.models.coded import tensors_of
+    from jquant.models.coded import experts_apart, tensors_of
     from jquant.models.hf_coded import coded_tensors
     from jquant.models.hf_folder import HFFolder, read_json
 
@@ -143,6 +143,8 @@ def _of_folder(folder: Path) -> Tensors:
     specs: dict[str, Spec] = {}
     for file in sorted(set(opened.files.values())):
         stored = tensors_of(folder / file)
+        if is_mlx(quantization):
+            stored = experts_apart(stored)
         specs |= {name: Spec(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
     if quantization is None:
         return [

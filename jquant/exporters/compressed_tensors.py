@@ -155,8 +155,10 @@ def _divided(q: QTensor) -> QTensor:
         >>> _divided(q).params["divisor"].tolist()
         [[2.0]]
     """
-    if "tensor" not in q.params:
+    if "divisor" in q.params:
         return q
+    if "tensor" not in q.params:  # there is none, which a file cannot say
+        return replace(q, params={**q.params, "divisor": np.ones((1, 1), np.float32)})
     params = {name: value for name, value in q.params.items() if name != "tensor"}
     inverse = np.float32(1) / np.asarray(read(q.params["tensor"]), np.float32)
     return replace(q, params={**params, "divisor": inverse})

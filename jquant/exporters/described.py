@@ -64,7 +64,8 @@ class Described:
         shape = (_product(sizes, weight.out_axes), _product(sizes, weight.in_axes))
         own = (scheme.compensation, *scheme.transforms)
         parts = tuple(type(part).__name__ for part in own if part is not None)
-        tensor = getattr(scheme.grid, "scale", None) == "e4m3"
+        e4m3 = getattr(scheme.grid, "scale", None) == "e4m3"
+        tensor = e4m3 and getattr(scheme.grid, "tensor_scale", True)
         return Described(
             shape, scheme.grid, scheme.grouping, scheme.activations, parts, of_tensor=tensor,
             layout=weight.layout,

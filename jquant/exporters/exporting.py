@@ -10,26 +10,22 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from jquant.axes.layout import Layout
 from jquant.errors import CheckpointError, FormatError
+from jquant.exporters.arrays import array_of
 from jquant.exporters.beside import room
 from jquant.exporters.described import Described, Holding
 from jquant.exporters.folder import need_place, new_folder, write_sidecar
-from jquant.exporters.shards import Piece, write_shards
+from jquant.exporters.fused import notes_of
+from jquant.exporters.pieces import pieces_of
+from jquant.exporters.shards import write_shards
 from jquant.exporters.targets import Target, held, need_alike, need_module, target_named
-from jquant.formats.base import Spec
-from jquant.formats.rows import runs
-from jquant.trees.lazy import Lazy, Window, read
+from jquant.trees.lazy import Lazy
 from jquant.trees.placement import transferring
-from jquant.weights.inputs import Inputs
-from jquant.weights.qtensor import QTensor, dequantize_weight
+from jquant.weights.qtensor import QTensor
 
 MAX_SHARD = 5 * 10**9
 
@@ -44,6 +40,7 @@ class Exported:
         nbytes: of all tensors.
         weights: path of every quantized weight → how it is held, such as "pack-quantized".
         kept: names of the tensors that are written as they were.
+        notes: what to know of it, see `need_held`.
     """
 
     folder: Path
@@ -51,6 +48,7 @@ class Exported:
     nbytes: int
     weights: Mapping[str, str]
     kept: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @transferring
@@ -82,6 +80,9 @@ def export(
             "gptq_v2", "awq"; "gguf": one file, for llama.cpp; or "safetensors": the arrays that the
             weights stand for. "mlx": for mlx-lm. "orbax": a checkpoint of Orbax, from which
             `jquant.io.restore` makes the tree again; "qwix": one with a `QArray` for each weight.
+            "tunix" and "tunix-arrays": the parameters of tunix's class for a `Decoder`, with
+            `QArray`s or the arrays that they stand for; "maxtext" and "maxtext-unscanned": arrays,
+            of MaxText's, layers stacked or apart.
         like: the Hugging Face folder that the model is of: its `config.json`, tokenizer and other
             small files are taken over, and the dtypes of tensors that are not quantized where these
             hold their values. None: `config.json` is told from the decoder's numbers. Of GGUF, a
@@ -122,12 +123,8 @@ def export(
 
         return Exported(place, *export_gguf(place, fn, qparams, tokenizer, like, (force, verify)))
     if target.tree:
-        from jquant.exporters.trees import export_tree
-
-        def beside(where: Path) -> None:
-            _write_beside(where, None if like is None else _folder(Path(like)), tokenizer)
-
-        return Exported(place, *export_tree(place, target, qparams, beside, (force, verify)))
+        model = (fn, qparams, None if like is None else _folder(Path(like)))
+        return _export_tree(place, target, model, tokenizer, (force, verify))
     need_place(place, force)
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be a positive int, got {max_shard_bytes!r}")
@@ -138,7 +135,7 @@ def export(
     model = hf_model(fn, qparams, original, tokenizer)
     holdings = _holdings(target, fn, model)
     config, expected = _config(target, model, holdings), _expected(model, holdings)
-    pieces = [_piece(name, leaf, holdings.get(name)) for name, leaf in expected.items()]
+    pieces = pieces_of(target, expected, holdings)
     with room(place, sum(p.nbytes for p in pieces)), new_folder(place, force) as temporary:
         nbytes = write_shards(temporary, pieces, max_shard_bytes)
         (temporary / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
@@ -149,7 +146,39 @@ def export(
     paths = {tensor.name: tensor.path for tensor in model.tensors}
     weights = {paths[name]: holding.name for name, holding in holdings.items()}
     kept = tuple(name for name in expected if name not in holdings)
-    return Exported(place, target.name, nbytes, weights, kept)
+    notes = _notes(target, paths, expected)
+    return Exported(place, target.name, nbytes, weights, kept, notes)
+
+
+def _export_tree(
+    place: Path,
+    target: Target,
+    model: tuple[Any, Any, Path | None],
+    tokenizer: Any,
+    flags: tuple[bool, bool],
+) -> Exported:
+    """A tree of parameters, of the function's own names or of another library's class."""
+    fn, qparams, original = model
+
+    def beside(where: Path) -> None:
+        _write_beside(where, original, tokenizer)
+
+    need_place(place, flags[0])
+    if target.library:
+        from jquant.exporters.named_trees import export_named
+
+        return Exported(place, *export_named(place, target, (fn, qparams, original), beside, flags))
+    from jquant.exporters.trees import export_tree
+
+    return Exported(place, *export_tree(place, target, qparams, beside, flags))
+
+
+def _notes(target: Target, paths: Mapping[str, str], leaves: Mapping[str, Any]) -> tuple[str, ...]:
+    described = {
+        paths[name]: Described.of(leaf) for name, leaf in leaves.items()
+        if isinstance(leaf, QTensor)
+    }  # fmt: skip
+    return notes_of(target.name, paths.values(), described)
 
 
 def _write_beside(folder: Path, original: Path | None, tokenizer: Any) -> None:
@@ -213,49 +242,7 @@ def _expected(model: Any, holdings: Mapping[str, Holding]) -> dict[str, Lazy | Q
         if holding is not None and holding.codec is not None:
             leaves[tensor.name] = holding.stored(leaf)
             continue
-        array = leaf if holding is None else _array(leaf)
+        array = leaf if holding is None else array_of(leaf)
         dtype = stored_dtype(tensor._replace(leaf=array), model.dtypes)
         leaves[tensor.name] = array.astype(dtype)
     return leaves
-
-
-def _array(q: QTensor) -> Lazy:
-    """The array that a matrix of codes stands for, made when it is read, a few rows at a time."""
-
-    def values(window: Window) -> np.ndarray:
-        whole: QTensor = jax.tree.map(lambda array: np.asarray(read(array)), q)
-        if not _rows_are_apart(q):
-            return np.asarray(dequantize_weight(whole))[window]
-        out = np.empty(q.shape, q.dtype)
-        for run in runs(*q.shape):
-            some = jax.tree.map(lambda array, run=run: array[run], whole)
-            layout = Layout.of(some.codes.shape, in_axes=(1,))
-            out[run] = dequantize_weight(replace(some, layout=layout))
-        return out[window]
-
-    return Lazy(tuple(q.shape), np.dtype(q.dtype), values, "dequantized")
-
-
-def _rows_are_apart(q: QTensor) -> bool:
-    """Whether a row of the array is made of the same row of codes and of parameters."""
-    rows = q.codes.shape[0]
-    return (
-        q.codes.ndim == 2
-        and q.groups.axis == "in"
-        and not [part for part in q.parts if not isinstance(part, Inputs)]
-        and q.layout == Layout.of(tuple(q.codes.shape), in_axes=(1,))
-        and all(array.ndim > 1 and array.shape[0] == rows for array in q.params.values())
-    )
-
-
-def _piece(name: str, leaf: Any, holding: Holding | None) -> Piece:
-    if holding is None or holding.codec is None:
-        spec = Spec(tuple(leaf.shape), np.dtype(leaf.dtype))
-        return Piece({name: spec}, lambda: {name: leaf[...]})
-    module, codec = name.removesuffix("weight"), holding.codec
-    specs = codec.storage.tensors(tuple(leaf.codes.shape))
-
-    def make() -> dict[str, np.ndarray]:
-        return {module + own: tensor for own, tensor in codec.encode(leaf).items()}
-
-    return Piece({module + own: spec for own, spec in specs.items()}, make)

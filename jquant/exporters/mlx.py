@@ -3,6 +3,7 @@
     Affine, Uniform              affine     groups along the inputs that 32 divides
     GGUF's types of 32 weights   affine
     MX(), MX("E4M3")             mxfp4, mxfp8
+    NV(tensor_scale=False)       nvfp4
 
 An affine weight is `scale * code + bias`. A zero point becomes `bias = -scale * zero`, a symmetric
 grid's is its least code, so bias and scale are of one dtype and the numbers the same. Zero points
@@ -25,7 +26,7 @@ from jquant.axes.groups import Groups
 from jquant.errors import FormatError
 from jquant.exporters.described import Described, Holding, alone, along_inputs, need_alone
 from jquant.formats.base import Codec, formula
-from jquant.formats.mlx import BITS, GROUPS, mlx
+from jquant.formats.mlx import BITS, GROUPS, in_stack, mlx
 from jquant.grids import GGUF, MX, NV, Affine, Float, Uniform, code_dtype
 from jquant.grids.base import spread
 from jquant.trees.lazy import Lazy, Window, read
@@ -33,7 +34,7 @@ from jquant.weights.qtensor import QTensor
 
 HOLDS = (
     "integers of 2, 3, 4, 5, 6 or 8 bits in groups along the inputs of a multiple of 32 that "
-    "divide them, MXFP4 and MXFP8"
+    "divide them, MXFP4 and MXFP8, and NVFP4 without a scale of the tensor"
 )
 _FLOATS = {formula(MX()): "mxfp4", formula(MX("E4M3")): "mxfp8", formula(NV()): "nvfp4"}
 
@@ -66,6 +67,10 @@ def nearest(weight: Described) -> Described | None:
     width, grid = weight.shape[1], weight.grid
     if width % GROUPS[0]:
         return None
+    if formula(grid) == formula(NV()) and isinstance(grid, Float):
+        alike = replace(grid, tensor_scale=False)
+        groups = Groups("in", alike.group)
+        return alone(weight, grid=alike, groups=groups, inputs=None, of_tensor=False)
     if isinstance(grid, Float) and grid.scale in ("e8m0", "e4m3"):
         kind = "E2M1" if grid.bits <= 4 else "E4M3"
         near = MX(kind, scale_rule=grid.scale_rule, range=grid.range)
@@ -87,7 +92,7 @@ def config(held: Sequence[tuple[str, Holding]], ignored: Sequence[str]) -> dict[
     del ignored
     settings = [holding.settings for _, holding in held]
     usual = max(dict.fromkeys(settings), key=settings.count)
-    others = {name: json.loads(h.settings) for name, h in held if h.settings != usual}
+    others = {in_stack(name): json.loads(h.settings) for name, h in held if h.settings != usual}
     return json.loads(usual) | others
 
 

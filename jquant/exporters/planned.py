@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from jquant.exporters.described import Described
+from jquant.exporters.fused import notes_of
 from jquant.exporters.targets import held, need_alike, need_module, target_named
 from jquant.schemes.scheme import Plan
 
 
-def need_held(fn: Any, plan: Plan, format: str) -> None:
+def need_held(fn: Any, plan: Plan, format: str) -> tuple[str, ...]:
     """Raise unless a format holds every weight that a plan quantizes; `export` then has no reason
     to refuse one.
 
@@ -17,6 +18,10 @@ def need_held(fn: Any, plan: Plan, format: str) -> None:
         fn: the model's function, as `jquant.models.load` gave it.
         plan: see `jquant.plan`.
         format: see `export`.
+
+    Returns:
+        what to know of the export that this would be, such as weights that engines multiply as one
+        and that the plan has several schemes for.
 
     Raises:
         FormatError: it does not hold one; names its path, what stands in the way, and the nearest
@@ -34,12 +39,19 @@ def need_held(fn: Any, plan: Plan, format: str) -> None:
         jquant.errors.FormatError: 'layers/0/attention/k/kernel': gptq cannot hold the grid ...
     """
     target = target_named(format)
-    holdings = []
+    if target.library:
+        from jquant.exporters.named_trees import need_named
+
+        need_named(target, fn, plan)
+        return ()
+    holdings, weights = [], {}
     for path, scheme in plan.items():
         if target.modules is not None:
             need_module(target, path, _kind_of(fn, path))
-        holdings.append((path, held(target, path, Described.planned(plan.weights[path], scheme))))
+        weights[path] = Described.planned(plan.weights[path], scheme)
+        holdings.append((path, held(target, path, weights[path])))
     need_alike(target, holdings)
+    return notes_of(target.name, plan.weights, weights)
 
 
 def _kind_of(fn: Any, path: str) -> str:

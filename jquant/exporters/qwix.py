@@ -122,19 +122,6 @@ def qarray_of(q: QTensor) -> dict[str, np.ndarray]:
     return arrays
 
 
-def values_of(arrays: Mapping[str, Any]) -> np.ndarray:
-    """The numbers that the arrays of a `QArray` stand for, float32, as qwix multiplies them."""
-    value = np.asarray(arrays["qvalue"]).astype(np.float32)
-    for name, step in (("zero_point", np.subtract), ("scale", np.multiply)):
-        if name in arrays:
-            other = np.asarray(arrays[name]).astype(np.float32)
-            tiles = [size // count for size, count in zip(value.shape, other.shape, strict=True)]
-            for axis, tile in enumerate(tiles):
-                other = np.repeat(other, tile, axis)
-            value = step(value, other)
-    return value
-
-
 def _dtype(grid: Any) -> str:
     if isinstance(grid, Uniform):
         return "int4" if grid.bits <= 4 else "int8"

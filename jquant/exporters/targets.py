@@ -33,7 +33,10 @@ class Target(NamedTuple):
         modules: the kinds of modules whose weights can be quantized, see `hugging_face.kind_of`;
             None: all.
         key: of `config.json` under which `config` stands.
-        tree: whether it is a tree of the parameters of any function, and no folder of a model.
+        tree: whether it is a checkpoint of Orbax, of the parameters of any function.
+        library: whose class the tree is of, see `jquant.models.tree_names`; empty: of nobody's.
+        scanned: whether its layers are stacked.
+        stacks: whether the experts of a layer are one tensor, as MLX has them.
     """
 
     name: str
@@ -45,6 +48,9 @@ class Target(NamedTuple):
     modules: tuple[str, ...] | None = ("linear", "expert")
     key: str = "quantization_config"
     tree: bool = False
+    library: str = ""
+    scanned: bool = False
+    stacks: bool = False
 
 
 def _as_array(weight: Described) -> Holding:
@@ -84,7 +90,7 @@ TARGETS: Mapping[str, Target] = {
         ),
         Target(
             "mlx", mlx.hold, mlx.nearest, mlx.HOLDS, mlx.config,
-            modules=("linear", "table"), key="quantization",
+            modules=("linear", "expert", "table"), key="quantization", stacks=True,
         ),
         Target("gguf", gguf_types.hold, gguf_types.nearest, gguf_types.HOLDS, modules=None),
         Target(
@@ -92,6 +98,17 @@ TARGETS: Mapping[str, Target] = {
             modules=None, tree=True,
         ),
         Target("qwix", qwix.hold, qwix.nearest, qwix.HOLDS, modules=None, tree=True),
+        Target(
+            "tunix", qwix.hold, qwix.nearest, qwix.HOLDS, modules=("linear", "expert"), tree=True,
+            library="tunix",
+        ),
+        *(
+            Target(
+                name, _as_array, _without_inputs, "arrays of numbers", modules=None, tree=True,
+                library=name.partition("-")[0], scanned=name == "maxtext",
+            )
+            for name in ("tunix-arrays", "maxtext", "maxtext-unscanned")
+        ),
         Target(
             "safetensors", _as_array, _without_inputs, "arrays of numbers", modules=None,
         ),

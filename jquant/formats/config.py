@@ -23,7 +23,7 @@ from jquant.formats.compressed_tensors import (
     nvfp4_pack_quantized,
     pack_quantized,
 )
-from jquant.formats.mlx import mlx
+from jquant.formats.mlx import in_stack, mlx
 from jquant.formats.transposed import awq, gptq
 from jquant.grids import Float, Uniform
 from jquant.weights.activations import Activations
@@ -68,6 +68,11 @@ def claimed(claims: dict[str, Any]) -> Any:
         return config
     _only(claims, "quantize_activations", (None, False))
     return {**own, "quant_method": "mlx"} if isinstance(own, Mapping) else own
+
+
+def is_mlx(config: Any) -> bool:
+    """Whether what `claimed` gave is MLX's."""
+    return isinstance(config, Mapping) and config.get("quant_method") == "mlx"
 
 
 def quantized_modules(config: Any, specs: Mapping[str, Spec]) -> dict[str, Module]:
@@ -143,7 +148,7 @@ def _awq(config: Mapping[str, Any], name: str, tensors: Mapping[str, Spec]) -> M
 
 def _mlx(config: Mapping[str, Any], name: str, tensors: Mapping[str, Spec]) -> Module:
     """By the entry of the module, else by what counts for all."""
-    own = config.get(name)
+    own = config.get(name, config.get(in_stack(name)))
     settings = own if isinstance(own, Mapping) else config
     mode: Any = settings.get("mode", "affine")
     scales = tensors["scales"].dtype.name

@@ -6,12 +6,15 @@
     mxfp8    E4M3                  a power of two per 32
     nvfp4    E2M1                  an E4M3 scale per 16, and no scale of the tensor
 
+The experts of a layer are one tensor of mlx-lm's (`switch_mlp`), theirs along its first axis.
+
 MLX calls scale and bias by the plural, and the bias of a layer "bias". Scales of a file may be
 negative, and are when MLX has made it. Checked against mlx 0.32.4.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -26,7 +29,10 @@ from jquant.grids import MX, NV, Affine, Float, code_dtype
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
-_FLOATS: dict[str, Float] = {"mxfp4": MX(), "mxfp8": MX("E4M3"), "nvfp4": NV()}
+_FLOATS: dict[str, Float] = {
+    "mxfp4": MX(), "mxfp8": MX("E4M3"), "nvfp4": NV(tensor_scale=False),
+}  # fmt: skip
+STACK = ".switch_mlp."
 _STORED = {"e8m0": "float8_e8m0fnu", "e4m3": "float8_e4m3fn"}
 
 
@@ -85,3 +91,18 @@ def _of_floats(mode: str, bits: int | None, group: int | None) -> Codec:
         Row("scale", "scales", ("out", "groups"), _STORED[str(grid.scale)], (Viewed("uint8"),)),
     )
     return Codec(f"MLX {mode}", grid, groups, ByTensor(rows, groups))
+
+
+def in_stack(name: str) -> str:
+    """The name of mlx-lm's tensor, or module, with all experts of a layer; others stay.
+
+    Example:
+        >>> in_stack("model.layers.0.mlp.experts.3.up_proj.weight")
+        'model.layers.0.mlp.switch_mlp.up_proj.weight'
+    """
+    return re.sub(r"\.experts\.\d+\.", STACK, name)
+
+
+def of_expert(name: str, expert: int) -> str:
+    """The inverse: what a tensor with all experts is called for one of them."""
+    return name.replace(STACK, f".experts.{expert}.")

@@ -49,12 +49,15 @@ def MX(
     return Float(*numbers, scale="e8m0", scale_rule=scale_rule, macro=macro, range=range, group=32)
 
 
-def NV(*, four_six: bool = False, range: MinMax | MSE = MinMax()) -> Float:
+def NV(
+    *, four_six: bool = False, range: MinMax | MSE = MinMax(), tensor_scale: bool = True
+) -> Float:
     """NVIDIA's NVFP4: E2M1, an E4M3 scale per 16 of them, and a float32 scale per tensor.
 
     Args:
         four_six: see `Float`. Every reader of NVFP4 takes what it makes.
         range: see `Float`.
+        tensor_scale: see `Float`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -68,4 +71,6 @@ def NV(*, four_six: bool = False, range: MinMax | MSE = MinMax()) -> Float:
         [6.0, 4.0]
         [6.0, 4.5]
     """
-    return Float(2, 1, scale="e4m3", four_six=four_six, range=range, group=16)
+    return Float(
+        2, 1, scale="e4m3", four_six=four_six, range=range, group=16, tensor_scale=tensor_scale
+    )

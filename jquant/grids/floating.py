@@ -63,6 +63,8 @@ class Float:
             Codes are always finite.
         scale: how the scale of a group is stored: None (there is none), "float32", "float16",
             "bfloat16", "e8m0" (powers of two) or "e4m3", with one float32 scale per tensor.
+        tensor_scale: whether there is that one. Without, as MLX has NVFP4, scales are those of
+            E4M3 itself, 2^-9 to 448: those of groups of small weights are rounded coarsely.
         scale_rule: how "e8m0" takes a power of two from a group's largest weight: "floor" as OCP,
             "even" rounded to the format's mantissa first (to the next one from 1.75 for E2M1, as
             compressed-tensors does), "ceil" the least that clips nothing, "oas" half of that where
@@ -104,6 +106,7 @@ class Float:
     negative_zero: bool = False
     macro: int | None = None
     four_six: bool = False
+    tensor_scale: bool = True
 
     def __post_init__(self) -> None:
         row = self.format
@@ -133,6 +136,9 @@ class Float:
             require.integer("Float.macro", self.macro, 2, 2**16)
             if self.scale != "e8m0":
                 raise ValueError(f"Float.macro={self.macro} is of the scale 'e8m0' alone")
+        require.boolean("Float.tensor_scale", self.tensor_scale)
+        if not self.tensor_scale and self.scale != "e4m3":
+            raise ValueError("Float.tensor_scale=False is of the scale 'e4m3' alone, as NV()")
         require.boolean("Float.four_six", self.four_six)
         if self.four_six and (self.scale, row) != ("e4m3", find_format(2, 1)):
             raise ValueError("Float.four_six=True is of E2M1 with the scale 'e4m3' alone, as NV()")
@@ -201,7 +207,7 @@ class Float:
         if self.scale == "e8m0":
             return self._powers(w, top, importance)
         tensor = None
-        if self.scale == "e4m3":
+        if self.scale == "e4m3" and self.tensor_scale:
             axes = tuple(range(max(top.ndim - 2, 0), top.ndim))
             whole = largest(top, axis=axes, keepdims=True)
             unit = numbers.largest * (_ROOM if self.four_six else stored.most)

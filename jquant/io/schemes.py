@@ -35,7 +35,7 @@ _NAMES: Mapping[Any, str] = {word: name for name, word in _WORDS.items()}
 
 # Fields that files of version 1 may lack, with what they mean then.
 ADDED: Mapping[str, Mapping[str, Any]] = {
-    "Float": {"negative_zero": False, "macro": None, "four_six": False}
+    "Float": {"negative_zero": False, "macro": None, "four_six": False, "tensor_scale": True}
 }
 
 FLOATS = tuple(name for name, dtype in JAX_DTYPES.items() if jnp.issubdtype(dtype, jnp.floating))

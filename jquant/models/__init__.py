@@ -19,6 +19,7 @@ with extra("models"):
     from jquant.models.torch_function import TorchFunction
     from jquant.models.torch_module import TorchConfig
     from jquant.models.torch_plain import from_torch
+    from jquant.models.tree_in import from_tree
 
 __all__ = [
     "CachedStep",
@@ -28,6 +29,7 @@ __all__ = [
     "TorchConfig",
     "TorchFunction",
     "from_torch",
+    "from_tree",
     "generate",
     "is_quantized",
     "load",

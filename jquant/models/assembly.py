@@ -95,13 +95,14 @@ _PREFIX = ("blk.{}.", "model.layers.{}.")
 
 class Source(NamedTuple):
     """One tensor a checkpoint must hold, and the leaf it fills: in layer `layer`, if any, and of
-    one expert, where each has a tensor of its own."""
+    one expert, where each has a tensor of its own. `axes` are letters of the table."""
 
     name: str
     shape: tuple[int, ...]
     leaf: str
     layer: int | None
     expert: int | None = None
+    axes: str = ""
 
 
 def sources(config: DecoderConfig, form: Format) -> Iterator[Source]:
@@ -127,17 +128,19 @@ def sources(config: DecoderConfig, form: Format) -> Iterator[Source]:
     }
     for leaf, row in _TOP.items():
         if leaf != "head/kernel" or not config.tied:
-            yield Source(row[column], tuple(sizes[axis] for axis in row[2]), leaf, None)
+            shape = tuple(sizes[axis] for axis in row[2])
+            yield Source(row[column], shape, leaf, None, axes=row[2])
     block = _block(config)
     for layer in range(config.layers):
         prefix = _PREFIX[column].format(layer)
         for leaf, row in block.items():
             name, shape = prefix + row[column], tuple(sizes[axis] for axis in row[2])
             if "{}" not in name:
-                yield Source(name, shape, f"layers/{leaf}", layer)
+                yield Source(name, shape, f"layers/{leaf}", layer, axes=row[2])
                 continue
             for expert in range(config.experts):
-                yield Source(name.format(expert), shape[1:], f"layers/{leaf}", layer, expert)
+                one = name.format(expert)
+                yield Source(one, shape[1:], f"layers/{leaf}", layer, expert, row[2][1:])
 
 
 def _block(config: DecoderConfig) -> dict[str, Row]:

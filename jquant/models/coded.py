@@ -7,7 +7,7 @@ codes and parameters have the weight's outputs as rows, and the rest is a matter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 from jquant.axes.layout import Layout
 from jquant.errors import CheckpointError
+from jquant.formats.mlx import STACK, of_expert
 from jquant.io.container import DTYPES, Entry, read_container
 from jquant.io.files import FileState, naming
 from jquant.trees.lazy import Lazy, Window, realize, stack
@@ -74,6 +75,16 @@ def in_halves(leaf: Leaf, heads: int) -> Leaf:
         return pairs.swapaxes(1, 2).reshape(leaf.shape)[window]
 
     return Lazy(leaf.shape, leaf.dtype, values, f"{leaf.identity}, rows in rotary halves")
+
+
+def in_pairs(leaf: Lazy, heads: int) -> Lazy:
+    """The inverse of `in_halves`, of an array."""
+
+    def values(window: Window) -> np.ndarray:
+        halves = leaf[...].reshape(heads, 2, -1, *leaf.shape[1:])
+        return halves.swapaxes(1, 2).reshape(leaf.shape)[window]
+
+    return Lazy(leaf.shape, leaf.dtype, values, f"{leaf.identity}, rows in rotary pairs")
 
 
 def kernel(leaf: Leaf) -> Leaf:
@@ -148,15 +159,39 @@ def tensors_of(path: Path) -> dict[str, Lazy]:
     return {name: _stored(state, name, entry) for name, entry in entries.items()}
 
 
+def experts_apart(stored: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """Tensors with MLX's stacks of experts taken apart, under the names of single experts."""
+    apart: dict[str, Lazy] = {}
+    for name, leaf in stored.items():
+        if STACK not in name or not leaf.size:
+            apart[name] = leaf
+            continue
+        for expert in range(leaf.shape[0]):
+            apart[of_expert(name, expert)] = _one(leaf, expert)
+    return apart
+
+
+def _one(leaf: Lazy, index: int) -> Lazy:
+    def values(window: Window) -> np.ndarray:
+        return leaf[(index, *window)]
+
+    return Lazy(leaf.shape[1:], leaf.dtype, values, f"{leaf.identity}[{index}]")
+
+
 def _stored(state: FileState, name: str, entry: Entry) -> Lazy:
     dtype = np.dtype(DTYPES[entry.dtype][0])
 
     def values(window: Window) -> np.ndarray:
-        raw = np.empty(entry.end - entry.begin, np.uint8)
+        rows, rest = window[:1], (slice(None), *window[1:])
+        count = max(entry.shape[0] if entry.shape else 1, 1)
+        size = (entry.end - entry.begin) // count  # of a row, of which only those are read
+        first, last = (rows[0].start, rows[0].stop) if rows else (0, 1)
+        raw = np.empty((last - first) * size, np.uint8)
         with state.open() as file:
-            file.seek(entry.begin)
+            file.seek(entry.begin + first * size)
             if file.readinto(raw.data) != raw.size:
                 raise CheckpointError(f"tensor {name!r}: the file ended while it was read")
-        return raw.view(dtype).reshape(entry.shape)[window]
+        some = raw.view(dtype).reshape((last - first, *entry.shape[1:]) if rows else ())
+        return some[rest] if rows else some
 
     return Lazy(entry.shape, dtype, values, f"{state.identity}, tensor {name!r}")

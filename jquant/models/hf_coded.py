@@ -9,9 +9,9 @@ import numpy as np
 
 from jquant.errors import CheckpointError
 from jquant.formats.base import Spec
-from jquant.formats.config import quantized_modules
+from jquant.formats.config import is_mlx, quantized_modules
 from jquant.io.files import naming
-from jquant.models.coded import Leaf, checked, dequantized, tensors_of
+from jquant.models.coded import Leaf, checked, dequantized, experts_apart, tensors_of
 from jquant.models.hf_folder import HFFolder
 from jquant.trees.lazy import Lazy
 from jquant.weights.inputs import Inputs
@@ -38,6 +38,8 @@ def _tensors(folder: HFFolder, quantization: Any, keep: bool) -> dict[str, Leaf]
     stored: dict[str, Lazy] = {}
     for file in sorted(set(folder.files.values())):
         stored |= tensors_of(folder.path / file)
+    if is_mlx(quantization):
+        stored = experts_apart(stored)
     specs = {name: Spec(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
     leaves: dict[str, Leaf] = {}
     for name, module in quantized_modules(quantization, specs).items():

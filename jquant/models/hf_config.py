@@ -15,6 +15,12 @@ from jquant.errors import CheckpointError
 from jquant.models.config import DecoderConfig, from_hf
 from jquant.models.families import FAMILIES, SIZES, Family, Key
 
+# All of Llama 3.1 to 3.3 but the factor, that of the pairs that turn the least.
+_LLAMA3 = {
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
     """A `config.json` that `from_hf` reads as this decoder, without `dtype`.
@@ -93,6 +99,8 @@ def _rope(config: DecoderConfig) -> dict[str, Any]:
     divisors = config.rope_divisors
     if divisors is not None and len(set(divisors)) == 1:
         rope |= {"rope_type": "linear", "factor": divisors[0]}
+    elif divisors is not None:
+        rope |= {**_LLAMA3, "factor": max(divisors)}
     if config.rotary != config.head_dim:
         rope["partial_rotary_factor"] = config.rotary / config.head_dim
     if config.window_theta:
