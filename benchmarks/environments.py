@@ -1,7 +1,9 @@
 """Environments of other packages, each in a folder, made again when what it is to hold changes.
 
 An environment may lie over another, a base: it sees the base through a line in its own packages,
-and what it installs itself goes before what the base has.
+and what it installs itself goes before what the base has. What pip says, with the output of what it
+builds, is in `FOLDER.log` beside the environment. One that was not completed is made anew; pip
+keeps the wheels that it built and downloaded, so what took long is not done twice.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -40,7 +43,7 @@ def interpreter(version: str) -> Path:
 
 def made(
     folder: Path, version: str, asked: list[str], requirements: Sequence[str],
-    bare: Sequence[str] = (), base: Path | None = None,
+    bare: Sequence[str] = (), base: Path | None = None, minutes: float = MINUTES,
 ) -> Path:  # fmt: skip
     """The interpreter of an environment, which is made where it is not as it should be.
 
@@ -51,23 +54,27 @@ def made(
         requirements: for pip.
         bare: installed after them, without dependencies.
         base: the interpreter of an environment whose packages it sees.
+        minutes: for either of pip's two calls; what is built from sources takes long.
 
     Raises:
-        Failed: there is no such Python, or pip cannot install what is asked.
+        Failed: there is no such Python, or pip cannot install what is asked in this time.
     """
     python, stamp = folder / "bin" / "python", folder / "installed.json"
     if stamp.exists() and json.loads(stamp.read_text()) == asked:
         return python
     shutil.rmtree(folder, ignore_errors=True)
     run([str(interpreter(version)), "-m", "venv", str(folder)])
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    log = folder.with_name(f"{folder.name}.log")
+    log.unlink(missing_ok=True)
+    pip = [str(python), "-m", "pip", "install", "--verbose", "--progress-bar=off"]
+    pip += ["--disable-pip-version-check"]
     if base is not None:
         own, below = (_packages(path) for path in (python, base))
         Path(own, "base.pth").write_text(f"import site; site.addsitedir({below!r})\n")
     if requirements:
-        run([*pip, *requirements])
+        logged([*pip, *requirements], log, minutes)
     if bare:
-        run([*pip, "--no-deps", *bare])
+        logged([*pip, "--no-deps", *bare], log, minutes)
     stamp.write_text(json.dumps(asked))
     return python
 
@@ -92,6 +99,45 @@ def run(command: list[str], minutes: float = MINUTES, **options: Any) -> str:
     if done.returncode:
         raise Failed(reason(done.stderr) or f"ended with status {done.returncode}")
     return done.stdout
+
+
+def logged(command: list[str], log: Path, minutes: float = MINUTES) -> None:
+    """Runs a command whose output is added to a file, as it comes.
+
+    Raises:
+        Failed: it takes too long, and is ended with all that it started, or it fails; with the line
+            of its complaint that says most, and the file.
+    """
+    with log.open("a+", encoding="utf-8", errors="replace") as out:
+        began = out.tell()
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = child.wait(60 * minutes)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"took more than {minutes:g} minutes; see {_short(log)}") from None
+        finally:
+            _end(child)
+        out.seek(began)
+        if status:
+            said = reason(out.read()) or f"ended with status {status}"
+            raise Failed(f"{said}; see {_short(log)}")
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Ends a process and what it started: pip's compilers would go on without it."""
+    if child.poll() is None:
+        if hasattr(os, "killpg"):
+            os.killpg(child.pid, signal.SIGKILL)
+        else:
+            child.kill()
+        child.wait()
+
+
+def _short(path: Path) -> str:
+    return str(path).replace(f"{ROOT}{os.sep}", "")
 
 
 def reason(text: str) -> str:

@@ -4,8 +4,12 @@
     ./run clients transformers onnxruntime         # some; results of the others stay
     ./run clients llama-cpp --python env/bin/python  # in an environment that is there
 
-Environments lie in `build/clients`; `jquant.exporters.CLIENTS` says the versions. What fails (an
-installation, a flavour) is a row of the results too, with the reason.
+Environments lie in `build/clients`, what their installation said in `build/clients/CLIENT.log`;
+`jquant.exporters.CLIENTS` says the versions. Those that take long are made last (llama-cpp-python
+is compiled: half an hour of two cores). A flavour that an engine refuses is a row of the results,
+with the reason; a client that cannot be installed or run is told at the end, the others run all the
+same, and its earlier rows stay. Rows are written client by client, and an environment that is
+complete is not made again, so what was ended goes on where it was.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import dataclasses
 import datetime
 import json
 import tempfile
+import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +29,9 @@ import jax
 import numpy as np
 
 import jquant as jq
+from benchmarks import environments
 from benchmarks.clients import matmul_nbits, maxtext_rows, qwix_rows, tunix_rows
-from benchmarks.clients.flavours import BARE, FLAVOURS, Flavour
+from benchmarks.clients.flavours import BARE, EXTRAS, FLAVOURS, MINUTES, Flavour
 from benchmarks.environments import ROOT, Failed, made
 from benchmarks.harness import RESULTS, machine
 from jquant.errors import ClientError
@@ -53,9 +60,13 @@ def environment(client: str) -> Path:
         requirements = list(module.PACKAGES)
     else:
         every = {k: v for row in CLIENTS[client].formats.values() for k, v in row.items()}
-        requirements = [f"{k}=={v}" for k, v in every.items() if k.lower() not in own]
+        names = {k: f"{k}[{EXTRAS[k]}]" if k in EXTRAS else k for k in every}
+        requirements = [f"{names[k]}=={v}" for k, v in every.items() if k.lower() not in own]
         requirements += ["accelerate"] * ("transformers" in every)
-    return made(FOLDER / client, version, [*requirements, *bare], requirements, bare)
+    minutes = MINUTES.get(client, environments.MINUTES)
+    return made(
+        FOLDER / client, version, [*requirements, *bare], requirements, bare, minutes=minutes
+    )
 
 
 def tokenizer() -> Any:
@@ -113,20 +124,35 @@ def main() -> None:
         parser.error(f"no {', '.join(unknown)}; there are {', '.join(every)}")
     if asked.python is not None and len(asked.names) != 1:
         parser.error("--python is for one client; name it")
-    path = RESULTS / "clients.json"
-    failed = []
-    for client in asked.names or every:
+    failed = {}
+    # Whatever is quick first: an hour's build that fails is to cost the others nothing.
+    for client in sorted(asked.names or every, key=lambda name: MINUTES.get(name, 0.0)):
         try:
-            rows = rows_of(client, asked.python or environment(client))
-        except Failed as failure:
-            print(f"{client}: {failure}", flush=True)
-            failed.append(client)
-            continue
-        old = json.loads(path.read_text())["rows"] if path.exists() else {}
-        merged = {name: {**old, client: rows}[name] for name in every if name in {**old, client: 0}}
-        path.write_text(json.dumps({"machine": machine(), "rows": merged}, indent=1) + "\n")
+            say(f"{client}: environment")
+            python = asked.python or environment(client)
+            say(f"{client}: exports")
+            put(client, rows_of(client, python), every)
+        except Exception as error:  # of whatever kind: the other clients are to run
+            if not isinstance(error, Failed):
+                traceback.print_exc()
+            failed[client] = f"{error}" or type(error).__name__
+            say(f"{client}: {failed[client]}")
     if failed:
-        raise SystemExit(f"could not be installed: {', '.join(failed)}")
+        told = "\n".join(f"  {client}: {why}" for client, why in failed.items())
+        again = f"./run clients {' '.join(failed)}"
+        raise SystemExit(f"not run, their rows are as they were:\n{told}\nagain: {again}")
+
+
+def put(client: str, rows: dict[str, Any], every: list[str]) -> None:
+    """Writes the rows of a client into the results; those of others stay."""
+    path = RESULTS / "clients.json"
+    old = json.loads(path.read_text())["rows"] if path.exists() else {}
+    merged = {name: {**old, client: rows}[name] for name in every if name in {**old, client: 0}}
+    path.write_text(json.dumps({"machine": machine(), "rows": merged}, indent=1) + "\n")
+
+
+def say(what: str) -> None:
+    print(time.strftime("%H:%M:%S"), what, flush=True)
 
 
 if __name__ == "__main__":

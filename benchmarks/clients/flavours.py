@@ -134,5 +134,10 @@ BARE: Mapping[str, tuple[str, ...]] = {
         "GPTQModel==7.2.0", "torchvision==0.28.0", "threadpoolctl", "Device-SMI", "protobuf",
         "pillow", "PyPcre", "TokeNicer", "LogBar", "Jinja2", "datasets", "pyarrow", "dill",
         "torchao", "Defuser", "pandas", "xxhash", "multiprocess", "kernels", "MarkupSafe",
+        "requests", "urllib3", "certifi", "charset-normalizer", "python-dateutil", "tzdata",
     ),
 }  # fmt: skip
+# Packages that compute nothing without an extra: MLX's backend for CPUs, on Linux.
+EXTRAS: Mapping[str, str] = {"mlx": "cpu"}
+# For what is built from its sources, which takes two cores half an hour or more.
+MINUTES: Mapping[str, float] = {"llama-cpp": 240.0}

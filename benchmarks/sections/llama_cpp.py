@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from benchmarks.sections.text import table
+
+NETWORKS = ("bytes", "smollm2", "smollm2-768")
 
 
 def llama_cpp(result: dict[str, Any]) -> str:
@@ -21,10 +24,6 @@ def llama_cpp(result: dict[str, Any]) -> str:
         for kind, row in result.get(name, {}).get("types", {}).items()
         if isinstance(row, dict)
     ]
-    own = [
-        [kind, *(f"{value:.4f}" for value in values)]
-        for kind, values in _calibrated(result["bytes"].get("calibrated", {})).items()
-    ]
     version = result["bytes"]["types"]["version"]
     head = ["network", "type", "KL to `apply`", "perplexity", "`apply`'s", "agreement"]
     text = (
@@ -34,18 +33,51 @@ def llama_cpp(result: dict[str, Any]) -> str:
         "zeros to a width of 256. *smollm2*: SmolLM2-135M's own codes, written again.\n\n"
         + table(head, rows)
     )
-    if own:
-        head = ["type", "llama.cpp", "with imatrix", "jquant, nearest", "jquant, QEP"]
-        text += (
-            "\nKL to the full network *bytes* of types that llama.cpp's own quantizer made and of "
-            "those made here, all in llama.cpp's runtime; tables of tokens and heads are Q8_0. The "
-            "imatrix is of the tokens that QEP saw.\n\n" + table(head, own)
-        )
-    return text + f"\nllama-cpp-python {version}, JAX {result['versions']['jax']}.\n"
+    return (
+        text
+        + _calibrated(result)
+        + f"\nllama-cpp-python {version}, JAX {result['versions']['jax']}.\n"
+    )
 
 
-def _calibrated(rows: dict[str, Any]) -> dict[str, list[float]]:
-    """By type: plain, imatrix, nearest, QEP."""
+def _calibrated(result: dict[str, Any]) -> str:
+    """K-quants made here beside llama.cpp's own; nothing where none were measured."""
     order = ("llama.cpp, plain", "llama.cpp, imatrix", "jquant, nearest", "jquant, QEP")
-    kinds = dict.fromkeys(name.split(":")[0] for name in rows if ":" in name)
-    return {kind: [rows[f"{kind}: {row}"]["kl"] for row in order] for kind in kinds}
+    lines = []
+    for name in NETWORKS:
+        rows = result.get(name, {}).get("calibrated", {})
+        for kind in dict.fromkeys(key.split(":")[0] for key in rows if ":" in key):
+            each = [rows[f"{kind}: {row}"] for row in order]
+            losses = [row["kl"] for row in each]
+            held = rows["types"][kind]
+            lines.append(
+                [
+                    name,
+                    kind,
+                    ", ".join(f"{n} {t}" for t, n in held.items()),
+                    f"{max(row['bytes'] for row in each) / 1e6:.1f}",
+                    *(f"{loss:.4f}" for loss in losses),
+                    f"{losses[3] / losses[1]:.2f}",
+                ]
+            )
+    if not lines:
+        return ""
+    sizes = "; ".join(
+        f"*{name}* {_tokens(rows['calibration'])} and {_tokens(rows['evaluation'])}"
+        for name in NETWORKS
+        if (rows := result.get(name, {}).get("calibrated", {}))
+    )
+    head = ["network", "type", "tensors", "MB", "llama.cpp", "with imatrix", "jquant, nearest"]
+    head += ["jquant, QEP", "of imatrix"]
+    return (
+        "\nKL to the full network, in nats per token, all in llama.cpp's runtime, of files of one "
+        "size: each tensor has the type that llama.cpp's own quantizer gives it (`--pure`, the "
+        "table of tokens and the head Q8_0). 576 is no multiple of 256, so *smollm2* has K-quants "
+        "in `ffn_down` alone; *smollm2-768* has zeros to a width that is. The imatrix is of the "
+        "tokens that QEP saw, KL of text held out. *of imatrix*: QEP's KL by that of the imatrix. "
+        f"Tokens to calibrate and to measure: {sizes}.\n\n" + table(head, lines)
+    )
+
+
+def _tokens(shape: list[int]) -> str:
+    return f"{math.prod(shape):,}".replace(",", " ")
