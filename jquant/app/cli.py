@@ -26,13 +26,14 @@ from jquant.app.budgets import share_bits
 from jquant.app.console import Narrator, summary
 from jquant.app.decoding import decoded_once
 from jquant.app.demo import run_demo
-from jquant.app.devices import Devices, need_devices, on_mesh, on_paper, show_costs
+from jquant.app.devices import Devices, need_devices, on_mesh, show_costs
 from jquant.app.examples import Examples, calibration, held_out, one_by_one
 from jquant.app.exporting import To, export_model, need_plan, saved
 from jquant.app.listing import listing
 from jquant.app.measuring import alone, beside, described, full_and_quantized
 from jquant.app.named_inputs import real_tokens, taking
 from jquant.app.options import Kept, Orbax, Quiet, Reading, Recipe, Source
+from jquant.app.paper import on_paper, weights_of
 from jquant.app.program_cache import keep_programs
 from jquant.app.quantizing import (
     Chosen,
@@ -50,7 +51,6 @@ from jquant.app.recipes import Aim, objective_of, plan_of, read_rules
 from jquant.app.sources import need_options, opened
 from jquant.app.texts import asked, need_known, need_language_model, need_tokenizer
 from jquant.app.verifying import verify_model
-from jquant.calibration import find_weights
 from jquant.calibration.stages import Sequential
 from jquant.exporters.folder import own_version
 from jquant.io import read_header
@@ -58,7 +58,6 @@ from jquant.jobs.quantize import quantize
 from jquant.layerwise.weight import stored_bits
 from jquant.models.quantized import CHECKPOINT
 from jquant.schemes.presets import named, presets
-from jquant.weights.arguments import inputs_of
 
 app = cyclopts.App(
     name="jquant",
@@ -180,14 +179,14 @@ def quantize_model(
     need_devices(devices, dry_run)
     need_unquantized(source, requantize)
     narrator.say(f"loading {source}")
-    model = on_paper(source, devices, examples, dry_run)
+    model = on_paper(source, devices.batch, examples.length) if dry_run and devices.mesh else None
     model = model or opened(source, params=params, lazy=True, **reading.choices())
     model = decoded(model, requantize, narrator)
     model = taking(model, examples.batches)
     batches = calibration(model, examples)
     model, batches = (model, batches) if dry_run else on_mesh(model, batches, devices)
     fn, leaves, chosen = model.fn, model.params, Chosen()
-    plan = plan_of(find_weights(fn, leaves, *inputs_of(batches[0])), default, rules, lorc)
+    plan = plan_of(weights_of(model, batches[0]), default, rules, lorc)
     real = None if objective == "stage" else real_tokens(model, batches)
     if adadim:
         with narrator.job("choosing axes") as move:

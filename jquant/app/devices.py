@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -14,20 +13,12 @@ from cyclopts import Parameter
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jquant.app.console import Narrator
-from jquant.app.examples import Examples
+from jquant.app.paper import costs_of
 from jquant.app.sources import Model
-from jquant.errors import CheckpointError
 from jquant.io import place
 from jquant.jobs.estimate import estimate
-from jquant.jobs.forecast import Rates, forecast
-from jquant.models.assembly import Checkpoint, assemble, sources
-from jquant.models.config import from_hf
-from jquant.models.decoder import Decoder
-from jquant.models.hf_folder import read_json
+from jquant.jobs.forecast import Rates
 from jquant.schemes.scheme import Plan
-from jquant.trees.lazy import Lazy
-
-_WINDOWS = 128  # of text, on paper, in batches of as many as `data`; --samples counts batches
 
 
 @Parameter(name="*")
@@ -64,6 +55,11 @@ class Devices:
         return {"data": 1, "model": 1, **axes}
 
     @property
+    def batch(self) -> int:
+        """Examples of a batch that is made up: one for each device along `data`."""
+        return self.axes["data"]
+
+    @property
     def speeds(self) -> Rates:
         """The rates; ValueError if they are not written so."""
         given = {}
@@ -95,33 +91,6 @@ def need_devices(devices: Devices, dry_run: bool) -> None:
             f"--mesh {devices.mesh} asks for {count} devices, JAX has {jax.device_count()}; on the "
             f"CPU XLA_FLAGS=--xla_force_host_platform_device_count={count} pretends there are more"
         )
-
-
-def on_paper(source: str, devices: Devices, examples: Examples, dry_run: bool) -> Model | None:
-    """The model that a folder with nothing but `config.json` describes; None of any other source.
-
-    Raises:
-        CheckpointError: the configuration is of no family that the reference decoder computes.
-    """
-    folder = Path(source)
-    if not dry_run or devices.mesh is None or not (folder / "config.json").is_file():
-        return None
-    if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
-        return None
-    config = from_hf(read_json(folder / "config.json"))
-
-    def nothing(window: Any) -> np.ndarray:
-        raise CheckpointError(f"{source} has no weights, only their shapes")
-
-    shapes = {one.name: one.shape for one in sources(config, "hf")}
-    dtype = np.dtype(jax.numpy.bfloat16)
-    checkpoint = Checkpoint(
-        "hf", source, shapes, lambda name: Lazy(shapes[name], dtype, nothing, name)
-    )
-    params = assemble(config, checkpoint, param_dtype="bfloat16")
-    rows, length = devices.axes["data"], min(examples.length or 2048, config.context)
-    batches = [np.zeros((rows, length), np.int32)] * max(1, _WINDOWS // rows)
-    return Model(source, Decoder(config, dtype="bfloat16"), params, None, batches)
 
 
 def on_mesh(model: Model, batches: Sequence[Any], devices: Devices) -> tuple[Model, Sequence[Any]]:
@@ -171,10 +140,9 @@ def show_costs(
         to.say("compiling and timing every program of the job")
         to.show(estimate(model.fn, model.params, plan, batches, **how).table())
         return
-    costs = forecast(
-        model.fn, model.params, plan, batches, mesh=devices.axes, rates=devices.speeds,
-        sequential=how["sequential"],
-    )  # fmt: skip
+    costs = costs_of(
+        model, plan, batches, mesh=devices.axes, rates=devices.speeds, sequential=how["sequential"]
+    )
     to.show(costs.table())
     if devices.memory_per_device is not None:
         costs.check(devices.memory_per_device * 1e9)

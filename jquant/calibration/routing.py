@@ -174,10 +174,11 @@ class _Following:
 
     def _routes_inside(self, at: int, step: Step) -> bool:
         """Whether something routes in this step's own body, where nothing can be shared."""
-        moved = self.moved.union(self.uses.get(at, ()))
+        used = self.uses.get(at, ())
         chosen = set() if self.sharing else self.chosen
         states = [
-            _State(n in moved, n in chosen) if isinstance(n, int) else _STILL for n in step.ins
+            _State(n in self.moved or n in used, n in chosen) if isinstance(n, int) else _STILL
+            for n in step.ins
         ]
         return any(map(any, states)) and any(
             _inside(body, states, loop) for body, loop in _bodies(step.eqn)

@@ -94,6 +94,11 @@ class Schedule:
         return {n: stage for stage, step in pairs for n in step.outs}
 
     @cached_property
+    def maker(self) -> dict[int, int]:
+        """Value → the position of the step that makes it."""
+        return {n: at for at, step in enumerate(self.flat.steps) for n in step.outs}
+
+    @cached_property
     def light(self) -> frozenset[int]:
         """Values to be made again from parameters and inputs, whenever they are needed.
 
@@ -114,16 +119,19 @@ class Schedule:
     ) -> list[int]:
         """Positions of the steps of some stages that lead to these values and steps.
 
-        Steps that make light values are of every stage.
+        Steps that make light values are of every stage. What takes no part is not looked at: of a
+        deep network that is nearly all.
         """
-        needed, positions = set(values), []
-        for at, step in reversed(list(enumerate(self.flat.steps))):
-            asked = not needed.isdisjoint(step.outs)
-            here = self.home[at] in stages or self.light.issuperset(step.outs)
-            if at in roots or (asked and here):
-                positions.append(at)
-                needed.update(step.reads)
-        return positions[::-1]
+        steps, positions = self.flat.steps, set(roots)
+        asked = [*values, *(n for at in positions for n in steps[at].reads)]
+        while asked:
+            at = self.maker.get(asked.pop())
+            if at is None or at in positions:
+                continue
+            if self.home[at] in stages or self.light.issuperset(steps[at].outs):
+                positions.add(at)
+                asked += steps[at].reads
+        return sorted(positions)
 
     def dies(self, ends: Iterable[tuple[int, Iterable[int]]]) -> dict[int, int]:
         """Value → the last stage that reads it on the way to a use of a weight.
@@ -151,8 +159,8 @@ class Schedule:
 
     def alive(self, dies: Mapping[int, int]) -> tuple[frozenset[int], ...]:
         """For each stage, the values that are kept until it is done: later ones read them."""
-        kept = {n: stage for n, stage in self.born.items() if n not in self.light}
-        return tuple(
-            frozenset(n for n, stage in kept.items() if stage <= now < dies.get(n, 0))
-            for now in range(self.count + 1)
-        )
+        kept: list[set[int]] = [set() for _ in range(self.count + 1)]
+        for n, stage in self.born.items():
+            for now in range(stage, dies.get(n, 0)) if n not in self.light else ():
+                kept[now].add(n)
+        return tuple(map(frozenset, kept))

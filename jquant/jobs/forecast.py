@@ -9,8 +9,8 @@ that are stated, not measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,28 @@ class Forecast:
         table.add_row("GB a device sends", parts(self.sent_bytes, 1e9))
         table.add_row("hours", parts(self.hours, 1.0))
         return table
+
+
+def extended(
+    small: Forecast, larger: Sequence[tuple[Forecast, int]], stages: tuple[tuple[str, ...], ...]
+) -> Forecast:
+    """The forecast of a network that is a smaller one with parts of it more often.
+
+    Args:
+        small: of the smaller network.
+        larger: of that with one part once more; and how often it comes besides.
+        stages: of the whole.
+    """
+
+    def sums(name: str) -> dict[str, float]:
+        own = getattr(small, name)
+        return {
+            key: value + sum(times * (getattr(one, name)[key] - value) for one, times in larger)
+            for key, value in own.items()
+        }
+
+    added = "device_bytes", "host_bytes", "flops", "sent_bytes", "hours"
+    return replace(small, stages=stages, **{name: sums(name) for name in added})
 
 
 def forecast(

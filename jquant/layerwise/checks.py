@@ -77,6 +77,10 @@ def _check_rank(path: str, scheme: Scheme, weight: Weight) -> None:
 
 def _check_transforms(path: str, scheme: Scheme, weight: Weight) -> None:
     """Refuse transforms that cannot be taken off a weight of these sides."""
+    choice = scheme.activations
+    static = choice is not None and choice.granularity == "static"
+    if not (scheme.transforms or static):
+        return
     sides = weight.layout.size("out"), weight.layout.size("in")
     w = jax.ShapeDtypeStruct(sides, jnp.float32)
     evidence = jax.eval_shape(lambda x: Evidence.of(x, full=x, spread=True), w)
@@ -85,8 +89,7 @@ def _check_transforms(path: str, scheme: Scheme, weight: Weight) -> None:
             _, w, evidence = jax.eval_shape(transform.apart, w, evidence)
         except PlanError as error:
             raise PlanError(f"weight {path!r}: {error}") from error
-    choice = scheme.activations
-    if choice is not None and choice.granularity == "static" and evidence.abs_max is None:
+    if static and evidence.abs_max is None:
         raise PlanError(
             f"weight {path!r}: the static ranges of its inputs after {scheme.transforms} are not "
             "known; pass Activations(granularity='token'), or no transforms"

@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
@@ -28,9 +29,10 @@ Entry = str | tuple[str, ...] | None  # the mesh axes that an axis of an array i
 
 def typed(x: Any) -> NamedSharding | None:
     """The sharding that is part of the type of an array, a tracer or a shape; None: none is."""
-    sharding = getattr(x, "sharding", None)
-    if sharding is None and isinstance(x, jax.Array):  # a tracer
-        sharding = jax.typeof(x).sharding
+    # A tracer's own attribute raises, with a message that looks for the operations that it came
+    # through: of a deep network that took most of the time of tracing.
+    traced = isinstance(x, Tracer)
+    sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
     named = isinstance(sharding, NamedSharding)
     return sharding if named and AxisType.Explicit in sharding.mesh.axis_types else None
 
@@ -122,7 +124,7 @@ def fitting(mesh: Any, entries: Sequence[Entry], shape: Sequence[int]) -> Spec:
 
 def entries_of(x: Any) -> list[Entry] | None:
     """For each axis, the mesh axes that it is spread over; None where there is no mesh."""
-    sharding = typed(x) or getattr(x, "sharding", None)
+    sharding = typed(x) if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return None
     entries = list(sharding.spec)
