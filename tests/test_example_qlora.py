@@ -1,5 +1,8 @@
 """The example of adapters beside 4-bit codes runs, and what it records adds up."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,3 +58,19 @@ def test_float32_numbers_that_are_their_own_codes_are_the_function(example):
     loss = lambda t, f: jnp.sum(jq.apply(fn)(jq.merge(f, t), x))  # noqa: E731
     one, two = (jax.grad(loss)(trainable, f) for f in (frozen, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, two)
+
+
+def test_what_is_recorded_of_time_and_memory_is_what_the_page_says():
+    folder = Path(main.__file__).parent
+    page = (folder / "README.md").read_text("utf-8")
+    few, many = json.loads((folder / "timing.json").read_text("utf-8"))["runs"]
+    for run in (few, many):
+        assert max(*run["of_float32"].values(), *run["of_float32_processor"].values()) <= 1.3
+        for way, seconds in run["seconds"].items():
+            held = run["bytes"][way]
+            part = held["program"] / held["by arithmetic"]
+            ratios = (run[name].get(way) for name in ("of_float32", "of_float32_processor"))
+            ratio = "" if way == timing.WAYS[0] else "{:.2f} ({:.2f})".format(*ratios)
+            assert f"{seconds:.3f} | {ratio} | {held['program'] / 1e6:.1f} | {part:.2f}" in page
+    codes = many["bytes"][timing.WAYS[0]]
+    assert codes["program"] < 1.1 * codes["by arithmetic"]
