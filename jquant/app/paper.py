@@ -165,20 +165,16 @@ def _part(plan: Plan, chosen: Sequence[int]) -> Plan:
 
 def _stages(few: Sequence[Sequence[str]], like: Sequence[int]) -> tuple[tuple[str, ...], ...]:
     """The stages of all layers; `like`: for each layer, which of the few it is like."""
-    layers = [{layer for name in stage if (layer := _split(name)[0]) is not None} for stage in few]
-    inside = [at for at, own in enumerate(layers) if own]
-    if any(len(own) > 1 for own in layers):  # all weights are one stage
-        ends = [name for stage in few for name in stage if _split(name)[0] is None]
-        firsts = {at: [n for stage in few for n in stage if _split(n)[0] == at] for at in like}
-        every = [_moved(name, k) for k, at in enumerate(like) for name in firsts[at]]
-        return ((*ends, *every),)
-    stages = list(map(tuple, few[: inside[0]] if inside else few))
-    for k, at in enumerate(like):
-        own = [few[stage] for stage in inside if layers[stage] == {at}]
-        stages += [tuple(_moved(name, k) for name in stage) for stage in own]
-    return (*stages, *map(tuple, few[inside[-1] + 1 :] if inside else ()))
+    if len(few) == 1:  # one pass
+        every = (name for k, at in enumerate(like) for name in _named(few[0], at, k))
+        return ((*_named(few[0], None, None), *every),)
+    inside = [k for k, stage in enumerate(few) if len(_named(stage, None, None)) < len(stage)]
+    first, last = (inside[0], inside[-1] + 1) if inside else (len(few), len(few))
+    layers = (_named(stage, at, k) for k, at in enumerate(like) for stage in few[first:last])
+    return (*map(tuple, few[:first]), *filter(None, layers), *map(tuple, few[last:]))
 
 
-def _moved(name: str, layer: int) -> str:
-    """The name of a weight in another layer."""
-    return f"layers/{layer}/{_split(name)[1]}"
+def _named(names: Sequence[str], layer: int | None, new: int | None) -> tuple[str, ...]:
+    """Those of some names that are of a layer (None: of none), as names in another one."""
+    rests = [rest for own, rest in map(_split, names) if own == layer]
+    return tuple(rests if new is None else (f"layers/{new}/{rest}" for rest in rests))
