@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-MINUTES = 15  # for one installation, or whatever else is run
+MINUTES = 15  # for whatever is run
+INSTALLING = 240  # minutes for an installation: packages that are compiled take one or two hours
 
 
 class Failed(Exception):
@@ -43,7 +44,7 @@ def interpreter(version: str) -> Path:
 
 def made(
     folder: Path, version: str, asked: list[str], requirements: Sequence[str],
-    bare: Sequence[str] = (), base: Path | None = None, minutes: float = MINUTES,
+    bare: Sequence[str] = (), base: Path | None = None,
 ) -> Path:  # fmt: skip
     """The interpreter of an environment, which is made where it is not as it should be.
 
@@ -54,10 +55,9 @@ def made(
         requirements: for pip.
         bare: installed after them, without dependencies.
         base: the interpreter of an environment whose packages it sees.
-        minutes: for either of pip's two calls; what is built from sources takes long.
 
     Raises:
-        Failed: there is no such Python, or pip cannot install what is asked in this time.
+        Failed: there is no such Python, or pip cannot install what is asked.
     """
     python, stamp = folder / "bin" / "python", folder / "installed.json"
     if stamp.exists() and json.loads(stamp.read_text()) == asked:
@@ -72,9 +72,9 @@ def made(
         own, below = (_packages(path) for path in (python, base))
         Path(own, "base.pth").write_text(f"import site; site.addsitedir({below!r})\n")
     if requirements:
-        logged([*pip, *requirements], log, minutes)
+        logged([*pip, *requirements], log)
     if bare:
-        logged([*pip, "--no-deps", *bare], log, minutes)
+        logged([*pip, "--no-deps", *bare], log)
     stamp.write_text(json.dumps(asked))
     return python
 
@@ -101,7 +101,7 @@ def run(command: list[str], minutes: float = MINUTES, **options: Any) -> str:
     return done.stdout
 
 
-def logged(command: list[str], log: Path, minutes: float = MINUTES) -> None:
+def logged(command: list[str], log: Path, minutes: float = INSTALLING) -> None:
     """Runs a command whose output is added to a file, as it comes.
 
     Raises:

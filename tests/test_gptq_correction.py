@@ -369,13 +369,14 @@ def test_windows_of_a_weight_carry_their_drift_to_the_whole():
         (Reading("dot", (), (), (half,), (out,)), Evidence.of(x + k, full=full))
         for k, half in enumerate(halves)
     ]
-    drift = np.asarray(assemble(sightings, (6, 4)).drift)
+    axes = (((6, "in"),), ((4, "out"),))
+    drift = np.asarray(assemble(sightings, (6, 4), axes).drift)
     for k, (_, evidence) in enumerate(sightings):
         part = slice(3 * k, 3 * k + 3)
         np.testing.assert_array_equal(drift[part, part], evidence.drift)
     np.testing.assert_array_equal(drift[:3, 3:], 0)
     bare = [(reading, Evidence.of(x)) for reading, _ in sightings]
-    assert assemble(bare, (6, 4)).drift is None
+    assert assemble(bare, (6, 4), axes).drift is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 import jquant as jq
 from jquant import formats
-from jquant.exporters import exporting
+from jquant.exporters.arrays import array_of
 from jquant.formats import base, rows
 from jquant.grids import Uniform, code_dtype
 from jquant.io.bitstream import pack_bits, unpack_bits
@@ -68,8 +68,8 @@ def test_arrays_are_decoded_by_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     q = weight(base.Codec("", grid, jq.Groups("in", 32), CODECS["gptq"].storage))
     expected = np.asarray(jq.dequantize(q))
     monkeypatch.setattr(rows, "_RUN", 1000)
-    np.testing.assert_array_equal(exporting._array(q)[...], expected)
-    np.testing.assert_array_equal(exporting._array(q)[3:7], expected[3:7])
+    np.testing.assert_array_equal(array_of(q)[...], expected)
+    np.testing.assert_array_equal(array_of(q)[3:7], expected[3:7])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

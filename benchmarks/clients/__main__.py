@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import tempfile
 import time
 import traceback
@@ -29,9 +30,8 @@ import jax
 import numpy as np
 
 import jquant as jq
-from benchmarks import environments
 from benchmarks.clients import matmul_nbits, maxtext_rows, qwix_rows, tunix_rows
-from benchmarks.clients.flavours import BARE, EXTRAS, FLAVOURS, MINUTES, Flavour
+from benchmarks.clients.flavours import BARE, COMPILED, EXTRAS, FLAVOURS, Flavour
 from benchmarks.environments import ROOT, Failed, made
 from benchmarks.harness import RESULTS, machine
 from jquant.errors import ClientError
@@ -63,10 +63,9 @@ def environment(client: str) -> Path:
         names = {k: f"{k}[{EXTRAS[k]}]" if k in EXTRAS else k for k in every}
         requirements = [f"{names[k]}=={v}" for k, v in every.items() if k.lower() not in own]
         requirements += ["accelerate"] * ("transformers" in every)
-    minutes = MINUTES.get(client, environments.MINUTES)
-    return made(
-        FOLDER / client, version, [*requirements, *bare], requirements, bare, minutes=minutes
-    )
+    for name, value in COMPILED.get(client, {}).items():
+        os.environ[name] = f"{value} {os.environ.get(name, '')}".strip()
+    return made(FOLDER / client, version, [*requirements, *bare], requirements, bare)
 
 
 def tokenizer() -> Any:
@@ -126,7 +125,7 @@ def main() -> None:
         parser.error("--python is for one client; name it")
     failed = {}
     # Whatever is quick first: an hour's build that fails is to cost the others nothing.
-    for client in sorted(asked.names or every, key=lambda name: MINUTES.get(name, 0.0)):
+    for client in sorted(asked.names or every, key=COMPILED.__contains__):
         try:
             say(f"{client}: environment")
             python = asked.python or environment(client)

@@ -67,14 +67,15 @@ def _calibrated(result: dict[str, Any]) -> str:
         for name in NETWORKS
         if (rows := result.get(name, {}).get("calibrated", {}))
     )
+    wider = "; *smollm2-768* has zeros to a width that is" if "smollm2-768" in result else ""
     head = ["network", "type", "tensors", "MB", "llama.cpp", "with imatrix", "jquant, nearest"]
     head += ["jquant, QEP", "of imatrix"]
     return (
         "\nKL to the full network, in nats per token, all in llama.cpp's runtime, of files of one "
         "size: each tensor has the type that llama.cpp's own quantizer gives it (`--pure`, the "
         "table of tokens and the head Q8_0). 576 is no multiple of 256, so *smollm2* has K-quants "
-        "in `ffn_down` alone; *smollm2-768* has zeros to a width that is. The imatrix is of the "
-        "tokens that QEP saw, KL of text held out. *of imatrix*: QEP's KL by that of the imatrix. "
+        f"in `ffn_down` alone{wider}. The imatrix is of the tokens that QEP saw, KL of text held "
+        "out. *of imatrix*: QEP's KL by that of the imatrix. "
         f"Tokens to calibrate and to measure: {sizes}.\n\n" + table(head, lines)
     )
 

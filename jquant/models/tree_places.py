@@ -86,7 +86,7 @@ class Tree:
         return self.library.of(self.model_type, self.config)
 
     def places(self) -> list[Place]:
-        """The places of all tensors, in the order of Hugging Face's files.
+        """The places of all tensors, in the order of `assembly.sources`.
 
         Raises:
             FormatError: no class of the library computes this decoder.
@@ -94,9 +94,11 @@ class Tree:
         Example:
             >>> from jquant.models.tree_names import LIBRARIES
             >>> config = DecoderConfig(32, 8, 16, 2, heads=4, kv_heads=2, rope_theta=1e6)
-            >>> place = Tree(LIBRARIES["tunix"], "llama", config).places()[4]
-            >>> place.source.name, place.path, place.shape
-            ('model.layers.0.self_attn.k_proj.weight', 'layers/0/attn/k_proj/w', (8, 2, 2))
+            >>> places = Tree(LIBRARIES["tunix"], "llama", config).places()
+            >>> own = {place.source.name: place for place in places}
+            >>> place = own["model.layers.0.self_attn.k_proj.weight"]
+            >>> place.path, place.shape
+            ('layers/0/attn/k_proj/w', (8, 2, 2))
         """
         rows = self.own.rows(self.config)
         slots: dict[str, int] = {}
