@@ -1,5 +1,8 @@
 """The example of neighbourhood dictionaries runs, on a generated graph."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,3 +40,16 @@ def test_it_runs(example):
     rows = example.main(["--small"])["rows"]
     assert rows["4 bits"]["cache_bytes"] < rows["float32"]["cache_bytes"] / 3
     assert all(0 <= row["auc"] <= 1 for row in rows.values())
+
+
+def test_what_is_recorded_is_what_the_page_says():
+    folder = Path(main.__file__).parent
+    rows = json.loads((folder / "results.json").read_text("utf-8"))["rows"]
+    page = (folder / "README.md").read_text("utf-8")
+    assert set(rows) == set(main.KEEPERS)
+    for name, row in rows.items():
+        figures = f"{row['auc']:.3f} | {row['auc_new']:.3f} | {row['bits_per_number']:.0f}"
+        assert f"| {name} | {figures} | {row['cache_bytes'] / 1e6:.2f} |" in page
+    full, four = rows["float32"], rows["4 bits, stochastic"]
+    assert full["auc"] > full["auc_met_before"] + 0.08 and full["auc"] - four["auc"] < 0.001
+    assert four["cache_bytes"] < full["cache_bytes"] / 6

@@ -1,5 +1,8 @@
 """Sparse spectral training: its transformation does what it says, and the example runs."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,3 +78,14 @@ def test_the_ball_adds_as_it_should():
     squares = [jnp.sum(a * a, -1) for a in (x - y, x, y)]
     cosh = 1 + 2 * squares[0] / ((1 - squares[1]) * (1 - squares[2]))
     np.testing.assert_allclose(2 * jnp.arctanh(away), jnp.arccosh(cosh), atol=1e-4)
+
+
+def test_what_is_recorded_is_what_the_page_says():
+    folder = Path(main.__file__).parent
+    recorded = json.loads((folder / "results.json").read_text("utf-8"))
+    page = (folder / "README.md").read_text("utf-8")
+    for way, run in recorded["runs"].items():
+        figures = " | ".join(f"{nats:.3f}" for nats in run["curve"].values())
+        assert f"| {way} | {figures} | {run['moving']:,} |" in page
+    gap = recorded["gap_to_full"]  # at the best of each curve
+    assert gap["LoRA"] > 0.2 and all(f"{nats:.3f}" in page for nats in gap.values())
