@@ -29,6 +29,7 @@ from benchmarks.sections import (
     llama_cpp,
     quality,
     rotation,
+    scale,
     speed,
     zoo,
 )
@@ -76,6 +77,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "rotation": of("rotation", rotation.rotation),
     "zoo": of("zoo", zoo.zoo),
     "llama_cpp": of("llama_cpp", llama_cpp.llama_cpp),
+    "paper": of("paper", scale.paper),
     "recipes": listings.recipes,
 }
 

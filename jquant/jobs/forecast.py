@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jaxtyping import PyTree
 
+from jquant.calibration.evidence import Evidence
 from jquant.calibration.segments import Task
 from jquant.calibration.stages import Sequential
 from jquant.calibration.walk import Walk
@@ -174,6 +175,31 @@ def forecast(
     return _Sums(request, request.walk(None), full, rates).forecast()
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """The second moments of a weight's inputs.
+
+    Attributes:
+        width: inputs.
+        count: matrices, of experts or layers.
+        bytes: of all that is as large: the sums themselves, and drift or guided sums beside them.
+    """
+
+    width: int
+    count: int
+    bytes: int
+
+    @staticmethod
+    def of(seen: Evidence) -> _Moment:
+        *batch, width, _ = seen.second_moment.shape
+        square = [x.shape for x in jax.tree.leaves(seen) if x.shape[-2:] == (width, width)]
+        return _Moment(width, math.prod(batch), 4 * sum(map(math.prod, square)))
+
+    @property
+    def matrix_bytes(self) -> int:
+        return 4 * self.width**2 * self.count
+
+
 @dataclass
 class _Sums:
     """The arithmetic of one job."""
@@ -203,10 +229,10 @@ class _Sums:
         flops = {
             "forwards": self.forwards() / (data * model),
             "factors": sum(
-                4 / 3 * n**3 * k
+                4 / 3 * moment.width**3 * moment.count
                 for stage, sizes in moments.items()
                 if any(map(self.informed, self.walk.stages[stage].pieces))
-                for n, k in sizes
+                for moment in sizes
             ),
             "rounding": sum(map(self.solving, pieces)) / (data * model),
         }
@@ -227,13 +253,14 @@ class _Sums:
             {name: seconds / 3600 for name, seconds in hours.items()},
         )
 
-    def at(self, stage: int, moments: list[tuple[int, int]]) -> dict[str, float]:
+    def at(self, stage: int, moments: list[_Moment]) -> dict[str, float]:
         """Bytes of a device while a stage is read and rounded."""
         data, model = self.mesh["data"], self.mesh["model"]
         alive = self.walk.alive_bytes(stage) + self.walk.alive_bytes(stage + 1)
         return {
-            # the moment, its factor, and what the factorisation works in
-            "second moments": 3.0 * sum(4 * n * n * k for n, k in moments),
+            # all of a stage; of one the factor, and what the factorisation works in
+            "second moments": float(sum(m.bytes for m in moments))
+            + 2 * max((m.matrix_bytes for m in moments), default=0),
             "weights of a stage": 2.0 * self.weights(stage) / model,
             "activations between stages": alive / data,
             "activations at work": self.working(stage) / (data * model),
@@ -264,13 +291,12 @@ class _Sums:
         """Whether a weight is rounded by its inputs' second moment."""
         return "moment" in self.request.plan[piece.path].needs
 
-    def moments(self) -> dict[int, list[tuple[int, int]]]:
-        """Stage → size and number of each distinct second moment."""
-        sizes: dict[int, list[tuple[int, int]]] = {}
+    def moments(self) -> dict[int, list[_Moment]]:
+        """Stage → the distinct second moments."""
+        sizes: dict[int, list[_Moment]] = {}
         for task in self.tasks:
             if task.doing == "reading" and task.stage not in sizes:
-                seen = [value.second_moment.shape for value in task.operands[0].values]
-                sizes[task.stage] = [(shape[-1], math.prod(shape[:-2])) for shape in seen]
+                sizes[task.stage] = list(map(_Moment.of, task.operands[0].values))
         return sizes
 
     def forwards(self) -> float:
@@ -298,17 +324,17 @@ class _Sums:
             most = max(most, float(sum(sorted(made)[-2:])))
         return most
 
-    def sent(self, moments: Mapping[int, list[tuple[int, int]]], pieces: list[Piece]) -> Any:
+    def sent(self, moments: Mapping[int, list[_Moment]], pieces: list[Piece]) -> Any:
         data, model = self.mesh["data"], self.mesh["model"]
         batches = self.request.data.batches
         around = 2 * (data - 1) / data * len(batches)  # an all-reduce for each batch
         tokens = sum(_tokens(jax.tree.leaves(batch)[0]) for batch in batches)
-        sizes = [size for stage in moments.values() for size in stage]
+        read = [moment for stage in moments.values() for moment in stage]
         numbers = sum(math.prod(self.shape(piece)) for piece in pieces)
         # Twice: evidence is read of a stage's inputs, and then it is run.
-        gathered = 2 * sum(4 * n * k for n, k in sizes) * tokens / data
+        gathered = 2 * sum(4 * m.width * m.count for m in read) * tokens / data
         return {
-            "moments": around * sum(4 * n * n * k for n, k in sizes),
+            "moments": around * sum(m.bytes for m in read),
             "activations": gathered * (model - 1) / model,
             "codes": numbers / model * (data - 1) / data,
         }
