@@ -20,6 +20,8 @@ from jquant.axes.digits import Part
 from jquant.axes.layout import Role
 from jquant.axes.roles import Axes, Reading, Sighting, decisive
 
+_FIRST: tuple[Role, ...] = "batch", "in", "out"  # of a digit that has several roles
+
 
 class Digit(NamedTuple):
     """A digit of an axis of a weight; axis `axis` counts it in units of `stride`."""
@@ -116,7 +118,7 @@ def _joined(read: Sequence[tuple[tuple[int, Role], ...]]) -> tuple[tuple[int, Ro
         if high % low:
             return None
         roles = {role for stride, end, role in owned if stride <= low and high <= end}
-        role = next(role for role in ("batch", "in", "out") if role in roles)
+        role = next(role for role in _FIRST if role in roles)
         if axis and axis[-1][1] == role:
             axis[-1] = axis[-1][0] * (high // low), role
         else:
