@@ -96,15 +96,7 @@ def costs_of(model: Model, plan: Plan, batches: Any, **how: Any) -> Forecast:
     """
     if not _is_deep(model.fn):
         return forecast(model.fn, model.params, plan, batches, **how)
-    schemes: dict[int, dict[str, Hashable]] = {}
-    for path in plan:
-        layer, rest = _split(path)
-        if layer is not None:
-            schemes.setdefault(layer, {})[rest] = plan[path]
-    kinds = [
-        (window, tuple(sorted(schemes.get(layer, {}).items(), key=lambda item: item[0])))
-        for layer, window in enumerate(_windows(model.fn))
-    ]
+    kinds = _kinds(model.fn, plan)
     groups: dict[Hashable, list[int]] = {}
     for layer, kind in enumerate(kinds):
         groups.setdefault(kind, []).append(layer)
@@ -120,6 +112,19 @@ def costs_of(model: Model, plan: Plan, batches: Any, **how: Any) -> Forecast:
     place = {kinds[layer]: at for at, layer in reversed(list(enumerate(base)))}
     stages = _stages(small.stages, [place[kind] for kind in kinds])
     return extended(small, larger, stages)
+
+
+def _kinds(decoder: Decoder, plan: Plan) -> list[Hashable]:
+    """For each layer its window, and what the plan says of its weights."""
+    schemes: dict[int, dict[str, Hashable]] = {}
+    for path in plan:
+        layer, rest = _split(path)
+        if layer is not None:
+            schemes.setdefault(layer, {})[rest] = plan[path]
+    return [
+        (window, tuple(sorted(schemes.get(layer, {}).items(), key=lambda item: item[0])))
+        for layer, window in enumerate(_windows(decoder))
+    ]
 
 
 def _is_deep(fn: Any) -> bool:
