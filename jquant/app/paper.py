@@ -170,18 +170,28 @@ def _part(plan: Plan, chosen: Sequence[int]) -> Plan:
 
 def _stages(few: Sequence[Sequence[str]], like: Sequence[int]) -> tuple[tuple[str, ...], ...]:
     """The stages of all layers; `like`: for each layer, which of the few it is like."""
-    layers = [{layer for name in stage if (layer := _split(name)[0]) is not None} for stage in few]
-    inside = [at for at, own in enumerate(layers) if own]
+    layers = [_layers(stage) for stage in few]
     if any(len(own) > 1 for own in layers):  # all weights are one stage
-        ends = [name for stage in few for name in stage if _split(name)[0] is None]
-        firsts = {at: [n for stage in few for n in stage if _split(n)[0] == at] for at in like}
-        every = [_moved(name, k) for k, at in enumerate(like) for name in firsts[at]]
-        return ((*ends, *every),)
-    stages = list(map(tuple, few[: inside[0]] if inside else few))
+        return (_together([name for stage in few for name in stage], like),)
+    inside = [at for at, own in enumerate(layers) if own]
+    first, last = (inside[0], inside[-1] + 1) if inside else (len(few), len(few))
+    stages = [tuple(stage) for stage in few[:first]]
     for k, at in enumerate(like):
         own = [few[stage] for stage in inside if layers[stage] == {at}]
         stages += [tuple(_moved(name, k) for name in stage) for stage in own]
-    return (*stages, *map(tuple, few[inside[-1] + 1 :] if inside else ()))
+    return (*stages, *map(tuple, few[last:]))
+
+
+def _layers(names: Sequence[str]) -> set[int | None]:
+    """The layers that weights are of."""
+    return {_split(name)[0] for name in names} - {None}
+
+
+def _together(names: Sequence[str], like: Sequence[int]) -> tuple[str, ...]:
+    """The weights of all layers, where they are one stage: of no layer first."""
+    ends = [name for name in names if _split(name)[0] is None]
+    own = {at: [name for name in names if _split(name)[0] == at] for at in like}
+    return (*ends, *(_moved(name, k) for k, at in enumerate(like) for name in own[at]))
 
 
 def _moved(name: str, layer: int) -> str:
