@@ -118,7 +118,7 @@ def _joined(read: Sequence[tuple[tuple[int, Role], ...]]) -> tuple[tuple[int, Ro
         if high % low:
             return None
         roles = {role for stride, end, role in owned if stride <= low and high <= end}
-        role = next(role for role in _FIRST if role in roles)
+        role: Role = next(role for role in _FIRST if role in roles)
         if axis and axis[-1][1] == role:
             axis[-1] = axis[-1][0] * (high // low), role
         else:
