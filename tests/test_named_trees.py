@@ -173,6 +173,7 @@ def test_experts_and_slots_are_parts_of_one_array(tmp_path: Path) -> None:
         ("tunix", dataclasses.replace(GEMMA, windows=(8, 8, 0, 8, 8, 8, 8)), "Gemma3 .*windows"),
         ("maxtext", like(rope_divisors=(2.0,) * 4), "llama2 of MaxText .*rope_divisors"),
         ("maxtext", like(qkv_bias=True, out_bias=True), "MaxText .*qkv_bias"),
+        ("maxtext", dataclasses.replace(EXPERTS, renormalized=False), "renormalized: False and"),
         ("maxtext", GEMMA, "no class for 'gemma3_text'"),
     ],
 )

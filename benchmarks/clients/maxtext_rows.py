@@ -52,9 +52,7 @@ CASES = {
     "Qwen3, layers stacked": Case("maxtext", QWEN, all_layers(INT4)),
     "Qwen3, layers apart": Case("maxtext-unscanned", QWEN, all_layers(INT4)),
     "Qwen3, experts, layers stacked": Case("maxtext", EXPERTS, all_layers(INT4)),
-    "Qwen3, experts, layers apart": Case(
-        "maxtext-unscanned", EXPERTS | dict(renormalized=False), all_layers(INT4)
-    ),
+    "Qwen3, experts, layers apart": Case("maxtext-unscanned", EXPERTS, all_layers(INT4)),
 }
 
 

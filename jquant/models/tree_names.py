@@ -301,11 +301,9 @@ MAXTEXT = Library(
         ),
         "qwen3_moe": Class(
             "MaxText's qwen3_moe", lambda config: _MAXTEXT_EXPERTS,
-            {
-                **_MAXTEXT_SIZES, **_ROUTED, "base_moe_mlp_dim": "hidden",
-                "norm_topk_prob": "renormalized",
-            },
-            lambda config: _HEADS_NORMED, _qwen_more("qwen3_moe", use_qk_norm=True),
+            {**_MAXTEXT_SIZES, **_ROUTED, "base_moe_mlp_dim": "hidden"},
+            lambda config: _HEADS_NORMED,
+            _qwen_more("qwen3_moe", use_qk_norm=True, norm_topk_prob=True),
         ),
     },
 )  # fmt: skip
