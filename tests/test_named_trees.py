@@ -249,11 +249,11 @@ def test_trees_that_are_not_the_decoders() -> None:
 
 
 def test_functions_of_others_have_no_such_tree(tmp_path: Path) -> None:
-    def fn(params: Any, x: Any) -> Any:
+    def other(params: Any, x: Any) -> Any:
         return x
 
     with pytest.raises(ExportError, match="--backend jax"):
-        jq.export(fn, {}, tmp_path / "out", format="maxtext")
+        jq.export(other, {}, tmp_path / "out", format="maxtext")
     fn, params = network(SIZES)
     with pytest.raises(FormatError, match="nothing is quantized"):
         jq.export(fn, params, tmp_path / "out", format="maxtext")
