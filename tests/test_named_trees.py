@@ -91,8 +91,11 @@ def test_a_tree_there_and_back(library: str, name: str, tmp_path: Path) -> None:
     scanned = name in ("llama", "qwen3_moe")
     fn, params = network(config, scanned)
     qparams = quantized(params, SCHEME)
-    forms = {"tunix": "tunix", "maxtext": "maxtext" if scanned else "maxtext-unscanned"}
-    done = jq.export(fn, qparams, tmp_path / "out", format=forms[library])
+    if library == "maxtext":
+        form = "maxtext" if scanned else "maxtext-unscanned"
+    else:
+        form = "tunix-arrays" if "qwen" in name else "tunix"
+    done = jq.export(fn, qparams, tmp_path / "out", format=form)
     assert len(done.weights) == config.layers * (4 + 3 * max(config.experts, 1))
     tree = jq.io.lazy_orbax(tmp_path / "out")
     exact = library == "tunix" and config.norms != "both"  # where files have scales less one
@@ -144,10 +147,10 @@ def test_stretched_frequencies_turn_neighbours(tmp_path: Path) -> None:
 
 def test_experts_and_slots_are_parts_of_one_array(tmp_path: Path) -> None:
     fn, params = network(EXPERTS)
-    jq.export(fn, quantized(params, SCHEME), tmp_path / "moe", format="tunix")
+    jq.export(fn, quantized(params, SCHEME), tmp_path / "moe", format="tunix-arrays")
     own = arrays(jq.io.lazy_orbax(tmp_path / "moe"))
-    assert own["layers/0/mlp/gate_proj/array/qvalue"].shape == (4, 32, 64)
-    assert own["layers/0/mlp/down_proj/array/scale"].shape == (4, 8, 32)
+    assert own["layers/0/mlp/gate_proj"].shape == (4, 32, 64)
+    assert own["layers/0/mlp/down_proj"].shape == (4, 64, 32)
     fn, params = network(GEMMA)
     jq.export(fn, quantized(params, SCHEME), tmp_path / "gemma", format="tunix")
     own = arrays(jq.io.lazy_orbax(tmp_path / "gemma"))
@@ -162,6 +165,7 @@ def test_experts_and_slots_are_parts_of_one_array(tmp_path: Path) -> None:
     ("library", "config", "message"),
     [
         ("tunix", like(rope_theta=1e4), "Llama3 of tunix 0.1.7 .*rope_theta: 10000.0 and 1000000"),
+        ("tunix", like(rope_theta=1e4, qk_norm="head"), "Qwen3 of tunix .*rope_theta: 10000.0"),
         ("tunix", like(windows=(4, 0), qk_norm="head"), "Qwen3 .*windows"),
         ("tunix", like(norms="post", qk_norm="all"), "no class for 'olmo2'; there are .*qwen3"),
         ("tunix", dataclasses.replace(EXPERTS, renormalized=False), "renormalized: False and True"),
@@ -169,6 +173,7 @@ def test_experts_and_slots_are_parts_of_one_array(tmp_path: Path) -> None:
         ("tunix", dataclasses.replace(GEMMA, windows=(8, 8, 0, 8, 8, 8, 8)), "Gemma3 .*windows"),
         ("maxtext", like(rope_divisors=(2.0,) * 4), "llama2 of MaxText .*rope_divisors"),
         ("maxtext", like(qkv_bias=True, out_bias=True), "MaxText .*qkv_bias"),
+        ("maxtext", dataclasses.replace(EXPERTS, renormalized=False), "renormalized: False and"),
         ("maxtext", GEMMA, "no class for 'gemma3_text'"),
     ],
 )
@@ -213,6 +218,19 @@ def test_plans_are_refused_by_path(rules: Any, message: str, tmp_path: Path) -> 
     assert not any(tmp_path.iterdir())
 
 
+def test_classes_that_cast_their_weights_have_no_qarrays(tmp_path: Path) -> None:
+    for name in ("qwen2", "qwen3", "qwen3_moe"):
+        fn, params = network(NETWORKS["tunix", name])
+        weights = jq.find_weights(fn, params, jnp.zeros((1, 4), jnp.int32))
+        plan = jq.plan(weights, {".*q/.*": SCHEME, ".*": jq.keep})
+        exporters.need_held(fn, plan, "tunix-arrays")
+        with pytest.raises(FormatError, match="Qwen. .*QArrays.*tunix-arrays"):
+            exporters.need_held(fn, plan, "tunix")
+    with pytest.raises(FormatError, match="Qwen3 .*QArrays.*tunix-arrays"):
+        jq.export(fn, quantized(params, SCHEME), tmp_path / "out", format="tunix")
+    assert not any(tmp_path.iterdir())
+
+
 def test_trees_that_are_not_the_decoders() -> None:
     fn, params = network(SIZES)
     places = tree_of("tunix", "llama", SIZES).places()
@@ -231,11 +249,11 @@ def test_trees_that_are_not_the_decoders() -> None:
 
 
 def test_functions_of_others_have_no_such_tree(tmp_path: Path) -> None:
-    def fn(params: Any, x: Any) -> Any:
+    def other(params: Any, x: Any) -> Any:
         return x
 
     with pytest.raises(ExportError, match="--backend jax"):
-        jq.export(fn, {}, tmp_path / "out", format="maxtext")
+        jq.export(other, {}, tmp_path / "out", format="maxtext")
     fn, params = network(SIZES)
     with pytest.raises(FormatError, match="nothing is quantized"):
         jq.export(fn, params, tmp_path / "out", format="maxtext")

@@ -35,15 +35,15 @@ def main(place: Path, folder: Path) -> None:
     mesh = maxtext_utils.get_mesh_from_config(config)
     model = models.Transformer(config, mesh, quant=None, rngs=nnx.Rngs(0))
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    params = checkpointing.load_params_from_path(str(place / "items"), params, 8)
+    params = checkpointing.load_params_from_path(str(place / "default"), params, 8)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
     @jax.jit
-    def run(params: Any, tokens: jax.Array) -> jax.Array:
+    def run(params: Any, rest: Any) -> jax.Array:
         network = nnx.merge(graph, params, rest)
         return network(tokens, positions, jnp.ones_like(positions), enable_dropout=False)
 
-    np.save(folder / "out.npy", np.asarray(run(params, tokens), np.float32))
+    np.save(folder / "out.npy", np.asarray(run(params, rest), np.float32))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,13 @@ def _llama31() -> dict[str, Any]:
 
 
 CASES = {
-    "Llama 2, layers stacked": Case("maxtext", dict(tied=True), all_layers(INT4), scanned=True),
+    "Llama 2, layers stacked": Case("maxtext", {}, all_layers(INT4), scanned=True),
+    "Llama 2, tied, table in bfloat16": Case(
+        "maxtext", dict(tied=True), all_layers(INT4), bfloat16=True
+    ),
+    "Llama 2, tied, table in float32": Case(
+        "maxtext", dict(tied=True), all_layers(INT4), note="it rounds tied tables to bfloat16"
+    ),
     "Llama 2, layers apart": Case("maxtext-unscanned", {}, all_layers(ZEROS)),
     "Llama 3.1, layers stacked": Case("maxtext", _llama31(), all_layers(INT4)),
     "Qwen2, layers stacked": Case("maxtext", dict(qkv_bias=True), all_layers(INT4)),

@@ -36,6 +36,8 @@ class Case(NamedTuple):
         rules: of the plan.
         way: how a client is told to load it.
         scanned: whether the network itself has stacks of layers.
+        bfloat16: whether its table of tokens has numbers of bfloat16.
+        note: what is to be told of the row.
     """
 
     format: str
@@ -43,6 +45,8 @@ class Case(NamedTuple):
     rules: Mapping[str, jq.Scheme]
     way: str = "arrays"
     scanned: bool = False
+    bfloat16: bool = False
+    note: str = ""
 
 
 def all_layers(scheme: jq.Scheme) -> dict[str, jq.Scheme]:
@@ -69,7 +73,11 @@ def network(case: Case) -> tuple[Decoder, Any]:
         leaf * 1.5 + 0.1 * jax.random.normal(key, leaf.shape)
         for leaf, key in zip(leaves, keys, strict=True)
     ]
-    return fn, jax.tree.unflatten(structure, moved)
+    params = jax.tree.unflatten(structure, moved)
+    if case.bfloat16:
+        table = params["embed"]["embedding"]
+        params["embed"]["embedding"] = table.astype("bfloat16").astype(table.dtype)
+    return fn, params
 
 
 def rows_of_trees(
@@ -92,7 +100,7 @@ def rows_of_trees(
             "format": case.format,
             "held": {kind: kinds.count(kind) for kind in kinds},
             "way": case.way,
-            "note": "",
+            "note": case.note,
         }
         result[title] = row
         if ran.returncode:

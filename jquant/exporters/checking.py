@@ -18,7 +18,7 @@ import numpy as np
 
 from jquant.errors import CheckpointError
 from jquant.exporters.folder import SIDECAR, edited
-from jquant.exporters.trees import ITEMS
+from jquant.exporters.trees import ITEM
 from jquant.formats.base import Spec
 from jquant.formats.config import claimed, is_mlx, quantized_modules
 from jquant.io.orbax import lazy_orbax
@@ -131,7 +131,7 @@ def _need_numbers(name: str, leaf: Lazy | QTensor) -> None:
 
 
 def _of_folder(folder: Path) -> Tensors:
-    if any((folder / item / "_METADATA").is_file() for item in ITEMS):
+    if (folder / ITEM / "_METADATA").is_file():
         return _of_tree(folder)
     from jquant.models.coded import experts_apart, tensors_of
     from jquant.models.hf_coded import coded_tensors

@@ -1,6 +1,6 @@
 """A decoder as the parameters of another library's class: tunix's and MaxText's trees.
 
-    tunix                        weights are `QArray`s of qwix, which tunix multiplies by
+    tunix                        weights are `QArray`s of qwix, by which some classes multiply
     tunix-arrays                 the arrays that they stand for
     maxtext, maxtext-unscanned   arrays too: layers stacked on the second axis, or apart
 
@@ -66,6 +66,7 @@ def export_named(
     _need_decoder(fn)
     whole = hf_model(fn, qparams, like)
     tree = tree_of(target.library, whole.config["model_type"], fn.config, target.scanned)
+    _need_qarrays(target, tree)
     tensors, places = {one.name: one for one in whole.tensors}, tree.places()
     described = {
         at: _described(at, Described.of(leaf)) for at in places
@@ -87,7 +88,7 @@ def export_named(
         (folder / SETTINGS).write_text(json.dumps(settings(tree), indent=2), "utf-8")
         beside(folder)
 
-    nbytes = write_tree(place, target.name, (make, check), files, flags, tree.library.item)
+    nbytes = write_tree(place, target.name, (make, check), files, flags)
     kept = tuple(dict.fromkeys(at.path for at in places if at not in described))
     return target.name, nbytes, {paths[at]: one.name for at, one in holdings.items()}, kept
 
@@ -107,6 +108,7 @@ def need_named(target: Target, fn: Any, plan: Plan) -> None:
     """What `need_held` does for trees of other libraries' classes; raises as it does."""
     _need_decoder(fn)
     tree = tree_of(target.library, to_hf(fn.config)["model_type"], fn.config, target.scanned)
+    _need_qarrays(target, tree)
     paths, described, schemes = {}, {}, dict(plan.items())
     for at in tree.places():
         source = at.source
@@ -123,6 +125,14 @@ def _need_decoder(fn: Any) -> None:
         raise ExportError(
             f"fn is a {type(fn).__name__}; trees of tunix and MaxText are made of the reference "
             "decoder's parameters: load the model with backend='jax' (--backend jax)"
+        )
+
+
+def _need_qarrays(target: Target, tree: Tree) -> None:
+    if target.name == "tunix" and not tree.own.qarrays:
+        raise FormatError(
+            f"{tree.own.name} of tunix {tree.library.version} does not multiply by QArrays, it "
+            "casts its weights: export as 'tunix-arrays'"
         )
 
 

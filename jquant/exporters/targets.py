@@ -99,7 +99,7 @@ TARGETS: Mapping[str, Target] = {
         ),
         Target("qwix", qwix.hold, qwix.nearest, qwix.HOLDS, modules=None, tree=True),
         Target(
-            "tunix", qwix.hold, qwix.nearest, qwix.HOLDS, modules=("linear", "expert"), tree=True,
+            "tunix", qwix.hold, qwix.nearest, qwix.HOLDS, modules=("linear",), tree=True,
             library="tunix",
         ),
         *(

@@ -31,7 +31,6 @@ from jquant.trees.lazy import read, realize
 from jquant.weights.qtensor import QTensor, dequantize_weight, is_qtensor
 
 ITEM = "default"
-ITEMS = (ITEM, "items")  # MaxText's
 _SCRATCH = ".arrays"
 _CHUNK = 1 << 20
 _NORMAL = np.finfo(np.float32).tiny
@@ -80,7 +79,6 @@ def write_tree(
     content: tuple[Callable[[New], Any], Callable[[Path], None]],
     beside: Callable[[Path], None],
     flags: tuple[bool, bool],
-    item: str = ITEM,
 ) -> int:
     """Write a folder with a checkpoint of Orbax.
 
@@ -90,7 +88,6 @@ def write_tree(
         content: makes the tree of arrays, by a function that gives empty ones; checks the folder.
         beside: writes what lies beside the checkpoint.
         flags: `force` and `verify`.
-        item: the folder of the checkpoint.
 
     Returns:
         the bytes of all files.
@@ -100,7 +97,7 @@ def write_tree(
         scratch = temporary / _SCRATCH
         scratch.mkdir()
         arrays = make(_on_disk(scratch))
-        save_orbax(temporary / item, arrays)
+        save_orbax(temporary / ITEM, arrays)
         if verify:
             need_equal(temporary, arrays)
             check(temporary)

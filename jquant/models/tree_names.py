@@ -47,6 +47,7 @@ class Class(NamedTuple):
         fixed: the fields that it computes in one way, which is not the usual one.
         more: what else its configuration has to say.
         scaled: whether queries are divided by the root of a head's size in the file.
+        qarrays: whether it multiplies by `QArray`s of qwix.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Class(NamedTuple):
     fixed: Callable[[DecoderConfig], Mapping[str, Any]] = _nothing
     more: Callable[[DecoderConfig], Mapping[str, Any]] = _nothing
     scaled: bool = False
+    qarrays: bool = False
 
 
 class Library(NamedTuple):
@@ -62,13 +64,11 @@ class Library(NamedTuple):
 
     Attributes:
         name, version: as it was tried.
-        item: the folder of the checkpoint that its own loader looks for.
         classes: `model_type` → class.
     """
 
     name: str
     version: str
-    item: str
     classes: Mapping[str, Class]
 
     def of(self, model_type: str, config: DecoderConfig) -> Class:
@@ -179,32 +179,38 @@ _TUNIX_USUAL = {
     **_TUNIX_SIZES, "vocab_size": "vocab", "rope_theta": "rope_theta", "norm_eps": "norm_eps",
     "use_tied_embedding": "tied",
 }  # fmt: skip
-_OWN_LLAMA = {"rope_theta": "", "use_tied_embedding": "", "weight_tying": "tied"}
-_TUNIX_LLAMA = {key: field for key, field in {**_TUNIX_USUAL, **_OWN_LLAMA}.items() if field}
+_TUNIX_QWEN3 = {key: field for key, field in _TUNIX_USUAL.items() if key != "rope_theta"}
+_TIED = {"use_tied_embedding": "weight_tying"}
+_TUNIX_LLAMA = {_TIED.get(key, key): field for key, field in _TUNIX_QWEN3.items()}
+_BASE = {"rope_theta": 1e6}  # by which Llama 3 and Qwen 3 turn, whatever they are told
+
+
+def _base(config: DecoderConfig) -> dict[str, Any]:
+    return {"rope_theta": 1_000_000}
+
+
 _ROUTED = {"num_experts": "experts", "num_experts_per_tok": "experts_used"}
 _HEADS_NORMED = {"qk_norm": "head"}
 
 TUNIX = Library(
     "tunix",
     "0.1.7",
-    "default",
     {
-        # whatever its configuration says, it turns by this base
         "llama": Class(
             "tunix.models.llama3.model.Llama3", lambda config: _TUNIX, _TUNIX_LLAMA,
-            lambda config: {"rope_theta": 1e6}, lambda config: {"rope_theta": 1_000_000},
+            lambda config: _BASE, _base, qarrays=True,
         ),
         "qwen2": Class(
             "tunix.models.qwen2.model.Qwen2", lambda config: _TUNIX, _TUNIX_USUAL,
             lambda config: {"qkv_bias": True},
         ),
         "qwen3": Class(
-            "tunix.models.qwen3.model.Qwen3", lambda config: _TUNIX, _TUNIX_USUAL,
-            lambda config: _HEADS_NORMED,
+            "tunix.models.qwen3.model.Qwen3", lambda config: _TUNIX, _TUNIX_QWEN3,
+            lambda config: _BASE | _HEADS_NORMED, _base,
         ),
         "qwen3_moe": Class(
             "tunix.models.qwen3.model.Qwen3", lambda config: _TUNIX_EXPERTS,
-            _TUNIX_USUAL | _ROUTED, lambda config: _HEADS_NORMED,
+            _TUNIX_QWEN3 | _ROUTED, lambda config: _BASE | _HEADS_NORMED, _base,
         ),
         "gemma3_text": Class(
             "tunix.models.gemma3.model.Gemma3", _gemma_rows,
@@ -212,7 +218,7 @@ TUNIX = Library(
                 "num_embed": "vocab", "global_base_frequency": "rope_theta",
                 "local_base_frequency": "window_theta",
             },
-            _gemma_fixed, _gemma_more,
+            _gemma_fixed, _gemma_more, qarrays=True,
         ),
     },
 )  # fmt: skip
@@ -282,7 +288,6 @@ _LLAMA = Class(
 MAXTEXT = Library(
     "MaxText",
     "0.2.5",
-    "items",
     {
         "llama": _LLAMA,
         "mistral": _LLAMA,
@@ -296,11 +301,9 @@ MAXTEXT = Library(
         ),
         "qwen3_moe": Class(
             "MaxText's qwen3_moe", lambda config: _MAXTEXT_EXPERTS,
-            {
-                **_MAXTEXT_SIZES, **_ROUTED, "base_moe_mlp_dim": "hidden",
-                "norm_topk_prob": "renormalized",
-            },
-            lambda config: _HEADS_NORMED, _qwen_more("qwen3_moe", use_qk_norm=True),
+            {**_MAXTEXT_SIZES, **_ROUTED, "base_moe_mlp_dim": "hidden"},
+            lambda config: _HEADS_NORMED,
+            _qwen_more("qwen3_moe", use_qk_norm=True, norm_topk_prob=True),
         ),
     },
 )  # fmt: skip
