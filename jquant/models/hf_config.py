@@ -80,6 +80,8 @@ def _written(family: Family, config: DecoderConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "tie_word_embeddings": config.tied,
     }
+    # Of layers without experts; where there are none, other readers want it all the same.
+    written.setdefault("intermediate_size", config.hidden)
     if family.biased:
         written["attention_bias"] = config.out_bias
     return written | _rope(config) | _windows(family, config)
