@@ -88,21 +88,26 @@ def losses(case: Case, frozen: Any) -> tuple[Any, Any]:
     return on_codes, lambda t: loss(case.fn, jq.dequantize(jq.merge(frozen, t)))
 
 
+def derivatives(case: Case, frozen: Any, trainable: Any) -> tuple[Any, Any]:
+    """Those of what is trained, on codes and on arrays; none is zero."""
+    both = losses(case, frozen)
+    if case.name == "plain-cond-while":  # a while loop has forward derivatives only
+        ones = jax.tree.map(jnp.ones_like, trainable)
+        on_codes, on_arrays = (jax.jvp(loss, (trainable,), (ones,)) for loss in both)
+    else:
+        on_codes, on_arrays = (jax.jit(jax.grad(loss))(trainable) for loss in both)
+        assert jax.tree.structure(on_codes) == jax.tree.structure(trainable)
+        assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(on_codes))
+    return on_codes, on_arrays
+
+
 @EVERY
 @pytest.mark.parametrize("rank", [1, None])
 def test_gradients_are_those_of_dequantized_weights(case: Case, rank: Any) -> None:
     more = {} if rank else {"compensation": jq.LoRC(1)}
     adapters = [LoRA(rank), Scales()]
     frozen, trainable = jq.adapt(quantized(case, **more), {".*": adapters}, key=KEY)
-    trainable, (on_codes, on_arrays) = moved(trainable), losses(case, frozen)
-    if case.name == "plain-cond-while":  # a while loop has forward derivatives only
-        ones = jax.tree.map(jnp.ones_like, trainable)
-        found, wanted = (jax.jvp(f, (trainable,), (ones,)) for f in (on_codes, on_arrays))
-    else:
-        found, wanted = (jax.jit(jax.grad(f))(trainable) for f in (on_codes, on_arrays))
-        assert jax.tree.structure(found) == jax.tree.structure(trainable)
-        assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(found))
-    close(found, wanted)
+    close(*derivatives(case, frozen, moved(trainable)))
 
 
 def test_training_moves_the_adapters_and_nothing_else() -> None:

@@ -419,13 +419,16 @@ def test_a_plan_of_another_function_is_refused_before_work(scheme: str, sequenti
 def test_a_plan_decides_where_batches_have_other_majorities(sequential: Any) -> None:
     """The axes are those that find_weights has told, whatever the lengths of the batches."""
     fn = lambda p, a, b: (a @ p["w"], b @ p["w"].T)  # noqa: E731
-    params = {"w": _normal(0, 8, 8)}
-    plan = jq.plan(jq.find_weights(fn, params, X, X[:9]), {".*": SCHEMES["gptq"]})
-    batches = [(X, X[:9]), (X[:9], _other(X))]
-    _, report = jq.quantize(fn, params, plan, batches, sequential=sequential)
-    assert report["w"].tokens == 48 + 9
+    params, narrow = {"w": _normal(0, 8, 6)}, _other(X)[:, :6]
+    plan = jq.plan(jq.find_weights(fn, params, X, narrow[:9]), {".*": SCHEMES["gptq"]})
+    batches = [(X[:7], narrow), (X, narrow[:9])]  # most rows of the first meet the other axis
+    q, report = jq.quantize(fn, params, plan, batches, sequential=sequential)
+    assert report["w"].tokens == 7 + 48
+    alone, _ = jq.quantize(lambda p, a: a @ p["w"], params, plan, [X[:7], X])
+    np.testing.assert_array_equal(q["w"].codes, alone["w"].codes)
     seen = jq.capture(fn, params, batches)["w"]  # without a plan, the first batch does
-    np.testing.assert_allclose(seen.second_moment, X.T @ X + X[:9].T @ X[:9], rtol=1e-4, atol=1e-4)
+    expected = narrow.T @ narrow + narrow[:9].T @ narrow[:9]
+    np.testing.assert_allclose(seen.second_moment, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("sequential", ["weight", None])

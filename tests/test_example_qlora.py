@@ -74,3 +74,15 @@ def test_what_is_recorded_of_time_and_memory_is_what_the_page_says():
             assert f"{seconds:.3f} | {ratio} | {held['program'] / 1e6:.1f} | {part:.2f}" in page
     codes = many["bytes"][timing.WAYS[0]]
     assert codes["program"] < 1.1 * codes["by arithmetic"]
+
+
+def test_what_is_recorded_of_losses_is_what_the_page_says():
+    folder = Path(main.__file__).parent
+    page = (folder / "README.md").read_text("utf-8")
+    runs = json.loads((folder / "results.json").read_text("utf-8"))["runs"]
+    curves = {start: runs[start]["curve"] for start in ("float32", "nearest", "QEP")}
+    for step in curves["QEP"]:
+        row = " | ".join(f"{curve[step]:.3f}" for curve in curves.values())
+        assert f"| {'before' if step == '0' else f'{step} steps'} | {row} |" in page
+    best = {start: min(curve.values()) for start, curve in curves.items()}
+    assert best["QEP"] < best["float32"] + 0.01 and curves["QEP"]["8"] < best["nearest"]

@@ -13,7 +13,7 @@ import pytest
 from cases import GRIDS
 from functions import CASES, Case, _normal
 from marks import mostly_slow
-from test_adapters import FEW, KEY, close, losses, matrix, moved, quantized, same
+from test_adapters import FEW, KEY, close, derivatives, matrix, moved, quantized, same
 
 import jquant as jq
 from jquant.adapters import LoRA, Scales
@@ -40,14 +40,7 @@ def test_the_function_and_its_gradients_are_those_of_dequantized_weights(case: C
     frozen, trainable = jq.adapt(q, {".*": DORA}, key=KEY)
     close(jq.dequantize(jq.merge(frozen, trainable)), jq.dequantize(q))
     close(jq.apply(case.fn)(jq.merge(frozen, trainable), x), jq.apply(case.fn)(q, x))
-    trainable, (on_codes, on_arrays) = moved(trainable), losses(case, frozen)
-    if case.name == "plain-cond-while":  # a while loop has forward derivatives only
-        ones = jax.tree.map(jnp.ones_like, trainable)
-        got, expected = (jax.jvp(f, (trainable,), (ones,)) for f in (on_codes, on_arrays))
-    else:
-        got, expected = (jax.jit(jax.grad(f))(trainable) for f in (on_codes, on_arrays))
-        assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(got))
-    close(got, expected)
+    close(*derivatives(case, frozen, moved(trainable)))
 
 
 @pytest.mark.parametrize("alpha", [None, 3.0])

@@ -7,6 +7,7 @@ an Orbax checkpoint; whatever is wrong with a name, checkpoint or file is told b
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -302,6 +303,37 @@ def test_files_that_hold_no_examples_are_told(case: str, tmp_path: Path) -> None
         path.write_bytes(written.get(case, b"nothing of the kind"))
     with pytest.raises(ValueError, match="x\\.(npz|bin)"):
         read_batches(str(path))
+
+
+@pytest.mark.parametrize("save", [np.save, np.savez, np.savez_compressed])
+def test_a_file_that_is_damaged_anywhere_is_told(save: Any, tmp_path: Path) -> None:
+    """Whatever NumPy and the readers below it raise; and many kinds of damage stay unseen."""
+    path = tmp_path / ("x.npy" if save is np.save else "x.npz")
+    save(path, np.arange(24.0).reshape(4, 6))
+    whole, random, told = path.read_bytes(), np.random.default_rng(0), 0
+    for k in range(300):
+        damaged = bytearray(whole[: random.integers(len(whole))] if k % 10 == 0 else whole)
+        for at in random.integers(max(len(damaged), 1), size=3 if damaged else 0):
+            damaged[at] = random.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read_batches(str(path))
+        except ValueError as error:
+            assert "x.np" in str(error)
+            told += 1
+    assert told > 100
+
+
+def test_a_name_tells_nothing_of_what_a_file_holds(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", a=np.ones((4, 2)))
+    np.save(tmp_path / "y.npy", np.ones((4, 2)))
+    for name, other in (("x.npz", "z.npy"), ("y.npy", "z.npz")):
+        (tmp_path / name).rename(tmp_path / other)
+        (batch,) = read_batches(str(tmp_path / other))
+        assert np.shape(batch[0] if isinstance(batch, tuple) else batch) == (4, 2)
+    with pytest.raises(IsADirectoryError):
+        (tmp_path / "folder.npz").mkdir()
+        read_batches(str(tmp_path / "folder.npz"))
 
 
 # Documents

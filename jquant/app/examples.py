@@ -19,8 +19,9 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 from cyclopts import Parameter
+from numpy.lib.npyio import NpzFile
 
-from jquant.app.named_inputs import NO_ARRAYS, need_fitting
+from jquant.app.named_inputs import arrays_of, need_fitting
 from jquant.app.recipes import in_batches
 from jquant.app.sources import Model, called, names_maker
 from jquant.app.texts import need_text, some, windows_of
@@ -158,16 +159,12 @@ def read_batches(source: str, inputs: Sequence[str] = ()) -> list[Any]:
     path = Path(source)
     if path.suffix not in (".npy", ".npz"):
         raise ValueError(f"--batches {source}: expected a .npy or .npz file, or module:function")
-    try:
-        with open(path, "rb") as file:
-            value = np.load(file, allow_pickle=False)
-            names = getattr(value, "files", ())
-            names = inputs if set(names) == set(inputs) else names
-            arrays = [value[name] for name in names] if path.suffix == ".npz" else [value]
-    except FileNotFoundError:
-        raise
-    except NO_ARRAYS as error:
-        raise ValueError(f"{source} is no file of NumPy arrays: {error!s:.200}") from error
+    with arrays_of(path) as value:
+        if isinstance(value, NpzFile):
+            names = inputs if set(value.files) == set(inputs) else value.files
+            arrays = [value[name] for name in names]
+        else:
+            arrays = [value]
     counts = {array.shape[:1] for array in arrays}
     if len(counts) != 1 or counts <= {(), (0,)}:
         shapes = ", ".join(str(array.shape) for array in arrays) or "none"

@@ -6,16 +6,16 @@ Arrays of a file count by their names where these are arguments of the model's `
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from jquant.app.sources import Model, names_maker
 from jquant.calibration.tokens import TokenWeights
@@ -27,11 +27,6 @@ from jquant.weights.arguments import inputs_of, shapes_of
 # What arrays of these names hold. Of others nothing is told, nor asked.
 TOKENS, MASK = "whole numbers [examples, tokens]", "0 or 1 [examples, tokens]"
 NAME = "attention_mask"
-# What NumPy, zipfile and zlib raise of files that are damaged, or something else.
-NO_ARRAYS = (
-    ValueError, OSError, KeyError, AttributeError, EOFError, MemoryError, NotImplementedError,
-    RuntimeError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 MEANINGS = {
     "input_ids": TOKENS,
     "decoder_input_ids": TOKENS,
@@ -78,11 +73,23 @@ def names_in(batches: str | None) -> tuple[str, ...]:
     """The names of the arrays of a `.npz` file; of anything else none."""
     if batches is None or names_maker(batches) or Path(batches).suffix != ".npz":
         return ()
-    try:
-        with np.load(batches, allow_pickle=False) as file:
-            return tuple(file.files)
-    except NO_ARRAYS:
-        return ()  # reading the arrays will tell
+    with arrays_of(batches) as file:
+        return tuple(file.files) if isinstance(file, NpzFile) else ()
+
+
+@contextlib.contextmanager
+def arrays_of(path: str | Path) -> Iterator[np.ndarray | NpzFile]:
+    """What a `.npy` or `.npz` file holds; arrays of the latter are read in the `with` block.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: NumPy cannot read it, there or in the block.
+    """
+    with open(path, "rb") as file:
+        try:
+            yield np.load(file, allow_pickle=False)
+        except Exception as error:  # of damaged files zipfile, zlib and tokenize raise their own
+            raise ValueError(f"{path} cannot be read as NumPy arrays: {error!r:.200}") from error
 
 
 def real_tokens(model: Model, batches: Sequence[Any]) -> TokenWeights | None:

@@ -35,6 +35,7 @@ from jquant.models.tree_in import QARRAY, arrays_in, tensor_in
 from jquant.models.tree_places import LAYERS_AXIS, Place, Tree, part, tree_of
 from jquant.schemes.scheme import Plan
 from jquant.trees.lazy import read
+from jquant.trees.paths import nested
 from jquant.weights.qtensor import QTensor
 
 SETTINGS = "settings.json"
@@ -78,7 +79,7 @@ def export_named(
     holdings = _holdings(target, fn, paths, described)
 
     def make(new: New) -> Any:
-        return _nested(_arrays(target, tree, places, tensors, new))
+        return nested(_arrays(target, tree, places, tensors, new))
 
     def check(folder: Path) -> None:
         _need_same(folder, tree, places, tensors)
@@ -201,14 +202,3 @@ def _need_same(
         off = float(np.abs(mine - theirs).max())
         if not off <= 4 * float(jax.numpy.finfo(array.dtype).eps) * float(np.abs(mine).max()):
             raise fault(f"tensor {at.source.name!r} comes back {off:.1g} off")
-
-
-def _nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, array in arrays.items():
-        *parents, last = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = array
-    return tree

@@ -20,6 +20,7 @@ from jquant.errors import CheckpointError, near
 from jquant.models.coded import Leaf, cast, checked, kernel, stacked
 from jquant.models.config import DecoderConfig
 from jquant.trees.lazy import Lazy
+from jquant.trees.paths import nested
 
 Format = Literal["gguf", "hf"]
 
@@ -213,7 +214,7 @@ def assemble(
             path = path.replace("layers/", f"layers/{source.layer}/", 1)
         leaves.setdefault(path, []).append(leaf)
     stacks = {path: scan_layers and path.startswith("layers/") for path in leaves}
-    return _nested({
+    return nested({
         path: stacked(parts, f"{origin}: {path}") if stacks[path] else parts[0]
         for path, parts in leaves.items()
     })  # fmt: skip
@@ -245,14 +246,3 @@ def _needed(config: DecoderConfig, checkpoint: Checkpoint) -> list[Source]:
             f"{min(left)!r}; the model is of another architecture than its configuration says"
         )
     return needed
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree
